@@ -1,0 +1,41 @@
+"""What can go wrong with one request, as data that crosses process borders.
+
+Every process reports a failure as a `Failure`; only the frontend knows HTTP and maps a kind to a status
+(`frontend/errors.py`). A message names the limit and the value given.
+"""
+
+import enum
+
+import msgspec
+
+
+class FailureKind(enum.StrEnum):
+    """Why a request failed; the single vocabulary of all processes."""
+
+    INVALID_REQUEST = "invalid_request"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    QUEUE_FULL = "queue_full"
+    ENGINE_DOWN = "engine_down"
+    INTERNAL = "internal"
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """One request's failure. `param` is the dotted name of the parameter at fault, if one is."""
+
+    kind: FailureKind
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class RequestError(Exception):
+    """Raised inside a process to fail one request; carries the `Failure` to send."""
+
+    def __init__(self, kind: FailureKind, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.failure = Failure(kind, message, param, code)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> RequestError:
+    """The most common failure: a parameter whose value cannot be honoured."""
+    return RequestError(FailureKind.INVALID_REQUEST, message, param=param, code=code)

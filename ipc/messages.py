@@ -1,0 +1,238 @@
+"""Every message that travels between processes, as tagged msgspec structs.
+
+The path of a request: `Chat`/`Completion` (frontend to tokenizer worker) becomes `Generate` (to the scheduler), whose
+tokens travel as `TokenBatch` (to the detokenizer) and `TextBatch` (back to the frontend). `Failed` may come from any
+of them and goes to the frontend. `Abort` takes the same way as its request, so that it can never overtake it.
+
+Invariant: each request id ends, at the frontend, in exactly one `TextDelta` with `finish` set, or one `Failed`.
+"""
+
+import enum
+from typing import Any
+
+import msgspec
+
+from ramet.ipc.errors import Failure
+from ramet.ipc.sampling import SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of the tagged unions below."""
+
+
+# ---- frontend -> tokenizer worker -------------------------------------------------------------------------------
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """What a prompt's choices have in common. `rids` holds one request id per choice (n of them).
+
+    `priority`: a lower number is scheduled first (0 is the default of interactive requests).
+    `echo`: the text of the prompt is wanted back with the first event.
+    """
+
+    rids: list[str]
+    params: SamplingParams
+    priority: int = 0
+    echo: bool = False
+
+
+class Completion(Message, frozen=True):
+    """A prompt as text (special tokens of the model are added) or as token ids (taken as they are)."""
+
+    job: Job
+    prompt: str | list[int]
+
+
+class Chat(Message, frozen=True):
+    """A conversation to be rendered by the chat template. `messages` and `tools` are as the API gives them."""
+
+    job: Job
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class Abort(Message, frozen=True):
+    """Stop these requests and free what they hold. Unknown ids are ignored: they have ended already."""
+
+    rids: list[str]
+
+
+# ---- tokenizer worker -> scheduler ------------------------------------------------------------------------------
+
+
+class Generate(Message, frozen=True):
+    """A request ready to run. `params.max_tokens` is set, and fits the context together with the prompt.
+
+    `max_tokens_given` tells whether the client asked for that number or it is only the rest of the context.
+    """
+
+    rid: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens_given: bool = True
+    priority: int = 0
+    echo: bool = False
+
+
+# ---- scheduler -> detokenizer -----------------------------------------------------------------------------------
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation ended, in the API's words, and `abort` for a request that was told to stop."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """`matched`: the token id on EOS or a stop token, the string on a stop string, else None."""
+
+    reason: FinishReason
+    matched: int | str | None = None
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One token's log-probability (log-softmax of the raw logits) and the most likely tokens in its place."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class Admitted(msgspec.Struct, frozen=True, array_like=True):
+    """What the detokenizer must know of a request; travels with the first `TokenOut` of it.
+
+    `prompt_ids` is given when they are echoed or their log-probabilities are asked. `prompt_logprobs` has one entry
+    per prompt token, None for the first, which nothing predicts.
+    """
+
+    prompt_len: int
+    cached_tokens: int
+    params: SamplingParams
+    prompt_ids: list[int] | None = None
+    prompt_logprobs: list[Logprob | None] | None = None
+
+
+class TokenOut(msgspec.Struct, frozen=True, array_like=True):
+    """One request's news of a step: new tokens, and how it ended if it did (`finish` or `failure`)."""
+
+    rid: str
+    token_ids: list[int] = []
+    admitted: Admitted | None = None
+    logprobs: list[Logprob] | None = None
+    finish: Finish | None = None
+    failure: Failure | None = None
+
+
+class TokenBatch(Message, frozen=True):
+    items: list[TokenOut]
+
+
+# ---- to the frontend --------------------------------------------------------------------------------------------
+
+
+class TokenText(msgspec.Struct, frozen=True, array_like=True):
+    """A token as the API shows it: its text, its own bytes (maybe half a character) and its log-probability."""
+
+    token: str
+    data: bytes
+    logprob: float
+    top: list["TokenText"] = []
+
+
+class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
+    """Facts about the prompt, with the first event of a request.
+
+    `tokens` is given when log-probabilities of the prompt were asked; its first `logprob` is NaN: nothing predicts it.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    text: str | None = None
+    tokens: list[TokenText] | None = None
+
+
+class TextDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New text of one request. `completion_tokens` counts all generated so far. Text may be empty."""
+
+    rid: str
+    text: str
+    completion_tokens: int
+    prompt: PromptInfo | None = None
+    logprobs: list[TokenText] | None = None
+    finish: Finish | None = None
+
+
+class TextBatch(Message, frozen=True):
+    items: list[TextDelta]
+
+
+class Failed(Message, frozen=True):
+    """The end of requests that cannot be answered."""
+
+    rids: list[str]
+    failure: Failure
+
+
+class Stats(Message, frozen=True):
+    """A snapshot of the scheduler's counters (since its start) and gauges; sent at most once a second, and only
+    while there is work or when the last of it ends. Pages are in units of `page_size` tokens."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    steps: int
+    step_seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    finished: int
+    aborted: int
+    failed: int
+    preemptions: int
+
+
+class EngineDown(Message, frozen=True):
+    """The launcher's word that a process died: every waiting request is to be failed with this reason."""
+
+    reason: str
+
+
+# ---- to the launcher --------------------------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    """One line about what a process is doing while it starts."""
+
+    process: str
+    text: str
+
+
+class Ready(Message, frozen=True):
+    """A process can take work. `info` is shown to the user, and the scheduler's tells the frontend its limits."""
+
+    process: str
+    info: dict[str, int | str | float] = {}
+
+
+class Fatal(Message, frozen=True):
+    """A process cannot go on, with words meant for the user; it exits right after."""
+
+    process: str
+    message: str
+
+
+ToTokenizer = Chat | Completion | Abort
+ToScheduler = Generate | Abort
+ToDetokenizer = TokenBatch
+ToFrontend = TextBatch | Failed | Stats | Ready | EngineDown
+ToLauncher = Progress | Ready | Fatal
+AnyMessage = ToTokenizer | ToScheduler | ToDetokenizer | ToFrontend | ToLauncher

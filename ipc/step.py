@@ -1,0 +1,80 @@
+"""`StepPlan` and `StepResult`: what the scheduler asks of the model runner for one step, and what comes back.
+
+A plan is plain data, so that it can be sent to other ranks and replayed in tests. It carries only what changed: the
+runner keeps the state of each request (pages, sampling, token history) in a *slot* from its `Admission` until the
+slot is listed in `released`.
+
+Invariants: a slot appears at most once in a plan; rows come decode first (one token each), then prefill chunks;
+position p of a request lives in page `p // page_size` of its slot's page table, at offset `p % page_size`.
+"""
+
+import msgspec
+
+from ramet.ipc.messages import Logprob
+from ramet.ipc.sampling import SamplingParams
+
+
+class Admission(msgspec.Struct, frozen=True, array_like=True):
+    """A request takes a slot with this step (first time, or again after a preemption).
+
+    `token_ids`: all tokens known of it, prompt then generated. `eos_ids`: tokens that end it, banned until
+    `params.min_tokens` are generated (empty with `ignore_eos`; stop tokens included).
+    """
+
+    slot: int
+    token_ids: list[int]
+    prompt_len: int
+    params: SamplingParams
+    eos_ids: list[int]
+
+
+class PageGrant(msgspec.Struct, frozen=True, array_like=True):
+    """`pages` become entries `first`, `first + 1`, … of the slot's page table."""
+
+    slot: int
+    first: int
+    pages: list[int]
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One request's share of a step: compute positions `start` to `start + length - 1`.
+
+    `sample`: choose the next token from the last position's logits. `prompt_logprobs`: also return the
+    log-probabilities of the prompt tokens that these positions predict.
+    """
+
+    slot: int
+    start: int
+    length: int
+    sample: bool
+    prompt_logprobs: bool = False
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One step. `token_ids` holds the input tokens of all rows, one row after the other."""
+
+    step: int
+    rows: list[Row]
+    token_ids: list[int]
+    admissions: list[Admission] = []
+    grants: list[PageGrant] = []
+    released: list[int] = []
+
+
+class RowResult(msgspec.Struct, frozen=True, array_like=True):
+    """What one row gave: `token_id` if it sampled, and the log-probabilities that were asked.
+
+    `error` is set when this row alone failed (for example NaN logits).
+    """
+
+    token_id: int | None = None
+    logprob: Logprob | None = None
+    prompt_logprobs: list[Logprob] | None = None
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """Results in the order of the plan's rows."""
+
+    step: int
+    rows: list[RowResult]

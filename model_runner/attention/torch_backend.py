@@ -1,0 +1,69 @@
+"""Paged attention in plain torch: correct on any device, the twin that every faster backend is held to.
+
+Decode rows are padded to the longest context and computed together; prefill chunks one row at a time. Scores and
+softmax are in float32, so that a row's result hardly depends on the rows beside it.
+"""
+
+import torch
+from torch import Tensor
+
+from ramet.model_runner.attention.base import AttentionBackend
+from ramet.model_runner.context import AttentionSpec, ForwardContext
+
+
+class TorchBackend(AttentionBackend):
+    name = "torch"
+
+    def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:
+        pool, decodes = ctx.kv_pool, ctx.num_decodes
+        keys, values = pool.keys[spec.layer], pool.values[spec.layer]
+        outputs = []
+        if decodes:
+            longest = max(ctx.context_lens[:decodes])
+            pages = ctx.block_table[:decodes, : -(-longest // pool.page_size)].long()
+            # [D, pages, page_size, heads, dim] -> [D, context, heads, dim]
+            outputs.append(
+                _attend(
+                    spec,
+                    query[:decodes, None],
+                    keys[pages].flatten(1, 2),
+                    values[pages].flatten(1, 2),
+                    ctx.positions[:decodes, None],
+                ).squeeze(1)
+            )
+        first = decodes
+        for row in range(decodes, len(ctx.query_lens)):
+            last = first + ctx.query_lens[row]
+            pages = ctx.block_table[row, : -(-ctx.context_lens[row] // pool.page_size)].long()
+            outputs.append(
+                _attend(
+                    spec,
+                    query[None, first:last],
+                    keys[pages].flatten(0, 1)[None],
+                    values[pages].flatten(0, 1)[None],
+                    ctx.positions[None, first:last],
+                ).squeeze(0)
+            )
+            first = last
+        return torch.cat(outputs)
+
+
+def _attend(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """query [B, Q, heads, dim], key and value [B, K, kv_heads, dim], positions [B, Q] -> [B, Q, heads, value_dim].
+
+    Key j stands at position j; those behind a query's position (later tokens, unwritten slots) are masked.
+    """
+    batch, q_len, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.float().unflatten(2, (kv_heads, heads // kv_heads))  # [B, Q, kv_heads, group, dim]
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, key.float()) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    key_positions = torch.arange(key.shape[1], device=query.device)
+    hidden = key_positions > positions[..., None]  # [B, Q, K]
+    if spec.sliding_window is not None:
+        hidden |= key_positions <= positions[..., None] - spec.sliding_window
+    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    output = torch.einsum("bhgqk,bkhd->bqhgd", weights, value.float())
+    return output.reshape(batch, q_len, heads, value.shape[-1]).to(query.dtype)

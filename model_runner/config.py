@@ -1,0 +1,37 @@
+"""What the model runner needs to know, resolved by the launcher and frozen."""
+
+import enum
+
+import msgspec
+
+
+class LoadFormat(enum.StrEnum):
+    """Where the weights come from. `pickle` is PyTorch's .bin format, read with `weights_only` and only on request."""
+
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
+    DUMMY = "dummy"
+    PICKLE = "pickle"
+
+
+class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`model_dir` holds config.json (and safetensors); `weights` is the .gguf file or the folder of weight files.
+
+    `dtype` is a torch dtype's name. `max_total_tokens` is the size of the KV pool; None sizes it from
+    `memory_fraction` of the memory that is free once the weights are loaded.
+    """
+
+    model_dir: str
+    weights: str
+    load_format: LoadFormat
+    dtype: str
+    device: str
+    page_size: int
+    max_running: int
+    max_step_tokens: int
+    context_length: int
+    memory_fraction: float
+    max_total_tokens: int | None = None
+    attention_backend: str = "torch"
+    trust_remote_code: bool = False
+    seed: int = 0
