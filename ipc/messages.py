@@ -27,13 +27,15 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     """What a prompt's choices have in common. `rids` holds one request id per choice (n of them).
 
     `priority`: a lower number is scheduled first (0 is the default of interactive requests).
-    `echo`: the text of the prompt is wanted back with the first event.
+    `echo`: the text of the prompt is wanted back with the first event. `stream`: text is wanted as it comes; without
+    it only the first event and the last one are sent. A seed is that of the first choice; choice i has `seed + i`.
     """
 
     rids: list[str]
     params: SamplingParams
     priority: int = 0
     echo: bool = False
+    stream: bool = True
 
 
 class Completion(Message, frozen=True):
@@ -75,6 +77,7 @@ class Generate(Message, frozen=True):
     max_tokens_given: bool = True
     priority: int = 0
     echo: bool = False
+    stream: bool = True
 
 
 # ---- scheduler -> detokenizer -----------------------------------------------------------------------------------
@@ -114,6 +117,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     prompt_len: int
     cached_tokens: int
     params: SamplingParams
+    stream: bool = True
     prompt_ids: list[int] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
 

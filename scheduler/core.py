@@ -1,0 +1,334 @@
+"""`SchedulerCore`: decides what each step computes. Pure Python: no torch, no sockets, no clock.
+
+There is no prefill phase and no decode phase: each running request has known tokens and computed tokens, and every
+step spends a budget of tokens on letting the second number catch up with the first. One-token rows (decodes) go
+first, so that a long prompt never stops the streams; prompts get what is left, in chunks.
+
+`add`, `abort`, then in turn `schedule` and `commit`; news for the detokenizer pile up until `take_outputs`.
+
+Invariants: each request that was added ends in exactly one `TokenOut` with `finish` or `failure`; the pages invariant
+of `KVManager`; a request that fits the pool alone is never failed for lack of pages.
+"""
+
+import dataclasses
+
+from ramet.ipc.errors import Failure, FailureKind, RequestError
+from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
+from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.kv_manager import KVManager
+from ramet.scheduler.policy import WaitingQueue
+from ramet.scheduler.request import Request
+
+# How much of its remaining output a running request is expected to need, when admission counts pages. A preemption
+# shows that the guess was low; every quiet step lowers it a little.
+_GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.001
+
+
+@dataclasses.dataclass
+class Counters:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    preemptions: int = 0
+
+
+class SchedulerCore:
+    def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
+        if config.max_running > config.max_step_tokens:
+            raise ValueError(
+                f"max_running_requests ({config.max_running}) is above the tokens of one step "
+                f"({config.max_step_tokens}): each running request decodes one token a step"
+            )
+        self.config = config
+        self.kv = KVManager(num_pages, config.page_size, config.prefix_cache)
+        self.counters = Counters()
+        self._capacity = min(num_pages * config.page_size, config.context_length)
+        self._waiting = WaitingQueue(config.policy)
+        self._running: list[Request] = []  # sorted by `Request.order`
+        self._requests: dict[str, Request] = {}
+        self._free_slots = list(range(config.max_running - 1, -1, -1))
+        self._released: list[int] = []
+        self._outputs: list[TokenOut] = []
+        self._planned: list[Request] = []  # one for each row of the plan that is under way
+        self._growth = _GROWTH_START
+        self._arrivals = 0
+
+    # ---- what the worker calls ---------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, message: Generate) -> None:
+        """Queue a request. One that can never run fails at once."""
+        try:
+            max_tokens = self._check(message)
+        except RequestError as error:
+            self.counters.failed += 1
+            self._outputs.append(TokenOut(message.rid, failure=error.failure))
+            return
+        self._arrivals += 1
+        request = Request(message, self._arrivals, max_tokens, self.config.eos_ids)
+        self._requests[request.rid] = request
+        self._waiting.push(request)
+
+    def abort(self, rids: list[str]) -> None:
+        """End these requests now; ids that have ended already are ignored."""
+        for rid in rids:
+            request = self._requests.get(rid)
+            if request is not None:
+                self.counters.aborted += 1
+                self._end(request, TokenOut(rid, finish=Finish(FinishReason.ABORT)))
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; None if there is nothing to compute. Each plan must be committed (or failed) before the
+        next is asked for."""
+        while not (planned := self._plan_rows()):
+            if not self._running:
+                return None
+            # Prompts hold all the pages and none can go on: the last comer gives way.
+            self._preempt(self._running[-1])
+        self._planned = [request for request, _ in planned]
+        self.counters.steps += 1
+        self._growth = max(_GROWTH_MIN, self._growth - _GROWTH_DECAY)
+        released, self._released = self._released, []
+        return StepPlan(
+            step=self.counters.steps,
+            rows=[row for _, row in planned],
+            token_ids=[t for r, row in planned for t in r.tokens[row.start : row.start + row.length]],
+            admissions=[self._announce(r) for r in self._planned if not r.announced],
+            grants=[grant for r in self._planned if (grant := _grant(r))],
+            released=released,
+        )
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in what the step gave: new tokens, finished requests, pages that others may now share."""
+        for request, row, got in zip(self._planned, plan.rows, result.rows, strict=True):
+            if request.slot != row.slot or self._requests.get(request.rid) is not request:
+                continue  # aborted while the step ran
+            self.counters.computed_tokens += row.length
+            request.num_computed = row.start + row.length
+            if got.error is not None:
+                self._fail(request, Failure(FailureKind.INTERNAL, got.error))
+                continue
+            if row.start < request.prompt_len:
+                self._take_prompt_logprobs(request, row, got)
+                self.kv.publish(request)
+            if row.sample:
+                self._take_token(request, got)
+            elif request.num_remaining == 0:  # max_tokens is 0: the prompt was all that was asked
+                self._finish(request, [], got, Finish(FinishReason.LENGTH))
+        self._planned = []
+
+    def fail_step(self, failure: Failure) -> None:
+        """The step under way did not run: end its requests. Their pages are not trusted and go back unpublished."""
+        planned, self._planned = self._planned, []
+        for request in planned:
+            if self._requests.get(request.rid) is request:
+                self._fail(request, failure)
+
+    def take_outputs(self) -> list[TokenOut]:
+        """News since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # ---- planning ----------------------------------------------------------------------------------------------
+
+    def _plan_rows(self) -> list[tuple[Request, Row]]:
+        """Spend one step's budget: decodes, then chunks of running prompts, then newcomers."""
+        planned = self._plan_decodes()
+        budget = self.config.max_step_tokens - len(planned)
+        if planned:
+            budget = min(budget, self.config.max_prefill_tokens)
+        for request in [r for r in self._running if r.num_remaining > 1]:
+            budget -= self._plan_chunk(request, budget, planned)
+        self._plan_admissions(planned, budget)
+        planned.sort(key=lambda item: item[1].length > 1)  # a prompt's last chunk may have one token as well
+        return planned
+
+    def _plan_decodes(self) -> list[tuple[Request, Row]]:
+        """A row for each request that lacks one token; the oldest first, the newest give way if pages run out."""
+        planned: list[tuple[Request, Row]] = []
+        for request in [r for r in self._running if r.num_remaining == 1]:
+            while request.slot is not None and not self.kv.reserve(request, len(request.tokens)):
+                self._preempt(self._running[-1])
+            if request.slot is not None:
+                planned.append((request, _row(request, 1)))
+        return planned
+
+    def _plan_chunk(self, request: Request, budget: int, planned: list[tuple[Request, Row]]) -> int:
+        """Plan as much of a prompt as budget and pages allow; returns its tokens, 0 if nothing can be had."""
+        room = (len(request.pages) + self.kv.num_available) * self.config.page_size - request.num_computed
+        length = min(request.num_remaining, budget, room)
+        if length <= 0 or not self.kv.reserve(request, request.num_computed + length):
+            return 0
+        planned.append((request, _row(request, length)))
+        return length
+
+    def _plan_admissions(self, planned: list[tuple[Request, Row]], budget: int) -> None:
+        """Let waiting requests in while budget, slots and the estimate of pages allow."""
+        if not self._waiting or budget <= 0 or not self._free_slots:
+            return
+        promised = sum(self._expected_pages(r) for r in self._running)
+        for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
+            if budget <= 0 or not self._free_slots:
+                return
+            if self.kv.awaits_prefix(request, self.kv.cached_length(request)):
+                continue
+            self.kv.open(request)
+            needed = self.kv.pages_for(len(request.tokens) + 1) - len(request.pages)
+            if self._running and needed + promised > self.kv.num_available:
+                self.kv.close(request, publish=False)
+                return  # nobody overtakes it: a large request would wait for ever
+            self._admit(request)
+            budget -= self._plan_chunk(request, budget, planned)
+            promised += self._expected_pages(request)
+
+    def _admit(self, request: Request) -> None:
+        self._waiting.remove(request)
+        request.slot = self._free_slots.pop()
+        request.announced = False
+        self._running.append(request)
+        self._running.sort(key=lambda r: r.order)
+        if request.cached_tokens is None:
+            request.cached_tokens = request.num_computed
+            self.counters.prompt_tokens += request.prompt_len
+            self.counters.cached_tokens += request.num_computed
+
+    def _announce(self, request: Request) -> Admission:
+        assert request.slot is not None
+        request.announced = True
+        banned = sorted(request.stop_ids) if request.params.min_tokens else []
+        return Admission(request.slot, list(request.tokens), request.prompt_len, request.params, banned)
+
+    def _expected_pages(self, request: Request) -> int:
+        """Pages that a running request will probably still ask for."""
+        growth = self._growth * (request.max_tokens - request.num_generated)
+        return max(0, self.kv.pages_for(int(len(request.tokens) + growth)) - len(request.pages))
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's slot and pages; it resumes later, mostly from the radix tree."""
+        self.counters.preemptions += 1
+        self._growth = min(1.0, self._growth + _GROWTH_PENALTY)
+        self._leave_slot(request, publish=True)
+        self._waiting.push(request)
+
+    # ---- results -----------------------------------------------------------------------------------------------
+
+    def _take_prompt_logprobs(self, request: Request, row: Row, got: RowResult) -> None:
+        if row.prompt_logprobs:
+            # A chunk may be computed again after a preemption; take only what is new.
+            known = len(request.prompt_logprobs) - row.start
+            request.prompt_logprobs += (got.prompt_logprobs or [])[known:]
+
+    def _take_token(self, request: Request, got: RowResult) -> None:
+        token = got.token_id
+        assert token is not None
+        request.tokens.append(token)
+        self.counters.generated_tokens += 1
+        finish = None
+        if token in request.stop_ids and request.num_generated >= request.params.min_tokens:
+            finish = Finish(FinishReason.STOP, matched=token)
+        elif request.num_generated >= request.max_tokens:
+            finish = Finish(FinishReason.LENGTH)
+        if finish is not None:
+            self._finish(request, [token], got, finish)
+        else:
+            self._outputs.append(self._token_out(request, [token], got, None))
+
+    def _token_out(self, request: Request, tokens: list[int], got: RowResult, finish: Finish | None) -> TokenOut:
+        admitted = None
+        if not request.admitted_sent:
+            request.admitted_sent = True
+            admitted = self._describe(request)
+        logprobs = [got.logprob] if got.logprob is not None else None
+        return TokenOut(request.rid, tokens, admitted, logprobs, finish)
+
+    def _describe(self, request: Request) -> Admitted:
+        wants_logprobs = request.params.prompt_logprobs is not None
+        return Admitted(
+            prompt_len=request.prompt_len,
+            cached_tokens=request.cached_tokens or 0,
+            params=request.params,
+            stream=request.stream,
+            prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
+            prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
+        )
+
+    def _finish(self, request: Request, tokens: list[int], got: RowResult, finish: Finish) -> None:
+        self.counters.finished += 1
+        self._end(request, self._token_out(request, tokens, got, finish))
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        self.counters.failed += 1
+        self._end(request, TokenOut(request.rid, failure=failure), publish=False)
+
+    def _end(self, request: Request, output: TokenOut, publish: bool = True) -> None:
+        del self._requests[request.rid]
+        if request.slot is None:
+            self._waiting.remove(request)
+        else:
+            self._leave_slot(request, publish)
+        self._outputs.append(output)
+
+    def _leave_slot(self, request: Request, publish: bool) -> None:
+        assert request.slot is not None
+        self.kv.close(request, publish)
+        self._running.remove(request)
+        self._released.append(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = None
+
+    def _check(self, message: Generate) -> int:
+        """The request's effective max_tokens; raises `RequestError` if it cannot fit even alone."""
+        prompt_len, wanted = len(message.prompt_ids), message.params.max_tokens
+        assert wanted is not None and prompt_len > 0
+        if message.rid in self._requests:
+            raise RequestError(FailureKind.INVALID_REQUEST, f"request id {message.rid!r} is in use", param="rid")
+        room = self._capacity - prompt_len
+        if room < min(wanted, 1) or (message.max_tokens_given and wanted > room):
+            raise RequestError(
+                FailureKind.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has {prompt_len} tokens and up to {wanted} are to be generated, "
+                f"but the KV cache holds {self._capacity} tokens in all",
+                param="messages" if message.max_tokens_given else None,
+                code="context_length_exceeded",
+            )
+        return min(wanted, room)
+
+
+def _row(request: Request, length: int) -> Row:
+    """The next `length` tokens of a request; the last known one, once computed, gives the next."""
+    assert request.slot is not None
+    return Row(
+        slot=request.slot,
+        start=request.num_computed,
+        length=length,
+        sample=request.num_remaining == length and request.max_tokens > 0,
+        prompt_logprobs=request.wants_prompt_logprobs,
+    )
+
+
+def _grant(request: Request) -> PageGrant | None:
+    """Pages that the runner has not been told of."""
+    first = request.num_granted
+    if first == len(request.pages) or request.slot is None:
+        return None
+    request.num_granted = len(request.pages)
+    return PageGrant(request.slot, first, request.pages[first:])
