@@ -40,7 +40,8 @@ class KVManager:
         """Whether the page after the `cached` tokens is being computed for another request right now."""
         if not self._pending or cached + self.page_size > self._reuse_limit(request):
             return False
-        return self._hashes(request)[cached // self.page_size] in self._pending
+        page, hashes = cached // self.page_size, self._hashes(request)
+        return page < len(hashes) and hashes[page] in self._pending  # past the prompt nothing is announced
 
     def open(self, request: Request) -> None:
         """Start a request on its cached prefix: lock it, and announce the prompt pages that it will compute."""
