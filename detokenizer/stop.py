@@ -1,0 +1,43 @@
+"""Stop strings: found in the text as it grows, over token boundaries.
+
+Text that could still turn out to be the beginning of a stop string is held back. Does not know tokens.
+"""
+
+
+class StopMatcher:
+    """`feed` text; `matched` is the stop string that ended it. The earliest match wins, of two at one place the
+    shorter: it is complete first."""
+
+    def __init__(self, stops: tuple[str, ...], keep_match: bool) -> None:
+        self._stops = stops
+        self._keep_match = keep_match
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> str:
+        """Text that is certainly before any stop string. After a match, nothing is to be fed any more."""
+        if not self._stops:
+            return text
+        held = self._held + text
+        found = [(at, len(stop), stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            at, length, self.matched = min(found)
+            self._held = ""
+            return held[: at + length] if self._keep_match else held[:at]
+        keep = self._could_begin_a_stop(held)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What is still held back, when the text has ended without a match."""
+        held, self._held = self._held, ""
+        return held
+
+    def _could_begin_a_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        for length in range(longest, 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0

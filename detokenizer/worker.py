@@ -1,0 +1,164 @@
+"""The detokenizer process: token ids become text and go to the frontend; stop strings end a request here.
+
+Keeps the state of each request from its first `TokenOut` to its last word. On a stop string it ends the request at
+once, and aborts it at the scheduler; what still comes of it is then unknown here and passes by.
+"""
+
+import logging
+
+from ramet.detokenizer.config import DetokenizerConfig
+from ramet.detokenizer.incremental import IncrementalText
+from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.messages import (
+    Abort,
+    Admitted,
+    Failed,
+    Fatal,
+    Finish,
+    FinishReason,
+    Logprob,
+    PromptInfo,
+    Ready,
+    TextBatch,
+    TextDelta,
+    ToDetokenizer,
+    TokenOut,
+    TokenText,
+)
+from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
+
+NAME = "detokenizer"
+
+
+def run(config: DetokenizerConfig, addresses: Addresses) -> None:
+    """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
+    launcher = Outbox(addresses.launcher)
+    inbox: Inbox[ToDetokenizer] = Inbox(addresses.detokenizer, ToDetokenizer)
+    try:
+        detokenizer = Detokenizer(Tokenizer(config.tokenizer_dir), config.stream_interval)
+    except TokenizerError as error:
+        launcher.send(Fatal(NAME, str(error)))
+        launcher.close()
+        raise SystemExit(1) from error
+    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    launcher.send(Ready(NAME))
+    while True:
+        try:
+            message = inbox.receive(None)
+        except ChannelError:
+            log.exception("a message was dropped")
+            continue
+        if message is None:
+            continue
+        deltas: list[TextDelta] = []
+        for item in message.items:
+            if item.failure is not None:
+                detokenizer.forget(item.rid)
+                frontend.send(Failed([item.rid], item.failure))
+            else:
+                deltas += detokenizer.add(item)
+        if deltas:
+            frontend.send(TextBatch(deltas))
+        stopped = detokenizer.take_stopped()
+        if stopped:
+            scheduler.send(Abort(stopped))
+
+
+class _Stream:
+    """One request: its text, and what has not been sent of it."""
+
+    __slots__ = ("logprobs", "prompt", "stream", "text", "texts", "unsent")
+
+    def __init__(self, text: IncrementalText, prompt: PromptInfo, stream: bool) -> None:
+        self.text = text
+        self.stream = stream
+        self.prompt: PromptInfo | None = prompt
+        self.texts: list[str] = []
+        self.logprobs: list[TokenText] = []
+        self.unsent = 0
+
+
+class Detokenizer:
+    """The state of all requests. Does not know sockets."""
+
+    def __init__(self, tokenizer: Tokenizer, stream_interval: int) -> None:
+        self._tokenizer = tokenizer
+        self._interval = stream_interval
+        self._streams: dict[str, _Stream] = {}
+        self._stopped: list[str] = []
+
+    def add(self, item: TokenOut) -> list[TextDelta]:
+        """What is to be sent of a request's news: at most one delta."""
+        if item.admitted is not None:
+            self._streams[item.rid] = self._open(item.admitted)
+        stream = self._streams.get(item.rid)
+        if stream is None:
+            # Never had a token, or ended here by a stop string: only its end is news, to whom it may concern.
+            return [TextDelta(item.rid, "", 0, finish=item.finish)] if item.finish is not None else []
+        finish = self._read(stream, item)
+        if finish is None and not self._is_due(stream):
+            return []
+        delta = TextDelta(
+            rid=item.rid,
+            text="".join(stream.texts),
+            completion_tokens=stream.text.num_tokens,
+            prompt=stream.prompt,
+            logprobs=stream.logprobs or None,
+            finish=finish,
+        )
+        stream.texts, stream.logprobs, stream.prompt, stream.unsent = [], [], None, 0
+        if finish is not None:
+            del self._streams[item.rid]
+            if item.finish is None:
+                self._stopped.append(item.rid)
+        return [delta]
+
+    def forget(self, rid: str) -> None:
+        """The request has failed."""
+        self._streams.pop(rid, None)
+
+    def take_stopped(self) -> list[str]:
+        """Requests that a stop string ended since the last call."""
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    def _read(self, stream: _Stream, item: TokenOut) -> Finish | None:
+        """Take in the tokens; the request's end, if it has come."""
+        last = len(item.token_ids) - 1
+        for i, token_id in enumerate(item.token_ids):
+            if item.logprobs is not None:
+                stream.logprobs.append(self._describe(item.logprobs[i]))
+            stream.texts.append(stream.text.add(token_id, item.finish if i == last else None))
+            stream.unsent += 1
+            if stream.text.matched_stop is not None:
+                return Finish(FinishReason.STOP, stream.text.matched_stop)
+        return item.finish
+
+    def _is_due(self, stream: _Stream) -> bool:
+        """Whether a request that goes on has something to send: its first event always, later ones if streamed."""
+        return stream.prompt is not None or (stream.stream and stream.unsent >= self._interval)
+
+    def _open(self, admitted: Admitted) -> _Stream:
+        ids, text, tokens = admitted.prompt_ids, None, None
+        if ids is not None:
+            text = self._tokenizer.decode(ids, skip_special_tokens=admitted.params.skip_special_tokens)
+        if ids is not None and admitted.prompt_logprobs is not None:
+            tokens = [
+                self._describe(logprob if logprob is not None else Logprob(token_id, float("nan")))
+                for token_id, logprob in zip(ids, admitted.prompt_logprobs, strict=True)
+            ]
+        prompt = PromptInfo(admitted.prompt_len, admitted.cached_tokens, text, tokens)
+        return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
+
+    def _describe(self, logprob: Logprob) -> TokenText:
+        top = [
+            self._token_text(token_id, value)
+            for token_id, value in zip(logprob.top_ids, logprob.top_logprobs, strict=True)
+        ]
+        return self._token_text(logprob.token_id, logprob.logprob, top)
+
+    def _token_text(self, token_id: int, value: float, top: list[TokenText] | None = None) -> TokenText:
+        data = self._tokenizer.token_bytes(token_id)
+        return TokenText(data.decode("utf-8", errors="replace"), data, value, top or [])

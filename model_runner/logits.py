@@ -1,0 +1,75 @@
+"""Logits processors: what changes one request's logits before a token is chosen.
+
+The order, the same for every request:
+
+1. logit bias: added; -100 bans the token.
+2. min_tokens: the tokens that would end the request are banned until so many are generated.
+3. repetition penalty, over prompt and generated tokens: positive logits divided, negative ones multiplied.
+4. frequency penalty, times the count among generated tokens; presence penalty, once if the count is not zero.
+
+Temperature and the filters follow in `sampler.py`. Greedy requests go through the same four.
+"""
+
+import torch
+from torch import Tensor
+
+from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import Admission
+
+BAN_BIAS = -100.0
+
+
+def needs_processing(admission: Admission) -> bool:
+    """Whether anything here would change this request's logits at some step."""
+    params = admission.params
+    return bool(params.logit_bias or params.min_tokens or _has_penalties(params))
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+class LogitsProcessor:
+    """The processors of one request, and the token counts they need."""
+
+    def __init__(self, admission: Admission, vocab_size: int, device: torch.device) -> None:
+        self._params = admission.params
+        self._num_generated = len(admission.token_ids) - admission.prompt_len
+        bias = admission.params.logit_bias
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.long, device=device)
+        self._bias = torch.tensor(
+            [float("-inf") if b <= BAN_BIAS else b for b in bias.values()], dtype=torch.float32, device=device
+        )
+        self._banned = torch.tensor(
+            [i for i in admission.eos_ids if i < vocab_size], dtype=torch.long, device=device
+        )
+        self._counts: Tensor | None = None
+        if _has_penalties(admission.params):
+            tokens = torch.tensor(admission.token_ids, dtype=torch.long, device=device)
+            self._counts = torch.bincount(tokens[admission.prompt_len :], minlength=vocab_size).float()
+            self._seen = torch.bincount(tokens, minlength=vocab_size).bool()
+
+    def apply(self, logits: Tensor) -> None:
+        """Change one row of logits [vocab_size] in place."""
+        params = self._params
+        if params.logit_bias:
+            logits[self._bias_ids] += self._bias
+        if self._num_generated < params.min_tokens:
+            logits[self._banned] = float("-inf")
+        if self._counts is None:
+            return
+        if params.repetition_penalty != 1.0:
+            factor = params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / factor, logits * factor)
+            torch.where(self._seen, penalised, logits, out=logits)
+        if params.frequency_penalty:
+            logits -= params.frequency_penalty * self._counts
+        if params.presence_penalty:
+            logits -= params.presence_penalty * (self._counts > 0)
+
+    def observe(self, token_id: int) -> None:
+        """The request's next token was chosen."""
+        self._num_generated += 1
+        if self._counts is not None:
+            self._counts[token_id] += 1
+            self._seen[token_id] = True

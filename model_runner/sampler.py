@@ -1,0 +1,122 @@
+"""The sampler: logits of the rows that want a token, to token ids and log-probabilities.
+
+The pipeline, in order, for a batch of rows [R, vocab]:
+
+1. log-probabilities, where asked: log-softmax of the raw logits.
+2. logits processors (`logits.py`): bias, bans, penalties.
+3. greedy rows: the largest logit; the lowest id on a tie.
+4. other rows: divide by the temperature; keep the top k; of what remains renormalised, keep the smallest set of
+   probability top_p; keep what has at least min_p of the best one's probability. Ties at a border are kept.
+5. add Gumbel noise drawn from (seed, position, token id) and take the largest: an exact draw from the softmax.
+
+A row whose choice is NaN, or has no token left, is an error of that row alone.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from ramet.ipc.messages import Logprob
+from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import RowResult
+from ramet.model_runner.logits import LogitsProcessor
+from ramet.model_runner.noise import gumbel
+
+# Sorting a whole vocabulary for top_p is slow; the first so many nearly always hold the mass that is wanted.
+_TOP_P_FIRST_LOOK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """`position` is that of the token to be chosen. `processor` is None where nothing changes the logits."""
+
+    params: SamplingParams
+    position: int
+    processor: LogitsProcessor | None
+
+
+def sample(logits: Tensor, rows: list[SampledRow]) -> list[RowResult]:
+    """logits: [R, vocab] float32, overwritten. One result per row."""
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    logprobs = logits[wanted].log_softmax(dim=-1) if wanted else None
+    for i, row in enumerate(rows):
+        if row.processor is not None:
+            row.processor.apply(logits[i])
+    random = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if random:
+        drawn = [rows[i] for i in random]
+        noisy = _filter(logits[random] / _column(logits, [r.params.temperature for r in drawn]), drawn)
+        noisy += gumbel([r.params.seed or 0 for r in drawn], [r.position for r in drawn], logits.shape[1], logits.device)
+        logits[random] = noisy
+    best, tokens = logits.max(dim=-1)
+    results = [_result(row, *pair) for row, *pair in zip(rows, tokens.tolist(), best.tolist(), strict=True)]
+    if logprobs is not None:
+        _attach_logprobs(results, rows, wanted, logprobs)
+    return results
+
+
+def rank_tokens(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[Logprob]:
+    """For rows of logprobs [R, vocab]: the value of a token and the `counts[i]` most likely ones."""
+    values = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None]).squeeze(1).tolist()
+    most = max(counts)
+    if most == 0:
+        return [Logprob(token, value) for token, value in zip(tokens, values, strict=True)]
+    top = logprobs.topk(most, dim=-1)
+    ids, tops = top.indices.tolist(), top.values.tolist()
+    return [
+        Logprob(token, value, ids[i][: counts[i]], tops[i][: counts[i]])
+        for i, (token, value) in enumerate(zip(tokens, values, strict=True))
+    ]
+
+
+def _result(row: SampledRow, token: int, best: float) -> RowResult:
+    if best != best:
+        return RowResult(error="the model gave NaN logits for this request")
+    if best == float("-inf"):
+        return RowResult(error="no token is left to choose: all are banned by logit_bias or min_tokens")
+    if row.processor is not None:
+        row.processor.observe(token)
+    return RowResult(token)
+
+
+def _attach_logprobs(results: list[RowResult], rows: list[SampledRow], wanted: list[int], logprobs: Tensor) -> None:
+    tokens = [results[i].token_id or 0 for i in wanted]
+    ranked = rank_tokens(logprobs, tokens, [rows[i].params.logprobs or 0 for i in wanted])
+    for i, logprob in zip(wanted, ranked, strict=True):
+        if results[i].error is None:
+            results[i] = RowResult(results[i].token_id, logprob)
+
+
+def _column(like: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _filter(logits: Tensor, rows: list[SampledRow]) -> Tensor:
+    """Set to -inf what top-k, top-p and min-p leave out. Each filter is a border below which a row's logits fall."""
+    vocab = logits.shape[1]
+    # Filters are rare enough to go row by row; a row without any costs nothing.
+    for i, row in enumerate(rows):
+        params, line = row.params, logits[i]
+        if 0 < params.top_k < vocab:
+            border = line.topk(params.top_k).values[-1]
+            line.masked_fill_(line < border, float("-inf"))
+        if params.top_p < 1.0:
+            line.masked_fill_(line < _top_p_border(line, params.top_p), float("-inf"))
+        if params.min_p > 0.0:
+            line.masked_fill_(line < line.max() + math.log(params.min_p), float("-inf"))
+    return logits
+
+
+def _top_p_border(line: Tensor, top_p: float) -> Tensor:
+    """The smallest logit of the smallest set whose probability reaches top_p."""
+    total = line.logsumexp(dim=-1)
+    look = min(_TOP_P_FIRST_LOOK, line.shape[0])
+    while True:
+        values = line.topk(look).values
+        mass = (values - total).exp().cumsum(dim=-1)
+        reached = int((mass < top_p).sum())  # how many come before the one that reaches it
+        if reached < look or look == line.shape[0]:
+            return values[min(reached, look - 1)]
+        look = line.shape[0]

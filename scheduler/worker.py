@@ -1,0 +1,133 @@
+"""The scheduler process: rank 0's loop around the pure core and the model runner.
+
+Takes messages, plans, executes, commits, sends news; blocks on its inbox when there is no work. Owns no decision.
+"""
+
+import logging
+import time
+
+from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.errors import Failure, FailureKind
+from ramet.ipc.messages import Abort, Fatal, Generate, Progress, Ready, Stats, TokenBatch, ToScheduler
+from ramet.ipc.step import StepPlan, StepResult
+from ramet.model_runner.config import RunnerConfig
+from ramet.model_runner.memory import PoolTooLarge
+from ramet.model_runner.runner import ModelRunner
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.core import SchedulerCore
+
+log = logging.getLogger(__name__)
+
+NAME = "scheduler-0"
+_STATS_INTERVAL_S = 1.0
+
+
+def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
+    """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
+    launcher = Outbox(addresses.launcher)
+    inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+    try:
+        runner = ModelRunner(runner_config, lambda text: launcher.send(Progress(NAME, text)))
+        core = SchedulerCore(config, runner.num_pages)
+    except (WeightsError, PoolTooLarge, ValueError) as error:
+        log.debug("set-up failed", exc_info=True)
+        launcher.send(Fatal(NAME, str(error)))
+        launcher.close()
+        raise SystemExit(1) from error
+    capacity = runner.num_pages * config.page_size
+    info: dict[str, int | str | float] = {
+        "kv_tokens": capacity,
+        "context_length": min(config.context_length, capacity),
+    }
+    launcher.send(Ready(NAME, info))
+    Worker(config, core, runner, inbox, addresses).loop()
+
+
+class Worker:
+    """The loop's state: the core, the runner, and the way to the detokenizer and the frontend."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        core: SchedulerCore,
+        runner: ModelRunner,
+        inbox: "Inbox[ToScheduler]",
+        addresses: Addresses,
+    ) -> None:
+        self._config = config
+        self._core = core
+        self._runner = runner
+        self._inbox = inbox
+        self._detokenizer = Outbox(addresses.detokenizer)
+        self._frontend = Outbox(addresses.frontend)
+        self._step_seconds = 0.0
+        self._stats_sent_s = 0.0
+
+    def loop(self) -> None:
+        while True:
+            self._take_messages()
+            plan = self._core.schedule()
+            if plan is not None:
+                self._step(plan)
+            outputs = self._core.take_outputs()
+            if outputs:
+                self._detokenizer.send(TokenBatch(outputs))
+                self._report()
+
+    def _take_messages(self) -> None:
+        """Everything that has come; waits for something if there is no work."""
+        timeout_s = 0.0 if self._core.has_work else None
+        while True:
+            try:
+                message = self._inbox.receive(timeout_s)
+            except ChannelError:
+                log.exception("a message was dropped")
+                continue
+            match message:
+                case None:
+                    return
+                case Generate():
+                    self._core.add(message)
+                case Abort():
+                    self._core.abort(message.rids)
+            timeout_s = 0.0
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.perf_counter()
+        try:
+            result: StepResult = self._runner.execute(plan)
+        # Whatever goes wrong inside a step ends that step's requests, not the server.
+        except Exception as error:  # noqa: BLE001
+            log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
+            self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
+        else:
+            self._core.commit(plan, result)
+        self._step_seconds += time.perf_counter() - started
+
+    def _report(self) -> None:
+        """Counters to the frontend: once a second under load, and when the last request has ended."""
+        now = time.monotonic()
+        if self._core.has_work and now - self._stats_sent_s < _STATS_INTERVAL_S:
+            return
+        self._stats_sent_s = now
+        counters, kv = self._core.counters, self._core.kv
+        self._frontend.send(
+            Stats(
+                running=self._core.num_running,
+                waiting=self._core.num_waiting,
+                pages_total=kv.num_pages,
+                pages_free=kv.allocator.num_free,
+                pages_cached=kv.cache.num_pages,
+                steps=counters.steps,
+                step_seconds=self._step_seconds,
+                prompt_tokens=counters.prompt_tokens,
+                cached_tokens=counters.cached_tokens,
+                computed_tokens=counters.computed_tokens,
+                generated_tokens=counters.generated_tokens,
+                finished=counters.finished,
+                aborted=counters.aborted,
+                failed=counters.failed,
+                preemptions=counters.preemptions,
+            )
+        )

@@ -1,0 +1,120 @@
+"""A tokenizer process: prompts become token ids, and are checked against the context, before they reach the scheduler.
+
+Requests of one id always come to the same worker, and their aborts too, in order. A request that cannot be encoded
+ends here with `Failed`. Does not know sampling beyond the length of the output.
+"""
+
+import logging
+
+import jinja2
+import msgspec
+
+from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
+from ramet.ipc.messages import Abort, Chat, Completion, Failed, Fatal, Generate, Job, Ready, ToTokenizer
+from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
+from ramet.tokenizer_worker.config import TokenizerConfig
+from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
+
+
+def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
+    """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
+    name = f"tokenizer-{index}"
+    launcher = Outbox(addresses.launcher)
+    inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(index), ToTokenizer)
+    try:
+        encoder = Encoder(config)
+    except (TokenizerError, jinja2.TemplateError, OSError) as error:
+        launcher.send(Fatal(name, str(error)))
+        launcher.close()
+        raise SystemExit(1) from error
+    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    launcher.send(Ready(name))
+    while True:
+        try:
+            message = inbox.receive(None)
+        except ChannelError:
+            log.exception("a message was dropped")
+            continue
+        match message:
+            case Abort():
+                scheduler.send(message)
+            case Chat() | Completion():
+                try:
+                    for request in encoder.encode(message):
+                        scheduler.send(request)
+                except RequestError as error:
+                    frontend.send(Failed(message.job.rids, error.failure))
+                # One odd prompt must not end the process that all prompts go through.
+                except Exception:
+                    log.exception("a prompt could not be encoded")
+                    failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
+                    frontend.send(Failed(message.job.rids, failure))
+
+
+class Encoder:
+    """From a prompt or a conversation to the requests of its choices. Raises `RequestError`."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        self._config = config
+        self._tokenizer = Tokenizer(config.tokenizer_dir)
+        self._template: ChatTemplate | None = load_chat_template(config.tokenizer_dir, config.chat_template)
+
+    def encode(self, message: Chat | Completion) -> list[Generate]:
+        """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
+        job = message.job
+        if isinstance(message, Chat):
+            # The template writes the special tokens itself.
+            ids = self._tokenizer.encode(self._render(message), add_special_tokens=False)
+        elif isinstance(message.prompt, str):
+            ids = self._tokenizer.encode(message.prompt, add_special_tokens=True)
+        else:
+            ids = message.prompt
+        params = job.params
+        max_tokens = self._check_lengths(ids, job)
+        return [
+            Generate(
+                rid=rid,
+                prompt_ids=ids,
+                params=msgspec.structs.replace(params, max_tokens=max_tokens, seed=(params.seed or 0) + i),
+                max_tokens_given=params.max_tokens is not None,
+                priority=job.priority,
+                echo=job.echo,
+                stream=job.stream,
+            )
+            for i, rid in enumerate(job.rids)
+        ]
+
+    def _render(self, chat: Chat) -> str:
+        if self._template is None:
+            raise invalid(
+                "this model has no chat template: give one with --chat-template, or use /v1/completions", "messages"
+            )
+        return self._template.render(
+            chat.messages, chat.tools, chat.template_kwargs, chat.add_generation_prompt, chat.continue_final_message
+        )
+
+    def _check_lengths(self, ids: list[int], job: Job) -> int:
+        """The request's max_tokens: what was asked, or the rest of the context."""
+        context, prompt_len, wanted = self._config.context_length, len(ids), job.params.max_tokens
+        if not ids:
+            raise invalid("the prompt is empty: it has no tokens", "prompt")
+        outside = next((i for i in ids if not 0 <= i < self._config.vocab_size), None)
+        if outside is not None:
+            raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", "prompt")
+        if prompt_len >= context and wanted != 0:
+            raise _too_long(f"the prompt has {prompt_len} tokens, the context of this model {context}", None)
+        if wanted is not None and prompt_len + wanted > context:
+            raise _too_long(
+                f"the prompt has {prompt_len} tokens and max_tokens is {wanted}: together more than "
+                f"the context of {context} tokens",
+                "max_tokens",
+            )
+        return context - prompt_len if wanted is None else wanted
+
+
+def _too_long(message: str, param: str | None) -> RequestError:
+    kind = FailureKind.CONTEXT_LENGTH_EXCEEDED
+    return RequestError(kind, message, param=param, code="context_length_exceeded")
