@@ -9,7 +9,7 @@ that blocks on a peer that died would hang.
 
 import os
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -58,7 +58,7 @@ class Inbox(Generic[T]):
     """The receiving end of a channel, for a process with a loop of its own. `union` is the type of its messages."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket = _bind(zmq.Context.instance().socket(zmq.PULL), address)
+        self._socket: zmq.Socket[bytes] = _bind(zmq.Context.instance(), address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def receive(self, timeout_s: float | None) -> T | None:
@@ -76,7 +76,7 @@ class AsyncInbox(Generic[T]):
     """The receiving end of a channel inside an asyncio loop."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket = _bind(zmq.asyncio.Context.instance().socket(zmq.PULL), address)
+        self._socket: zmq.asyncio.Socket = _bind(zmq.asyncio.Context.instance(), address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     async def receive(self) -> T:
@@ -104,9 +104,10 @@ class Outbox:
         self._socket.close()
 
 
-def _bind(socket: zmq.Socket, address: str) -> zmq.Socket:
+def _bind(context: "zmq.Context[Any]", address: str) -> Any:
     if len(os.fsencode(address)) > MAX_SOCKET_PATH:
         raise ChannelError(f"socket path {address!r} is longer than the {MAX_SOCKET_PATH} bytes a Unix socket allows")
+    socket = context.socket(zmq.PULL)
     socket.set_hwm(0)
     Path(address).unlink(missing_ok=True)
     socket.bind(f"ipc://{address}")

@@ -1,0 +1,301 @@
+"""`EngineClient`: the frontend's side of the engine. Owns request ids, admission, event queues and aborts.
+
+Knows nothing of HTTP. One `Generation` stands for all choices of one HTTP request; its queue lives in this process,
+so a reader that is slow, or waits for the whole answer, costs the memory of the text and nothing more.
+
+Invariants: a request id is in `_live` from its submission to its one terminal event, to its abort, or to the loss of
+the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block aborts whatever
+of it is still live. All messages about one id go to the same tokenizer worker.
+"""
+
+import asyncio
+import collections
+import itertools
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+
+import msgspec
+
+from ramet.frontend.metrics import Metrics
+from ramet.ipc.channel import Addresses, AsyncInbox, ChannelError, Outbox
+from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
+from ramet.ipc.messages import (
+    Abort,
+    Chat,
+    Completion,
+    EngineDown,
+    Failed,
+    FinishReason,
+    Job,
+    Stats,
+    TextBatch,
+    TextDelta,
+    ToFrontend,
+)
+from ramet.ipc.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+DRAINING = Failure(FailureKind.ENGINE_DOWN, "the server is shutting down", code="server_shutting_down")
+_ABORTED = Failure(FailureKind.INTERNAL, "the request was aborted by the engine", code="aborted")
+
+
+class ClientDisconnectedError(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Generation:
+    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
+
+    def __init__(self, client: "EngineClient", rids: list[str], n: int) -> None:
+        self._client = client
+        self._open = set(rids)
+        self._pending: dict[int, list[TextDelta]] = {}
+        self.n = n
+        self._silent_prompts = set(range(len(rids) // n))
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+        self._wake_per_delta = True
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self._client.abort(self._open)
+
+    async def started(self) -> None:
+        """Wait until each prompt has had an event. Raises what failed: nothing has been sent to the client yet."""
+        while self._silent_prompts and self._error is None:
+            await self._changed()
+        self._raise_error()
+
+    async def changes(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
+        """What is new, by choice, until all have ended. What came in meanwhile is merged. Raises after the last text
+        if a choice failed."""
+        while True:
+            while not self._pending and self._open and self._error is None:
+                await self._changed()
+            if self._pending:
+                pending, self._pending = self._pending, {}
+                yield [(index, _merged(deltas)) for index, deltas in pending.items()]
+            else:
+                self._raise_error()
+                return
+
+    async def whole(self) -> list[TextDelta]:
+        """Each choice as one delta, in order, when all have ended; tokens on the way wake nobody."""
+        self._wake_per_delta = False
+        while self._open and self._error is None:
+            await self._changed()
+        self._raise_error()
+        return [_merged(self._pending[index]) for index in sorted(self._pending)]
+
+    def cancel(self) -> None:
+        """The client has gone."""
+        self._fail(ClientDisconnectedError())
+
+    def push(self, index: int, delta: TextDelta) -> None:
+        self._pending.setdefault(index, []).append(delta)
+        self._silent_prompts.discard(index // self.n)
+        if delta.finish is not None:
+            self._open.discard(delta.rid)
+        if self._wake_per_delta or not self._open:
+            self._wake.set()
+
+    def fail(self, rid: str, failure: Failure) -> None:
+        self._open.discard(rid)
+        self._fail(RequestError(failure.kind, failure.message, param=failure.param, code=failure.code))
+
+    def _fail(self, error: Exception) -> None:
+        # One answer cannot hold both choices and an error: the first failure is that of the whole.
+        self._error = self._error or error
+        self._wake.set()
+
+    async def _changed(self) -> None:
+        self._wake.clear()
+        await self._wake.wait()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Live(msgspec.Struct, gc=False):
+    """A request that the engine owes an end. Times are of `time.monotonic`, in seconds."""
+
+    generation: Generation
+    index: int
+    tokenizer: int
+    started_at: float
+    last_at: float
+    tokens: int = 0
+
+
+class EngineClient:
+    """Submits requests and hands each event to its `Generation`."""
+
+    def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics) -> None:
+        self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
+        self._turns = itertools.cycle(range(addresses.tokenizers))
+        self._max_live = max_live
+        self._metrics = metrics
+        self._live: dict[str, _Live] = {}
+        self._down: Failure | None = None
+        self._draining = False
+
+    @property
+    def live(self) -> int:
+        """How many requests the engine has not ended yet."""
+        return len(self._live)
+
+    @property
+    def down(self) -> Failure | None:
+        """Set once a process of the engine died."""
+        return self._down
+
+    @property
+    def refusal(self) -> Failure | None:
+        """Why no new request is taken, if none is."""
+        return self._down or (DRAINING if self._draining else None)
+
+    def submit(
+        self,
+        prompts: Sequence[Callable[[Job], Chat | Completion]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        echo: bool = False,
+        stream: bool = True,
+    ) -> Generation:
+        """Send each prompt with n choices. Raises `RequestError` if they are not admitted.
+
+        Without `stream` the engine leaves out what comes between the first and the last event of each choice.
+        """
+        count = len(prompts) * n
+        self._admit(count)
+        stem = uuid.uuid4().hex
+        rids = [f"{stem}-{index}" for index in range(count)]
+        generation = Generation(self, rids, n)
+        now = time.monotonic()
+        try:
+            for number, make in enumerate(prompts):
+                # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
+                seeded = msgspec.structs.replace(params, seed=secrets.randbits(62)) if params.seed is None else params
+                job = Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)
+                tokenizer = next(self._turns)
+                for index, rid in enumerate(job.rids, number * n):
+                    self._live[rid] = _Live(generation, index, tokenizer, now, now)
+                self._tokenizers[tokenizer].send(make(job))
+        except (OverflowError, RecursionError) as error:
+            # JSON inside free-form fields may hold integers and depths that msgpack has not.
+            self.abort(set(rids))
+            raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
+        return generation
+
+    def _admit(self, count: int) -> None:
+        if self.refusal is not None:
+            raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
+        if count > self._max_live:
+            raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
+        if len(self._live) + count > self._max_live:
+            raise RequestError(
+                FailureKind.QUEUE_FULL,
+                f"the queue is full: {len(self._live)} of at most {self._max_live} requests are waiting or running",
+            )
+
+    def abort(self, rids: set[str]) -> None:
+        """Tell the engine to drop these of the requests that are live; their events are not waited for."""
+        by_tokenizer: dict[int, list[str]] = collections.defaultdict(list)
+        for rid in rids:
+            if (live := self._live.pop(rid, None)) is not None:
+                by_tokenizer[live.tokenizer].append(rid)
+        for tokenizer, group in by_tokenizer.items():
+            self._tokenizers[tokenizer].send(Abort(group))
+
+    def drain(self) -> None:
+        """Take no new request from now on."""
+        self._draining = True
+
+    def fail_all(self, failure: Failure) -> None:
+        """End every live request with this failure, and abort it in what is left of the engine."""
+        ended = list(self._live.items())
+        self.abort(set(self._live))
+        for rid, live in ended:
+            live.generation.fail(rid, failure)
+
+    async def receive(self, inbox: AsyncInbox[ToFrontend]) -> None:
+        """Dispatch messages for ever."""
+        while True:
+            try:
+                message = await inbox.receive()
+            except ChannelError:
+                log.exception("dropped a message")
+                continue
+            self.dispatch(message)
+
+    def dispatch(self, message: ToFrontend) -> None:
+        if isinstance(message, TextBatch):
+            now = time.monotonic()
+            for delta in message.items:
+                self._deliver(delta, now)
+        elif isinstance(message, Failed):
+            for rid in message.rids:
+                if (live := self._live.pop(rid, None)) is not None:
+                    live.generation.fail(rid, message.failure)
+        elif isinstance(message, Stats):
+            self._metrics.engine.stats = message
+        elif isinstance(message, EngineDown):
+            self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {message.reason}")
+            self.fail_all(self._down)
+        else:
+            self._down = None  # Ready: the engine is up again.
+
+    def _deliver(self, delta: TextDelta, now: float) -> None:
+        live = self._live.get(delta.rid)
+        if live is None:
+            return
+        if delta.prompt is not None and live.index % live.generation.n == 0:
+            self._metrics.prompt_tokens.inc(delta.prompt.prompt_tokens)
+        if (new := delta.completion_tokens - live.tokens) > 0:
+            if live.tokens == 0:
+                self._metrics.time_to_first_token.observe(now - live.started_at)
+            else:
+                self._metrics.inter_token_latency.observe((now - live.last_at) / new)
+            self._metrics.generation_tokens.inc(new)
+            live.tokens, live.last_at = delta.completion_tokens, now
+        if delta.finish is not None:
+            del self._live[delta.rid]
+            self._metrics.request_duration.observe(now - live.started_at)
+            if delta.finish.reason is FinishReason.ABORT:
+                live.generation.fail(delta.rid, _ABORTED)
+                return
+        live.generation.push(live.index, delta)
+
+    def close(self) -> None:
+        for outbox in self._tokenizers:
+            outbox.close()
+
+
+def _merged(deltas: list[TextDelta]) -> TextDelta:
+    if len(deltas) == 1:
+        return deltas[0]
+    first, last = deltas[0], deltas[-1]
+    logprobs = [token for delta in deltas for token in delta.logprobs or ()]
+    return TextDelta(
+        rid=first.rid,
+        text="".join([delta.text for delta in deltas]),
+        completion_tokens=last.completion_tokens,
+        prompt=first.prompt,
+        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        finish=last.finish,
+    )
+
+
+__all__ = ["DRAINING", "ClientDisconnectedError", "EngineClient", "Generation"]

@@ -1,0 +1,115 @@
+"""Every error the HTTP API can answer, and the one table from `FailureKind` to status, type and code.
+
+All errors share the body `{"error": {"message", "type", "param", "code"}}`, in a response or as an event of a stream
+that has begun. A failure keeps its own `code` where it has one; the table holds the code for those without.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
+
+# kind -> (status, type, code)
+FAILURES: dict[FailureKind, tuple[int, str, str]] = {
+    FailureKind.INVALID_REQUEST: (400, "invalid_request_error", "invalid_value"),
+    FailureKind.CONTEXT_LENGTH_EXCEEDED: (400, "invalid_request_error", "context_length_exceeded"),
+    FailureKind.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
+    FailureKind.ENGINE_DOWN: (503, "server_error", "engine_down"),
+    FailureKind.INTERNAL: (500, "server_error", "internal_error"),
+}
+
+# What HTTP itself refuses, before any request exists: status -> code.
+HTTP_CODES: dict[int, str] = {
+    400: "invalid_http",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+
+# Seconds a client should wait: a queue moves within a second, a restart takes longer.
+RETRY_AFTER_S: dict[int, int] = {429: 1, 503: 5}
+
+CLIENT_CLOSED_REQUEST = 499
+
+_UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*?)`")
+_MISSING_FIELD = re.compile(r"^Object missing required field `(.*?)`")
+_PATH = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+
+
+class ModelNotFoundError(Exception):
+    """The request names a model that is not served here."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.")
+
+
+def error_body(failure: Failure) -> dict[str, Any]:
+    """The error object of a failure, with its status left out: that is in the status line, if still to be sent."""
+    _, kind, code = FAILURES[failure.kind]
+    return _body(failure.message, kind, failure.param, failure.code or code)
+
+
+def invalid_json(error: msgspec.MsgspecError | ValueError | RecursionError) -> RequestError:
+    """What to answer to a body that does not decode: the words of msgspec and the path of the field at fault."""
+    if not isinstance(error, msgspec.ValidationError):
+        return invalid(f"the body is not valid JSON: {error}", code="invalid_json")
+    text = str(error)
+    at = _PATH.search(text)
+    path = at[1].replace("[...]", "") if at else ""
+    if unknown := _UNKNOWN_FIELD.match(text):
+        param = f"{path}.{unknown[1]}" if path else unknown[1]
+        return invalid(f"unknown parameter: {param!r}", param, "unknown_parameter")
+    if missing := _MISSING_FIELD.match(text):
+        param = f"{path}.{missing[1]}" if path else missing[1]
+        return invalid(f"missing required parameter: {param!r}", param, "missing_required_parameter")
+    where = f"{path}: " if path else ""
+    return invalid(where + (text[: at.start()] if at else text), path or None, "invalid_type")
+
+
+def failure_response(failure: Failure) -> Response:
+    return _response(FAILURES[failure.kind][0], error_body(failure))
+
+
+async def on_request_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return failure_response(error.failure)
+
+
+async def on_model_not_found(_request: Request, error: Exception) -> Response:
+    return _response(404, _body(str(error), "invalid_request_error", "model", "model_not_found"))
+
+
+async def on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def on_bug(_request: Request, _error: Exception) -> Response:
+    """The traceback is for the log alone."""
+    return failure_response(Failure(FailureKind.INTERNAL, "internal error"))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code in (404, 405):
+        message = f"{error.detail}: {request.method} {request.url.path}"
+    body = _body(message, "invalid_request_error", None, HTTP_CODES.get(error.status_code))
+    return _response(error.status_code, body, error.headers)
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _response(status: int, body: dict[str, Any], headers: Any = None) -> Response:
+    response = Response(msgspec.json.encode(body), status, headers, "application/json")
+    if status in RETRY_AFTER_S:
+        response.headers["retry-after"] = str(RETRY_AFTER_S[status])
+    return response

@@ -1,0 +1,166 @@
+"""The frontend process: from a bound port to a drained exit.
+
+1. Bind the port, so that one in use is known before a model is loaded; nothing listens yet.
+2. Wait for the launcher's word that the engine is ready. Then listen, serve, and say so.
+3. SIGTERM: new requests get 503; those in flight have `drain_timeout_s` to end, the rest fail; exit with 0.
+
+SIGINT is the launcher's to handle: a terminal sends it to every process of the group.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from ramet.frontend.app import build_app
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import DRAINING, EngineClient
+from ramet.frontend.metrics import Metrics
+from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
+from ramet.ipc.messages import Fatal, Ready, ToFrontend
+
+log = logging.getLogger(__name__)
+
+NAME = "frontend"
+_BACKLOG = 2048
+# Longer than the 5 s for which the usual clients keep a connection: the side that sends must be the one to close.
+_KEEP_ALIVE_S = 75
+# After the drain: for the last bytes to reach clients that read. The launcher allows 3 s for all that follows it.
+_LAST_WRITES_S = 2
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: this module decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _PortError(Exception):
+    """The address cannot be listened on."""
+
+
+def run(config: FrontendConfig, addresses: Addresses) -> None:
+    """Serve until SIGTERM. Exits with status 1, after a `Fatal` to the launcher, if the port cannot be had."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("ramet").setLevel(config.log_level.upper())
+    launcher = Outbox(addresses.launcher)
+    try:
+        with _bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(config, addresses, launcher, listener))
+    except _PortError as error:
+        launcher.send(Fatal(NAME, f"cannot listen on {config.host}:{config.port}: {error}"))
+        sys.exit(1)
+    finally:
+        launcher.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # Of a name such as localhost, clients expect the IPv4 address.
+        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+        # Without it a restart would have to wait for the old connections' TIME_WAIT to pass.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise _PortError(error) from error
+    return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    # Two sockets may be bound to one port as long as neither listens, so this too may find the port taken.
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _PortError(error) from error
+
+
+async def _run(config: FrontendConfig, addresses: Addresses, launcher: Outbox, listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    inbox: AsyncInbox[ToFrontend] = AsyncInbox(addresses.frontend, ToFrontend)
+    try:
+        engine_ready = asyncio.create_task(_engine_ready(inbox))
+        await asyncio.wait({stopping, engine_ready}, return_when=asyncio.FIRST_COMPLETED)
+        if engine_ready.done():
+            length = int(engine_ready.result().info.get("context_length", config.context_length))
+            config = msgspec.structs.replace(config, context_length=length)
+            await _serve(config, addresses, inbox, launcher, listener, stopping)
+        else:
+            engine_ready.cancel()
+    finally:
+        inbox.close()
+
+
+async def _engine_ready(inbox: AsyncInbox[ToFrontend]) -> Ready:
+    """The launcher's word that all others are ready. If one dies instead, the launcher stops this process."""
+    while not isinstance(message := await inbox.receive(), Ready):
+        log.debug("not ready yet: %s", message)
+    return message
+
+
+async def _serve(
+    config: FrontendConfig,
+    addresses: Addresses,
+    inbox: AsyncInbox[ToFrontend],
+    launcher: Outbox,
+    listener: socket.socket,
+    stopping: asyncio.Task[bool],
+) -> None:
+    metrics = Metrics()
+    client = EngineClient(addresses, config.max_queued_requests, metrics)
+    server = _Server(_uvicorn_config(build_app(config, client, metrics)))
+    _listen(listener)
+    receiving = asyncio.create_task(client.receive(inbox))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    launcher.send(Ready(NAME, {"port": listener.getsockname()[1]}))
+    # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
+    await asyncio.wait({stopping, receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
+    left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
+    # Readers that are slow may use up what is left of the time.
+    server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
+    server.should_exit = True
+    await serving
+    client.close()
+    if receiving.done():
+        receiving.result()
+    receiving.cancel()
+
+
+async def _drain(client: EngineClient, timeout_s: float) -> float:
+    """Let the engine end what it has, fail the rest; the seconds that are left of `timeout_s`."""
+    client.drain()
+    deadline = time.monotonic() + timeout_s
+    while client.live and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    client.fail_all(DRAINING)
+    return deadline - time.monotonic()
+
+
+def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )

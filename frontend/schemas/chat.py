@@ -1,0 +1,184 @@
+"""The body of `POST /v1/chat/completions`, and its conversation in the form chat templates expect.
+
+No-ops, accepted because they cannot change the answer here: `store`, `metadata`, `service_tier`, `user`,
+`safety_identifier`, the `prompt_cache_*` fields (the prefix cache is automatic), and `parallel_tool_calls` (it means
+something only with tools).
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.schemas.common import GenerationRequest, Int, refuse_unsupported
+from ramet.ipc.errors import invalid
+from ramet.ipc.sampling import SamplingParams
+
+Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
+
+_NOT_BUILT = (
+    "audio",
+    "moderation",
+    "prediction",
+    "reasoning_effort",
+    "verbosity",
+    "web_search_options",
+)
+
+
+class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`arguments` is a JSON text, as the API gives it."""
+
+    name: str
+    arguments: str
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they want the object, not its text."""
+        try:
+            arguments = msgspec.json.decode(self.arguments)
+        except (msgspec.DecodeError, RecursionError):
+            arguments = self.arguments
+        return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else self.arguments}
+
+
+class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: Int | None = None
+
+
+class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A message of any role. `annotations` comes back from answers that clients append, and says nothing to a model."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+    audio: dict[str, Any] | None = None
+    annotations: list[Any] | None = None
+
+    def for_template(self, path: str) -> dict[str, Any]:
+        """What the template sees: text content, and only the fields that were given. `path` names it in errors."""
+        if self.audio is not None:
+            raise invalid(f"{path}.audio: this model takes text only", f"{path}.audio", "unsupported_content")
+        if self.content is None and (self.role != "assistant" or not self._says_something()):
+            raise invalid(f"{path}.content is missing", f"{path}.content", "missing_required_parameter")
+        content = self.content if self.content is not None else self.refusal
+        if isinstance(content, list):
+            content = "".join([_part_text(part, f"{path}.content[{i}]") for i, part in enumerate(content)])
+        # Templates that print the content of a message that only calls tools would print "None".
+        message: dict[str, Any] = {"role": self.role, "content": content or ""}
+        for field in ("name", "reasoning_content", "tool_call_id"):
+            if (value := getattr(self, field)) is not None:
+                message[field] = value
+        if self.tool_calls:
+            calls = [(call.id, call.function.for_template()) for call in self.tool_calls]
+            message["tool_calls"] = [{"id": rid, "type": "function", "function": call} for rid, call in calls]
+        elif self.function_call is not None:
+            message["tool_calls"] = [{"type": "function", "function": self.function_call.for_template()}]
+        return message
+
+    def _says_something(self) -> bool:
+        return bool(self.tool_calls or self.function_call or self.refusal is not None or self.reasoning_content)
+
+
+def _part_text(part: dict[str, Any], path: str) -> str:
+    kind = part.get("type")
+    if kind not in ("text", "refusal"):
+        if isinstance(kind, str):
+            raise invalid(f"{path}: this model takes text only, got {kind!r}", f"{path}.type", "unsupported_content")
+        raise invalid(f"{path}.type must be a string", f"{path}.type", "invalid_type")
+    if unknown := part.keys() - {"type", kind}:
+        raise invalid(f"unknown parameter: {path}.{min(unknown)}", f"{path}.{min(unknown)}", "unknown_parameter")
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise invalid(f"{path}.{kind} must be a string", f"{path}.{kind}", "invalid_type")
+    return text
+
+
+class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """`check` must pass before the rest is used."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+    # No-ops.
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    # Extras of other engines.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        self.check_common()
+        refuse_unsupported(self, _NOT_BUILT)
+        self._check_tools()
+        if self.response_format is not None and self.response_format != {"type": "text"}:
+            raise _only("response_format", '{"type": "text"}')
+        if self.modalities is not None and self.modalities != ["text"]:
+            raise _only("modalities", '["text"]')
+        if not self.messages:
+            raise invalid("messages must not be empty", "messages")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+            )
+
+    def _check_tools(self) -> None:
+        # With the choice "none" the model is not shown the tools, which is all that it asks.
+        if self.tools and self.tool_choice != "none":
+            raise _only("tools", '[] or tool_choice "none"')
+        if self.tool_choice not in (None, "none"):
+            raise _only("tool_choice", '"none"')
+        if self.functions and self.function_call != "none":
+            raise _only("functions", '[] or function_call "none"')
+        if self.function_call not in (None, "none"):
+            raise _only("function_call", '"none"')
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the start of an assistant's message."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        return [message.for_template(f"messages[{index}]") for index, message in enumerate(self.messages)]
+
+    def sampling(self, config: FrontendConfig) -> SamplingParams:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if max_tokens is not None and max_tokens < 1:
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise invalid(f"{name} must be at least 1, got {max_tokens}", name)
+        return self.to_sampling(config, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+def _only(name: str, values: str) -> Exception:
+    return invalid(f"{name}: this server supports only {values}", name, "unsupported_parameter")

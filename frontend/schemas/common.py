@@ -1,0 +1,149 @@
+"""The fields that chat completions and completions share, and how they become `SamplingParams`.
+
+Every field is typed, an unknown one is refused, and null is the same as absent. A field is honoured, or accepted
+because it cannot change the answer (`NO_OPS` say why), or refused by `refuse_unsupported` with its name. Ranges of
+sampling parameters are checked by `SamplingParams.validate` alone.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
+
+from ramet.frontend.config import FrontendConfig
+from ramet.ipc.errors import invalid
+from ramet.ipc.sampling import SamplingParams
+
+# What travels between processes holds 64 bits; msgspec accepts longer ones in JSON.
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+MAX_CHOICES = 128
+
+# Sampling fields that go to the engine under their own name, where they are given.
+_PASSED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "seed",
+    "skip_special_tokens",
+)
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`include_obfuscation` pads OpenAI's chunks against traffic analysis; only its absence is honoured."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields of both endpoints. Those after `user` are the extras that clients of other engines send."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    max_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    user: str | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    priority: Int | None = None
+    rid: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check_common(self) -> None:
+        """Raise `RequestError` for what is wrong with the fields of this class that are not sampling parameters."""
+        refuse_unsupported(self, ("regex", "ebnf"))
+        if not 1 <= self.choices <= MAX_CHOICES:
+            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is only allowed when stream is true", "stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise _unsupported("stream_options.include_obfuscation")
+        if self.rid == "":
+            raise invalid("rid must not be empty", "rid")
+
+    def to_sampling(
+        self, config: FrontendConfig, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
+        """The validated parameters; the model's own defaults stand where the request is silent."""
+        values: dict[str, Any] = dict(config.default_sampling)
+        if "top_k" in values:
+            values["top_k"] = int(values["top_k"])
+        for name in _PASSED:
+            if (value := getattr(self, name)) is not None:
+                values[name] = value
+        check_token_ids(self.stop_token_ids or (), config.vocab_size, "stop_token_ids")
+        params = SamplingParams(
+            **values,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=_logit_bias(self.logit_bias or {}, config.vocab_size),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output or self.no_stop_trim),
+        )
+        params.validate()
+        return params
+
+
+def refuse_unsupported(request: msgspec.Struct, names: Iterable[str]) -> None:
+    """A parameter that changes the answer and is not built must not be ignored."""
+    for name in names:
+        if getattr(request, name) is not None:
+            raise _unsupported(name)
+
+
+def _unsupported(name: str) -> Exception:
+    return invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise invalid(f"{param}: token id {token_id} is not in the vocabulary of {vocab_size} tokens", param)
+
+
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    result: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise invalid(f"logit_bias: keys must be token ids, got {key!r}", "logit_bias")
+        result[int(key)] = value
+    check_token_ids(result, vocab_size, "logit_bias")
+    return result

@@ -1,0 +1,148 @@
+"""The command line: `ramet serve`, `launch_server` and `python -m ramet.launch_server` are the same command.
+
+Flags are made from the fields of `ServerArgs`, and a configuration file (`--config`) holds the same names; the command
+line wins. Exit codes: 0 a clean stop, 1 a failure with a message, 2 wrong usage. Never imports torch or transformers.
+"""
+
+import argparse
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+import ramet
+from ramet.launch.config import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+# Flags people type by habit from other servers, whose meaning this version does not have yet.
+_NOT_YET = {
+    "base-gpu-id",
+    "cuda-graph-max-bs",
+    "disable-cuda-graph",
+    "disable-overlap-schedule",
+    "dist-init-addr",
+    "enable-metrics",
+    "file-storage-path",
+    "is-embedding",
+    "kv-cache-dtype",
+    "node-rank",
+    "quantization",
+    "reasoning-parser",
+    "tool-call-parser",
+    "watchdog-timeout",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `ramet`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="ramet", description="Serve large language models over the OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (run, words) in _COMMANDS.items():
+        commands.add_parser(name, help=words, add_help=False).set_defaults(run=run)
+    known = parser.parse_args(arguments[:1])
+    known.run(arguments[1:], f"ramet {arguments[0]}")
+
+
+def launch_server(argv: Sequence[str] | None = None) -> None:
+    """The command `launch_server`."""
+    _serve(list(sys.argv[1:] if argv is None else argv), "launch_server")
+
+
+def _serve(argv: list[str], program: str) -> None:
+    from ramet.launch.serve import serve
+
+    sys.exit(serve(parse_args(argv, program)))
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str], str], None], str]] = {
+    "serve": (_serve, "start a server (the same as launch_server)"),
+}
+
+
+def parse_args(argv: Sequence[str], program: str = "launch_server") -> ServerArgs:
+    """Exits with code 2 and a message for what is not understood."""
+    parser = _parser(program)
+    namespace, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name in _NOT_YET:
+            parser.error(f"--{name} is not supported by this version")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(namespace)
+    path = given.pop("config", None)
+    try:
+        return msgspec.convert({**(read_config_file(Path(path)) if path else {}), **given}, ServerArgs, strict=False)
+    except msgspec.ValidationError as error:
+        return _usage_error(parser, error, given)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML or JSON file, its names with dashes or underscores. Raises msgspec.ValidationError."""
+    try:
+        data = path.read_bytes()
+        # JSON is nearly a part of YAML, but for tabs.
+        settings = msgspec.json.decode(data) if path.suffix == ".json" else msgspec.yaml.decode(data)
+    except (OSError, msgspec.DecodeError) as error:
+        words = " ".join(str(error).split())
+        raise msgspec.ValidationError(f"cannot read the configuration file {path}: {words}") from error
+    if not isinstance(settings, dict):
+        raise msgspec.ValidationError(f"the configuration file {path} does not hold names with values")
+    return {str(name).replace("-", "_"): value for name, value in settings.items() if value is not None}
+
+
+def _usage_error(parser: argparse.ArgumentParser, error: msgspec.ValidationError, given: dict[str, Any]) -> NoReturn:
+    """msgspec says `Expected … - at `$.port``; users know the flag."""
+    words, _, place = str(error).partition(" - at `$.")
+    name = place.rstrip("`").partition("[")[0]
+    if name:
+        if name in given:
+            words = f"{words.partition(', got')[0]}, got {given[name]!r}"
+        else:
+            words += " (in the configuration file)"
+        parser.error(f"argument --{name.replace('_', '-')}: {words}")
+    parser.error(words)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [--model-path MODEL] [options]",
+        description="Serve a language model over the OpenAI API.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(ServerArgs, include_extras=True)
+    for field in msgspec.structs.fields(ServerArgs):
+        kind, *_, meta = typing.get_args(hints[field.name])
+        name = meta.extra_json_schema["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        shown = "" if field.default in (None, (), False) else f" ({field.default})"
+        group.add_argument(f"--{field.encode_name.replace('_', '-')}", help=meta.description + shown, **_form(kind))
+    return parser
+
+
+def _form(kind: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type. Values stay text: msgspec converts and checks them."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the type, or None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Annotated:  # the type with limits, which msgspec checks
+        kind = typing.get_args(kind)[0]
+    if kind is bool:
+        return {"action": "store_true"}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "action": "extend", "metavar": "TEXT"}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if issubclass(kind, str) and kind is not str:  # an enumeration
+        return {"choices": [member.value for member in kind]}
+    return {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}

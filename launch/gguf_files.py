@@ -1,0 +1,208 @@
+"""The JSON files of a model (config, generation config, tokenizer) as a GGUF header tells them, without transformers.
+
+Covers byte-level BPE tokenizers and the plain Llama-like architectures; for the rest the functions return None and
+`launch/prepare.py` asks transformers. What is known to be wrong when guessed (an unknown pre-tokenizer, an unknown rope
+scaling) is refused. Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+_GPT2_PRE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES_ONLY = {**_GPT2_PRE, "use_regex": False}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def _split(digits: str) -> Json:
+    """The pattern of the GPT-4 family; `digits` says how many of them stay together."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(*parts: Json) -> Json:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+_LLAMA3_PRE = _sequence(_split(r"\p{N}{1,3}"), _BYTES_ONLY)
+_QWEN2_PRE = _sequence(_split(r"\p{N}"), _BYTES_ONLY)
+
+# `tokenizer.ggml.pre` -> how text is cut before BPE. A wrong one gives plausible, worse output, so none is guessed.
+_PRE_TOKENIZERS = {
+    "default": _GPT2_PRE,
+    "gpt-2": _GPT2_PRE,
+    "smollm": _sequence(_DIGITS, _GPT2_PRE),
+    "llama-bpe": _LLAMA3_PRE,
+    "llama3": _LLAMA3_PRE,
+    "llama-v3": _LLAMA3_PRE,
+    "qwen2": _QWEN2_PRE,
+    "deepseek-r1-qwen": _QWEN2_PRE,
+}
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole, before BPE
+
+_LLAMA_LIKE = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+}
+# Key below the architecture's name -> key of config.json.
+_CONFIG_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_MOE_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_SAMPLING_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+# `general.file_type` of files that are not quantised; a quantised one is computed in bfloat16.
+_FILE_DTYPES = {0: "float32", 1: "float16"}
+
+
+class GGUFError(Exception):
+    """A GGUF whose header says something that is not understood; the message says what."""
+
+
+def dtype_name(metadata: Json) -> str:
+    return _FILE_DTYPES.get(metadata.get("general.file_type", -1), "bfloat16")
+
+
+def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
+    """config.json, or None for an architecture that is not simple. The factors by which Llama 3.1 and later scale
+    their rope are a tensor of the file, which the runner reads."""
+    name = metadata.get("general.architecture")
+    facts = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
+    missing = [key for key in _CONFIG_KEYS if key != "rope.freq_base" and key not in facts]
+    mixture = "expert_count" in facts
+    if name not in _LLAMA_LIKE or missing or mixture != (name == "qwen3moe"):
+        return None
+    model_type, architecture = _LLAMA_LIKE[name]
+    head_dim = facts.get("attention.key_length") or facts.get("rope.dimension_count")
+    config = {ours: facts[key] for key, ours in _CONFIG_KEYS.items() if key in facts}
+    config |= {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "head_dim": head_dim or config["hidden_size"] // config["num_attention_heads"],
+        "hidden_act": "silu",
+        # A file without its own output matrix shares the embedding's.
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "dtype": dtype_name(metadata),
+    }
+    if mixture:
+        config |= {ours: facts[key] for key, ours in _MOE_KEYS.items() if key in facts}
+        config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    scaling = _rope_scaling(facts)
+    return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _rope_scaling(facts: Json) -> Json | None:
+    kind = facts.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise GGUFError(f"rope scaling {kind!r} is not known")
+    scaling = {"rope_type": kind, "factor": facts["rope.scaling.factor"]}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = facts["rope.scaling.original_context_length"]
+    return scaling
+
+
+def generation_json(metadata: Json) -> Json:
+    """generation_config.json: the tokens that end generation, and the sampling defaults if the file has any."""
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    sampling = {ours: metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING_KEYS.items()}
+    found = {key: value for key, value in sampling.items() if value is not None}
+    return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)), **found}
+
+
+def tokenizer_config_json(metadata: Json) -> Json:
+    """What tokenizer.json does not hold: the names of the special tokens, and the chat template."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for ours, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and token_id < len(tokens):
+            config[f"{ours}_token"] = tokens[token_id]
+    template = metadata.get("tokenizer.chat_template")
+    return config | ({"chat_template": template} if template else {})
+
+
+def tokenizer_json(metadata: Json) -> Json | None:
+    """tokenizer.json of a byte-level BPE tokenizer, or None for another kind. Raises GGUFError."""
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        return None
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _PRE_TOKENIZERS:
+        raise GGUFError(f"its pre-tokenizer {name!r} is not known; give the tokenizer with --tokenizer-path")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    added = [
+        {
+            "id": token_id,
+            "content": tokens[token_id],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == _CONTROL,
+        }
+        for token_id, kind in enumerate(kinds)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if _PRE_TOKENIZERS[name] is _QWEN2_PRE else None,
+        "pre_tokenizer": _PRE_TOKENIZERS[name],
+        "post_processor": _add_bos(metadata, name),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": name in _LLAMA3_NAMES,
+            "vocab": {token: token_id for token_id, token in enumerate(tokens)},
+            "merges": metadata["tokenizer.ggml.merges"],
+        },
+    }
+
+
+def _add_bos(metadata: Json, pre: str) -> Json | None:
+    """A BOS before the text where the file asks for it; files of Llama 3 that say nothing mean it."""
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    if bos_id is None or not metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3_NAMES):
+        return None
+    bos = metadata["tokenizer.ggml.tokens"][bos_id]
+    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }

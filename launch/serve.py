@@ -1,0 +1,96 @@
+"""The life of a server: find the model, settle the configuration, start the processes, wait, stop.
+
+Returns the exit code. Nothing a user can cause ends in a traceback.
+"""
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from ramet.launch.child import Process
+from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve
+from ramet.launch.logs import set_up_logging
+from ramet.launch.model_source import ModelUnavailable, resolve_model
+from ramet.launch.roles import engine_processes
+from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
+
+logger = logging.getLogger(__name__)
+
+_INTERRUPTED = 130
+
+
+def serve(args: ServerArgs) -> int:
+    set_up_logging("launcher", args.log_level)
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
+        check_port(args.host, args.port)
+        model = resolve_model(
+            args.model_path,
+            tokenizer_path=args.tokenizer_path,
+            revision=args.revision,
+            load_format=args.load_format,
+            trust_remote_code=args.trust_remote_code,
+        )
+        config = resolve(args, model)
+        supervisor = Supervisor(
+            num_tokenizers=config.num_tokenizers,
+            drain_timeout_s=args.drain_timeout,
+            start_timeout_s=args.start_timeout,
+            log_level=args.log_level,
+        )
+        run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))
+    except (ModelUnavailable, ConfigError, EngineFailed, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def run(supervisor: Supervisor, processes: list[Process], on_ready: Callable[[], None]) -> None:
+    """Start, and serve until SIGINT or SIGTERM. Raises EngineFailed; whatever happens, nothing is left running."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda _number, _frame: supervisor.request_stop())
+        supervisor.start(processes)
+        on_ready()
+        supervisor.wait()
+        logger.info("stopping when the running requests are done; a second signal stops at once")
+    except StopRequested:
+        logger.info("stopped before the engine was ready")
+    finally:
+        supervisor.stop()
+
+
+def print_ready(config: EngineConfig) -> None:
+    """Where the server listens, and a request to try."""
+    frontend = config.frontend
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(frontend.host, frontend.host)
+    url = f"http://[{host}]:{frontend.port}" if ":" in host else f"http://{host}:{frontend.port}"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_keys else ""
+    name = frontend.served_names[0]
+    sys.stdout.write(
+        f"\nServing {name} at {url}/v1 - try:\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"""    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'\n\n"""
+    )
+    sys.stdout.flush()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError if the address cannot be listened on: better now than after the weights are loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

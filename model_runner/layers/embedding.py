@@ -1,0 +1,38 @@
+"""The token embedding and the LM head, both split by vocabulary over the ranks; they may share one matrix."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ramet.model_runner.layers.linear import empty_parameter
+from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.weights.mapping import WeightPart
+
+
+class VocabMatrix(nn.Module):
+    """[vocab, hidden], of which this rank holds the rows in `span`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, group: TpGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.group = group
+        self.span = group.shard(vocab_size, "vocabulary")
+        self.weight = empty_parameter(len(self.span), hidden_size, dtype=dtype)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[N] int64 -> [N, hidden]."""
+        if self.group.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.span.start
+        absent = (local < 0) | (local >= len(self.span))
+        rows = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return self.group.all_reduce(rows.masked_fill(absent[:, None], 0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab] float32."""
+        return self.group.all_gather(F.linear(hidden, self.weight)).float()
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        yield WeightPart(f"{prefix}.weight", self.weight, self.shape, dim=0, span=self.span)

@@ -1,0 +1,96 @@
+"""Linear layers over a tensor-parallel group: column-parallel (output split), row-parallel (input split), and fused.
+
+A fused layer is one matrix product for several checkpoint matrices with the same input (query/key/value, gate/up).
+Weights are [out, in], as in torch.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.weights.mapping import WeightPart
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter that is to be filled by the loader, on the current default device."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class ColumnParallelLinear(nn.Module):
+    """`outputs`: name of each fused matrix and its number of output features; each is split over the ranks.
+
+    `unit`: output features come in blocks of so many that must stay together (a head). forward: [N, in] -> [N, sum of
+    this rank's outputs], in the order of `outputs`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        outputs: dict[str, int],
+        group: TpGroup,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        unit: int = 1,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.outputs = outputs
+        self.spans = {}
+        for name, features in outputs.items():
+            units = group.shard(features // unit, f"{name} blocks of {unit} features")
+            self.spans[name] = range(units.start * unit, units.stop * unit)
+        self.local_sizes = [len(span) for span in self.spans.values()]
+        self.weight = empty_parameter(sum(self.local_sizes), in_features, dtype=dtype)
+        self.bias = empty_parameter(sum(self.local_sizes), dtype=dtype) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        first = 0
+        for name, span in self.spans.items():
+            last = first + len(span)
+            features = self.outputs[name]
+            yield WeightPart(
+                f"{prefix}{name}.weight", self.weight[first:last], (features, self.in_features), dim=0, span=span
+            )
+            if self.bias is not None:
+                yield WeightPart(f"{prefix}{name}.bias", self.bias[first:last], (features,), dim=0, span=span)
+            first = last
+
+
+class RowParallelLinear(nn.Module):
+    """The input is split over the ranks, the outputs are summed. forward: [N, this rank's in] -> [N, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: TpGroup,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        unit: int = 1,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.group = group
+        units = group.shard(in_features // unit, f"input blocks of {unit} features")
+        self.span = range(units.start * unit, units.stop * unit)
+        self.weight = empty_parameter(out_features, len(self.span), dtype=dtype)
+        self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # Only one rank may add the bias: the outputs are summed.
+        bias = self.bias if self.group.rank == 0 else None
+        return self.group.all_reduce(F.linear(hidden, self.weight, bias))
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        out_features = self.weight.shape[0]
+        yield WeightPart(f"{prefix}.weight", self.weight, (out_features, self.in_features), dim=1, span=self.span)
+        if self.bias is not None:
+            yield WeightPart(f"{prefix}.bias", self.bias, (out_features,))

@@ -1,0 +1,52 @@
+"""RMSNorm (Zhang and Sennrich, 2019), computed in float32 as the reference implementations do."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ramet.model_runner.layers.linear import empty_parameter
+from ramet.model_runner.weights.mapping import WeightPart
+
+
+class RMSNorm(nn.Module):
+    """Over the last dimension. `offset`: the checkpoint stores weight - offset (Gemma: 1).
+
+    With an offset the weight is kept and applied in float32: rounding 1 + w to bfloat16 would lose most of w.
+    """
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, offset: float = 0.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = empty_parameter(size, dtype=torch.float32 if offset else dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(hidden.dtype)
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        yield WeightPart(f"{prefix}.weight", self.weight, tuple(self.weight.shape), offset=self.offset)
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of each query and key head, with one weight for queries and one for keys: a single pass over both."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, dtype: torch.dtype, offset: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.offset = offset
+        self.weight = empty_parameter(num_heads + num_kv_heads, head_dim, dtype=torch.float32 if offset else dtype)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[N, num_heads + num_kv_heads, head_dim], queries first -> the same shape."""
+        normed = F.rms_norm(heads.to(self.weight.dtype), (heads.shape[-1],), eps=self.eps)
+        return (normed * self.weight).to(heads.dtype)
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        shape = (self.weight.shape[1],)
+        yield WeightPart(f"{prefix}q_norm.weight", self.weight[: self.num_heads], shape, offset=self.offset)
+        yield WeightPart(f"{prefix}k_norm.weight", self.weight[self.num_heads :], shape, offset=self.offset)

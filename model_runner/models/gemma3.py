@@ -1,0 +1,32 @@
+"""Gemma 3 (text): sandwich norms of 1 + weight, scaled embeddings, and a sliding window with a rope of its own in
+most layers."""
+
+from transformers import PretrainedConfig
+
+from ramet.model_runner.layers.rope import rope_frequencies
+from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
+from ramet.model_runner.models.llama import sizes
+from ramet.model_runner.models.qwen2 import windows
+from ramet.model_runner.weights.errors import WeightsError
+
+
+def gemma3(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+    if config.use_bidirectional_attention:
+        raise WeightsError("this Gemma 3 checkpoint attends in both directions (an embedding model): not supported")
+    kinds = config.layer_types
+    return DecoderSpec(
+        **sizes(config) | {"act": config.hidden_activation},
+        layers=tuple(
+            LayerSpec(sliding_window=window, rope=kind) for window, kind in zip(windows(config), kinds, strict=True)
+        ),
+        ropes={kind: rope_frequencies(config, context_length, kind) for kind in sorted(set(kinds))},
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        embedding_scale=config.hidden_size**0.5,
+        attention_scale=config.query_pre_attn_scalar**-0.5,
+        attention_softcap=config.attn_logit_softcapping,
+        logit_softcap=config.final_logit_softcapping,
+    )

@@ -1,0 +1,131 @@
+"""`load_model`: from a `RunnerConfig` to a model with its weights on the device.
+
+A native architecture is built empty and then filled part by part, so that weights are never held twice; any other
+goes to `hf_fallback`. Knows formats by name only; `weights/` reads them.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from ramet.model_runner.config import LoadFormat, RunnerConfig
+from ramet.model_runner.layers.rope import plain_frequencies
+from ramet.model_runner.models.base import CausalLM
+from ramet.model_runner.models.decoder import Decoder, DecoderSpec
+from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
+from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.weights.dummy import fill_randomly
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.model_runner.weights.gguf import ROPE_FACTORS, GGUFSource
+from ramet.model_runner.weights.mapping import Progress, WeightPart, WeightSource, fill
+from ramet.model_runner.weights.pickle import PickleSource
+from ramet.model_runner.weights.safetensors import SafetensorsSource
+
+__all__ = ["WeightsError", "load_model"]
+
+
+@torch.no_grad()
+def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> CausalLM:
+    """`progress(done, total)` is called while weights are read, in tensors.
+
+    Raises WeightsError, with words for the user, if the model cannot be run as its config asks.
+    """
+    hf_config = _read_config(config)
+    method = getattr(hf_config, "quantization_config", None)
+    if method is not None and config.load_format is not LoadFormat.GGUF:
+        name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
+        raise WeightsError(f"the checkpoint is quantised ({name}); quantised safetensors are not supported")
+    build = NATIVE.get(architecture_of(hf_config))
+    if build is None:
+        # Imported when needed: transformers' modelling code takes two seconds to import.
+        from ramet.model_runner.models.hf_fallback import load_fallback
+
+        return load_fallback(config, hf_config, group, progress)
+    return _load_native(config, hf_config, build, group, progress)
+
+
+def _read_config(config: RunnerConfig) -> PretrainedConfig:
+    try:
+        found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            config.model_dir, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error}") from error
+    return found
+
+
+def _load_native(
+    config: RunnerConfig, hf_config: PretrainedConfig, build: SpecBuilder, group: TpGroup, progress: Progress
+) -> Decoder:
+    spec = build(hf_config, config.context_length)
+    with contextlib.ExitStack() as stack:
+        source = _open(config, spec)
+        if source is not None:
+            stack.callback(source.close)
+        if isinstance(source, GGUFSource):
+            spec = _as_in_gguf(spec, hf_config, source)
+        elif source is not None and spec.tied_embeddings:
+            spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source))
+        try:
+            with torch.device(config.device):
+                model = Decoder(spec, config.context_length, group, getattr(torch, config.dtype))
+        except ValueError as error:  # heads or sizes that do not divide over the ranks
+            raise WeightsError(str(error)) from error
+        parts = list(model.weight_parts())
+        if source is None:
+            fill_randomly(parts, config.seed, progress)
+            return model.eval()
+        if isinstance(source, GGUFSource):
+            source.expect({part.name for part in parts})
+        # Some checkpoints store the head although it is the embedding.
+        unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
+        fill(parts, source, unused, progress)
+    return model.eval()
+
+
+def _open(config: RunnerConfig, spec: DecoderSpec) -> WeightSource | None:
+    """The checkpoint; None for random weights."""
+    path = Path(config.weights)
+    match config.load_format:
+        case LoadFormat.SAFETENSORS:
+            return SafetensorsSource(path)
+        case LoadFormat.GGUF:
+            return GGUFSource(path, len(spec.layers), spec.head_dim)
+        case LoadFormat.PICKLE:
+            return PickleSource(path)
+        case LoadFormat.DUMMY:
+            return None
+
+
+def _has_own_head(spec: DecoderSpec, source: WeightSource) -> bool:
+    """Whether the checkpoint holds a head unlike the embedding although its config ties them (as transformers reads
+    such a checkpoint, the head counts)."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if not source.names().issuperset(names):
+        return False
+    shape = (spec.vocab_size, spec.hidden_size)
+    head, embedding = (source.read(WeightPart(name, torch.empty(0), shape)) for name in names)
+    return not torch.equal(head, embedding)
+
+
+def _as_in_gguf(spec: DecoderSpec, hf_config: PretrainedConfig, source: GGUFSource) -> DecoderSpec:
+    """What only the GGUF file knows: whether there is a head of its own, and how the rope is scaled."""
+    spec = dataclasses.replace(spec, tied_embeddings=not source.holds("lm_head.weight"))
+    scaling = source.header.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
+    factors = source.rope_factors()
+    if factors is not None:
+        # They stand for the whole scaling, whatever the config says of it.
+        theta = hf_config.rope_parameters["rope_theta"]
+        return dataclasses.replace(
+            spec, ropes={name: plain_frequencies(theta, hf_config).divided_by(factors) for name in spec.ropes}
+        )
+    parameters = hf_config.rope_parameters
+    kinds = {inner["rope_type"] for inner in parameters.values() if isinstance(inner, dict)}
+    kinds = kinds or {parameters["rope_type"]}
+    if scaling != "none" and kinds == {"default"}:
+        raise WeightsError(f"{source.path} scales its rope ({scaling}) but the model's config does not say how")
+    return spec

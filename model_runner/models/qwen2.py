@@ -1,0 +1,20 @@
+"""Qwen2 and Qwen2.5: Llama with biases on query, key and value, and optional sliding windows in the upper layers."""
+
+from transformers import PretrainedConfig
+
+from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
+from ramet.model_runner.models.llama import single_rope, sizes
+
+
+def qwen2(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+    return DecoderSpec(
+        **sizes(config),
+        layers=tuple(LayerSpec(sliding_window=window) for window in windows(config)),
+        ropes=single_rope(config, context_length),
+        qkv_bias=True,
+    )
+
+
+def windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of each layer. `layer_types` already accounts for `max_window_layers`."""
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]

@@ -1,0 +1,33 @@
+"""Which architectures have a native file, by the class name in a Hugging Face config."""
+
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ramet.model_runner.models.decoder import DecoderSpec
+from ramet.model_runner.models.gemma3 import gemma3
+from ramet.model_runner.models.llama import llama
+from ramet.model_runner.models.mistral import mistral
+from ramet.model_runner.models.qwen2 import qwen2
+from ramet.model_runner.models.qwen3 import qwen3
+from ramet.model_runner.models.qwen3_moe import qwen3_moe
+
+# A builder takes the config and the context length to serve.
+SpecBuilder = Callable[[PretrainedConfig, int], DecoderSpec]
+
+NATIVE: dict[str, SpecBuilder] = {
+    "Gemma3ForCausalLM": gemma3,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+}
+
+
+def architecture_of(config: PretrainedConfig) -> str:
+    """The class that runs the checkpoint. Configs made from a GGUF header may only tell the model type."""
+    if config.architectures:
+        return config.architectures[0]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)

@@ -1,0 +1,97 @@
+"""Reads GGUF files under Hugging Face names, dequantised to float32 piece by piece.
+
+Undoes what llama.cpp's converter does to the tensors: Llama's query and key rows are permuted there, Gemma's norm
+weights carry the offset 1, experts are stacked in one tensor. Architectures whose conversion is not known are refused.
+"""
+
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.model_runner.weights.gguf_header import GGUFHeader, TensorInfo, read_header
+from ramet.model_runner.weights.mapping import WeightPart, WeightSource
+
+ROPE_FACTORS = "rope_freqs.weight"
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+# Mistral files are of architecture "llama" too.
+_ARCHITECTURES = {"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"}
+
+
+class GGUFSource(WeightSource):
+    """Names of tensors that no Hugging Face name of `expect` stands for are given as they are in the file."""
+
+    def __init__(self, path: Path, num_layers: int, head_dim: int) -> None:
+        """Raises WeightsError if the file is not readable GGUF, or of an architecture that is not known."""
+        self.path = path
+        self.header: GGUFHeader = read_header(path)
+        self.architecture = str(self.header.metadata.get("general.architecture"))
+        if self.architecture not in _ARCHITECTURES:
+            known = ", ".join(sorted(_ARCHITECTURES))
+            raise WeightsError(f"{path}: GGUF architecture {self.architecture!r} is not known; known are {known}")
+        self._head_dim = head_dim
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        self._name_map = gguf.get_tensor_name_map(arch, num_layers)
+        # As a plain array: slicing a memmap object is several times slower.
+        self._data = np.asarray(np.memmap(path, mode="r"))
+        self._expected: dict[str, str] = {}
+
+    def holds(self, name: str) -> bool:
+        return self._stored_name(name) in self.header.tensors
+
+    def expect(self, names: set[str]) -> None:
+        """The Hugging Face names to look for."""
+        self._expected = {name: self._stored_name(name) for name in names if self.holds(name)}
+
+    def names(self) -> set[str]:
+        return set(self._expected) | (set(self.header.tensors) - set(self._expected.values()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.header.tensors[self._expected[name]].shape
+        return shape[1:] if _EXPERT.search(name) else shape
+
+    def read(self, part: WeightPart) -> Tensor:
+        info = self.header.tensors[self._expected[part.name]]
+        rows = part.index[0].indices(part.shape[0])[:2]
+        if expert := _EXPERT.search(part.name):
+            first = int(expert[1]) * part.shape[0]
+            rows = (first + rows[0], first + rows[1])
+        tensor = self._rows(info, *rows)[(slice(None), *part.index[1:])]
+        return self._undo_conversion(part.name, tensor)
+
+    def rope_factors(self) -> Tensor | None:
+        """[head_dim / 2] float32 divisors of the rope frequencies (Llama 3.1 and later), if the file has them."""
+        info = self.header.tensors.get(ROPE_FACTORS)
+        return None if info is None else self._rows(info, 0, info.shape[0])
+
+    def _stored_name(self, name: str) -> str:
+        found: str | None = self._name_map.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
+        return found or name
+
+    def _rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
+        """Rows of the tensor seen as a matrix (its elements, if it has one dimension), float32."""
+        count = int(np.prod(info.shape[:-1])) if len(info.shape) > 1 else info.shape[0]
+        row_bytes = info.nbytes // count
+        raw = self._data[info.offset + first * row_bytes : info.offset + last * row_bytes].reshape(-1, row_bytes)
+        try:
+            values = gguf.dequantize(raw, info.ggml_type)
+        except NotImplementedError as error:
+            raise WeightsError(
+                f"{self.path}: {info.name} is quantised as {info.ggml_type.name}, not supported"
+            ) from error
+        values = values.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else values.reshape(-1)
+        # torch wants memory it may write to; the file's map is not.
+        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+
+    def _undo_conversion(self, name: str, tensor: Tensor) -> Tensor:
+        if self.architecture == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
+            # Stored as pairs (i, i + dim / 2) side by side.
+            pairs = tensor.unflatten(0, (-1, self._head_dim // 2, 2))
+            return pairs.transpose(1, 2).flatten(0, 2)
+        if self.architecture == "gemma3" and name.endswith("norm.weight"):
+            return tensor - 1.0
+        return tensor

@@ -1,0 +1,66 @@
+"""Reads safetensors checkpoints: one file, or several with or without an index. Only the slices asked are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.model_runner.weights.mapping import WeightPart, WeightSource
+
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsSource(WeightSource):
+    """Files stay open (memory-mapped) until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: a .safetensors file, or the folder of a checkpoint. Raises WeightsError if there is none."""
+        self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._open: list[Any] = []
+        try:
+            for file in _checkpoint_files(path):
+                handle = safe_open(file, framework="pt", device="cpu")
+                self._open.append(handle)
+                self._files |= dict.fromkeys(handle.keys(), handle)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"cannot read the safetensors weights in {path}: {error}") from error
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, part: WeightPart) -> Tensor:
+        file = self._files[part.name]
+        tensor: Tensor = file.get_tensor(part.name) if part.dim is None else file.get_slice(part.name)[part.index]
+        return tensor
+
+    def close(self) -> None:
+        self._files.clear()
+        self._open.clear()
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    """The files that make up the checkpoint. With an index, exactly those it names (others may be another model's)."""
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        try:
+            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise WeightsError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
+        files = sorted({path / name for name in weight_map.values()})
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise WeightsError(f"{path} lacks {', '.join(absent)}, which its index names")
+        return files
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    hint = " (it has .bin files: ask for load format pickle to read those)" if list(path.glob("*.bin")) else ""
+    raise WeightsError(f"no .safetensors file in {path}{hint}")

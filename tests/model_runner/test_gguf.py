@@ -1,0 +1,159 @@
+"""GGUF files: the header reader, and models whose weights come from one."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import save_file
+from support.gguf_files import QUANT, write_gguf
+from support.model_driver import ModelDriver, load
+from support.tiny_models import make_tiny_model
+
+from ramet.model_runner.config import LoadFormat
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.model_runner.weights.gguf_header import read_header
+
+TOKENS = [(31 * i + 7) % 384 for i in range(90)]
+TINY = {"llama": "llama", "qwen2": "qwen2", "qwen3_moe": "qwen3moe", "gemma3": "gemma3", "qwen3": "qwen3"}
+
+
+def reference_logits(folder: Path, weights: dict[str, np.ndarray] | None = None) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if weights is not None:
+        copy = folder.parent / f"{folder.name}-copy"
+        shutil.copytree(folder, copy)
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, copy / "model.safetensors")
+        model = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    ids = torch.tensor([TOKENS])
+    with torch.no_grad():
+        return model(ids, attention_mask=torch.ones_like(ids)).logits[0]
+
+
+# Every architecture in two formats, every format with two architectures.
+ROUND_TRIPS = [(arch, quant) for arch in TINY for quant in (QUANT.F32, QUANT.Q4_1)]
+ROUND_TRIPS += [(arch, quant) for arch in ("llama", "qwen3_moe") for quant in (QUANT.F16, QUANT.Q8_0, QUANT.Q4_0)]
+
+
+@pytest.mark.parametrize(("arch", "quant"), ROUND_TRIPS, ids=lambda value: getattr(value, "name", value))
+def test_round_trip(arch: str, quant: QUANT, tmp_path: Path) -> None:
+    """The file's own (rounded) weights through transformers give the same logits as the file through us."""
+    # GGUF has no names for dense layers between layers of experts.
+    changes: dict[str, Any] = {"mlp_only_layers": []} if arch == "qwen3_moe" else {}
+    folder = make_tiny_model(arch, tmp_path / "model", **changes)
+    stored = write_gguf(folder, TINY[arch], tmp_path / "model.gguf", quant)
+    model = load(folder, weights=str(tmp_path / "model.gguf"), load_format=LoadFormat.GGUF)
+    found = ModelDriver(model).step({"a": TOKENS})["a"]
+    torch.testing.assert_close(found, reference_logits(folder, stored), atol=1e-4, rtol=0)
+
+
+def test_rope_factors_are_honoured(tmp_path: Path) -> None:
+    """A converter writes Llama 3 scaling as divisors; they count once, whether or not the config tells it too."""
+    scaled = make_tiny_model("llama3_rope", tmp_path / "scaled")
+    config = transformers.AutoConfig.from_pretrained(scaled)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    plain = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    factors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
+    assert factors.max() > 2
+    write_gguf(scaled, "llama", tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
+    unscaled = tmp_path / "unscaled"
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    config.save_pretrained(unscaled)
+    expected = reference_logits(scaled)
+    for folder in (scaled, unscaled):
+        model = load(folder, weights=str(tmp_path / "m.gguf"), load_format=LoadFormat.GGUF)
+        torch.testing.assert_close(ModelDriver(model).step({"a": TOKENS})["a"], expected, atol=1e-4, rtol=0)
+
+
+def test_leftover_and_unknown_architecture_are_refused(tmp_path: Path) -> None:
+    folder, path = make_tiny_model("llama", tmp_path / "model"), tmp_path / "m.gguf"
+    write_gguf(folder, "llama", path, extra={"blk.0.mystery.weight": np.zeros(3, np.float32)})
+    with pytest.raises(WeightsError, match=r"no place for blk\.0\.mystery\.weight"):
+        load(folder, weights=str(path), load_format=LoadFormat.GGUF)
+    write_gguf(folder, "mamba", path)
+    with pytest.raises(WeightsError, match="GGUF architecture 'mamba' is not known"):
+        load(folder, weights=str(path), load_format=LoadFormat.GGUF)
+
+
+def test_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
+    folder, path = make_tiny_model("qwen3", tmp_path / "model"), tmp_path / "m.gguf"
+    write_gguf(folder, "qwen3", path, QUANT.Q8_0)
+    header, reader = read_header(path), gguf.GGUFReader(path)
+    assert header.data_start == reader.data_offset
+    assert set(header.tensors) == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        info = header.tensors[tensor.name]
+        assert (info.offset, info.nbytes) == (tensor.data_offset, tensor.n_bytes)
+        assert info.shape == tuple(reversed(tensor.shape.tolist()))
+        assert info.ggml_type is tensor.tensor_type
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert header.metadata == fields
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    assert tokens[3] == "t3é"
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    with pytest.raises(WeightsError, match=r"cannot read .*bad\.gguf"):
+        read_header(path)
+    for content in (
+        b"",
+        b"GGUF",
+        b"PK\x03\x04" + bytes(100),
+        b"GGUF\x01" + bytes(100),
+        b"GGUF\x03\0\0\0" + b"\xff" * 64,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"bad\.gguf is not a readable GGUF file"):
+            read_header(path)
+    folder, whole = make_tiny_model("llama", tmp_path / "model"), tmp_path / "whole.gguf"
+    write_gguf(folder, "llama", whole)
+    for size in (200, 5000, whole.stat().st_size - 1):
+        path.write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(WeightsError, match=r"bad\.gguf is not a readable GGUF file"):
+            read_header(path)
+
+
+@pytest.mark.smollm2
+def test_smollm2_logits(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Against transformers' own dequantised load, in float32: within 2e-3 of logits that reach about 30."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    )
+    theirs.config.save_pretrained(tmp_path)
+    model = load(tmp_path, weights=str(smollm2_gguf), load_format=LoadFormat.GGUF, context_length=512)
+    tokens = [
+        1,
+        9690,
+        198,
+        2683,
+        359,
+        253,
+        5356,
+        5646,
+        11173,
+        2,
+        198,
+        1,
+        4093,
+        198,
+        1780,
+        314,
+        260,
+        3575,
+        282,
+        4649,
+        47,
+    ]
+    driver = ModelDriver(model)
+    found = torch.cat([driver.step({"a": tokens[:12]})["a"], driver.step({"a": tokens[12:]})["a"]])
+    with torch.no_grad():
+        ids = torch.tensor([tokens])
+        expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits[0]
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))

@@ -1,0 +1,179 @@
+"""The sampler's pipeline, step by step, against plain computations."""
+
+import math
+
+import pytest
+import torch
+
+from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import Admission
+from ramet.model_runner.logits import LogitsProcessor
+from ramet.model_runner.noise import gumbel
+from ramet.model_runner.sampler import SampledRow, sample
+
+CPU = torch.device("cpu")
+VOCAB = 50
+
+
+def row(position: int = 0, history: tuple[int, ...] = (), prompt_len: int = 0, eos: tuple[int, ...] = (), **params):
+    sampling = SamplingParams(**params)
+    admission = Admission(0, list(history), prompt_len, sampling, list(eos))
+    return SampledRow(sampling, position, LogitsProcessor(admission, VOCAB, CPU))
+
+
+def logits_with(*pairs: tuple[int, float]) -> torch.Tensor:
+    logits = torch.zeros(1, VOCAB)
+    for token, value in pairs:
+        logits[0, token] = value
+    return logits
+
+
+def choose(logits: torch.Tensor, **kwargs) -> int:
+    return sample(logits.clone(), [row(**kwargs)])[0].token_id
+
+
+def draws(logits: torch.Tensor, count: int, **params) -> list[int]:
+    rows = [SampledRow(SamplingParams(**params), position, None) for position in range(count)]
+    return [result.token_id for result in sample(logits.expand(count, -1).clone(), rows)]
+
+
+def test_greedy_takes_the_largest_and_the_lowest_of_equals():
+    assert choose(logits_with((7, 1.0), (9, 1.0)), temperature=0.0) == 7
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    counts = torch.bincount(torch.tensor(draws(logits, 20_000, seed=5)), minlength=4) / 20_000
+    # Four standard deviations of the least likely share.
+    assert torch.allclose(counts, logits.exp()[0], atol=4 * math.sqrt(0.25 / 20_000))
+
+
+def test_temperature_sharpens():
+    logits = torch.log(torch.tensor([[0.6, 0.4]]))
+    share = draws(logits, 4000, seed=1, temperature=0.25).count(0) / 4000
+    assert share == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
+
+
+def test_noise_is_a_function_of_seed_position_and_token_alone():
+    alone = gumbel([3], [17], VOCAB, CPU)
+    among = gumbel([1, 3, 3], [17, 17, 18], VOCAB, CPU)
+    assert torch.equal(alone[0], among[1])
+    assert not torch.equal(among[1], among[2]) and not torch.equal(among[0], among[1])
+    longer = gumbel([3], [17], 2 * VOCAB, CPU)
+    assert torch.equal(longer[0, :VOCAB], alone[0])
+
+
+def test_noise_is_standard_gumbel_without_correlation():
+    noise = gumbel(list(range(64)), [9] * 64, 4096, CPU)
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.03)
+    assert abs(torch.corrcoef(noise).fill_diagonal_(0)).max() < 0.1
+    assert torch.isfinite(noise).all()
+
+
+def test_negative_seeds_are_seeds_too():
+    assert not torch.equal(gumbel([-1], [0], VOCAB, CPU), gumbel([1], [0], VOCAB, CPU))
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.75}, {0, 1}),
+        ({"top_p": 0.81}, {0, 1, 2}),
+        ({"min_p": 0.25}, {0, 1, 2}),
+        ({"min_p": 0.7}, {0}),
+        ({"top_k": 3, "top_p": 0.5}, {0}),
+        ({"top_k": -1}, {0, 1, 2, 3}),
+        ({"top_k": 99, "top_p": 1.0}, {0, 1, 2, 3}),
+    ],
+)
+def test_filters_keep_what_they_should(params, kept):
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert set(draws(logits, 2000, seed=2, **params)) == kept
+
+
+def test_top_p_looks_beyond_its_first_look():
+    """2,000 equally likely tokens: half of the mass is a thousand of them."""
+    logits = torch.arange(2000, 0, -1).float()[None] * 1e-6
+    assert 900 < max(draws(logits, 3000, seed=3, top_p=0.5)) <= 1001
+
+
+def test_bias_moves_and_bans():
+    logits = logits_with((3, 5.0))
+    assert choose(logits, temperature=0.0, logit_bias={8: 6.0}) == 8
+    assert choose(logits, temperature=0.0, logit_bias={3: -100.0}) != 3
+    assert 3 not in draws_with_processor(logits, 200, logit_bias={3: -100.0})
+
+
+def draws_with_processor(logits, count, **kwargs):
+    return [choose(logits, position=i, seed=1, **kwargs) for i in range(count)]
+
+
+def test_end_tokens_are_banned_until_min_tokens():
+    logits = logits_with((3, 5.0))
+    one = row(temperature=0.0, min_tokens=2, eos=(3,))
+    chosen = [sample(logits.clone(), [one])[0].token_id for _ in range(3)]
+    assert chosen[0] != 3 and chosen[1] != 3 and chosen[2] == 3
+
+
+def test_repetition_penalty_counts_the_prompt_the_others_do_not():
+    logits = logits_with((3, 5.0), (4, 4.0))
+    prompt = {"history": (3,), "prompt_len": 1}
+    assert choose(logits, temperature=0.0, repetition_penalty=1.5, **prompt) == 4
+    assert choose(logits, temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0, **prompt) == 3
+    generated = {"history": (3,), "prompt_len": 0}
+    assert choose(logits, temperature=0.0, presence_penalty=1.5, **generated) == 4
+
+
+def test_negative_logits_are_penalised_downwards():
+    logits = torch.full((1, VOCAB), -4.0)
+    logits[0, 3] = -3.0
+    assert choose(logits, temperature=0.0, repetition_penalty=1.5, history=(3,), prompt_len=1) != 3
+
+
+def test_frequency_penalty_grows_with_each_use():
+    one = row(temperature=0.0, frequency_penalty=1.0)
+    logits = logits_with((3, 2.5), (4, 1.0))
+    # 2.5, 1.5, then 0.5 against 1.0, 0.0 …
+    assert [sample(logits.clone(), [one])[0].token_id for _ in range(4)] == [3, 3, 4, 3]
+
+
+def test_logprobs_are_of_the_raw_logits():
+    logits = logits_with((3, 5.0), (4, 4.0))
+    expected = logits.log_softmax(-1)[0]
+    (result,) = sample(logits.clone(), [row(temperature=0.0, logprobs=2, logit_bias={3: -100.0})])
+    assert result.token_id == 4
+    assert result.logprob.logprob == pytest.approx(expected[4].item())
+    assert result.logprob.top_ids == [3, 4]
+    assert result.logprob.top_logprobs == pytest.approx([expected[3].item(), expected[4].item()])
+
+
+def test_rows_of_a_batch_do_not_touch_each_other():
+    torch.manual_seed(0)
+    logits = torch.randn(5, VOCAB)
+    settings = [
+        {"temperature": 0.0},
+        {"temperature": 1.3, "seed": 4},
+        {"temperature": 0.7, "seed": 4, "top_k": 5, "logprobs": 3},
+        {"temperature": 0.9, "seed": 9, "top_p": 0.6, "presence_penalty": 1.0, "history": (1, 2), "prompt_len": 1},
+        {"temperature": 0.0, "logprobs": 0},
+    ]
+    together = sample(logits.clone(), [row(position=3, **s) for s in settings])
+    alone = [sample(logits[i : i + 1].clone(), [row(position=3, **s)])[0] for i, s in enumerate(settings)]
+    assert [r.token_id for r in together] == [r.token_id for r in alone]
+    assert [r.logprob and r.logprob.top_ids for r in together] == [r.logprob and r.logprob.top_ids for r in alone]
+
+
+def test_nan_fails_its_own_row_only():
+    logits = torch.zeros(2, VOCAB)
+    logits[0, 5] = float("nan")
+    logits[1, 6] = 1.0
+    bad, good = sample(logits, [row(temperature=0.0), row(temperature=0.0)])
+    assert "NaN" in bad.error and bad.token_id is None
+    assert good.token_id == 6
+
+
+def test_banning_every_token_is_an_error_of_the_row():
+    (result,) = sample(torch.zeros(1, VOCAB), [row(seed=1, logit_bias=dict.fromkeys(range(VOCAB), -100.0))])
+    assert "banned" in result.error

@@ -1,0 +1,76 @@
+"""The scheduler core and a real model runner in one process: what the scheduler process runs, without its sockets."""
+
+from pathlib import Path
+
+import torch
+
+from ramet.ipc.messages import Generate, TokenOut
+from ramet.ipc.sampling import SamplingParams
+from ramet.model_runner.config import LoadFormat, RunnerConfig
+from ramet.model_runner.runner import ModelRunner
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.core import SchedulerCore
+
+CONTEXT = 256
+
+
+class InlineEngine:
+    """Add requests, `run` them to their end, read `tokens` and `outputs` by request id."""
+
+    def __init__(self, folder: Path, *, total_tokens: int = 1024, max_running: int = 8, **scheduler) -> None:
+        defaults = {
+            "page_size": 8,
+            "max_running": max_running,
+            "max_step_tokens": 64,
+            "max_prefill_tokens": 32,
+            "context_length": CONTEXT,
+            "eos_ids": (),
+        }
+        config = SchedulerConfig(**{**defaults, **scheduler})
+        self.runner = ModelRunner(
+            RunnerConfig(
+                model_dir=str(folder),
+                weights=str(folder),
+                load_format=LoadFormat.SAFETENSORS,
+                dtype="float32",
+                device="cpu",
+                page_size=config.page_size,
+                max_running=max_running,
+                max_step_tokens=config.max_step_tokens,
+                context_length=CONTEXT,
+                memory_fraction=0.1,
+                max_total_tokens=total_tokens,
+            ),
+            lambda text: None,
+        )
+        self.config = config
+        self.core = SchedulerCore(config, self.runner.num_pages)
+        self.tokens: dict[str, list[int]] = {}
+        self.outputs: dict[str, list[TokenOut]] = {}
+
+    def add(self, rid: str, prompt: list[int], max_tokens: int, **params) -> None:
+        sampling = SamplingParams(**{"temperature": 0.0, "seed": 0, **params, "max_tokens": max_tokens})
+        self.core.add(Generate(rid, prompt, sampling))
+
+    def run(self, steps: int | None = None) -> None:
+        """So many steps, or until nothing is left to do."""
+        while steps is None or steps > 0:
+            plan = self.core.schedule()
+            if plan is None:
+                break
+            self.core.commit(plan, self.runner.execute(plan))
+            for out in self.core.take_outputs():
+                assert out.failure is None, out.failure
+                self.tokens.setdefault(out.rid, []).extend(out.token_ids)
+                self.outputs.setdefault(out.rid, []).append(out)
+            steps = None if steps is None else steps - 1
+
+
+def reference_greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """What transformers generates, without any cache: one whole forward pass per token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
