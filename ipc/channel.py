@@ -58,7 +58,7 @@ class Inbox(Generic[T]):
     """The receiving end of a channel, for a process with a loop of its own. `union` is the type of its messages."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket: zmq.Socket[bytes] = _bind(zmq.Context.instance(), address)
+        self._socket = _bind(zmq.Context.instance(), address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def receive(self, timeout_s: float | None) -> T | None:
@@ -76,7 +76,7 @@ class AsyncInbox(Generic[T]):
     """The receiving end of a channel inside an asyncio loop."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket: zmq.asyncio.Socket = _bind(zmq.asyncio.Context.instance(), address)
+        self._socket = _bind(zmq.asyncio.Context.instance(), address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     async def receive(self) -> T:
@@ -90,7 +90,7 @@ class Outbox:
     """The sending end of a channel. Never blocks: what the peer has not read yet waits in memory."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.connect(f"ipc://{address}")

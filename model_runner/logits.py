@@ -40,9 +40,7 @@ class LogitsProcessor:
         self._bias = torch.tensor(
             [float("-inf") if b <= BAN_BIAS else b for b in bias.values()], dtype=torch.float32, device=device
         )
-        self._banned = torch.tensor(
-            [i for i in admission.eos_ids if i < vocab_size], dtype=torch.long, device=device
-        )
+        self._banned = torch.tensor([i for i in admission.eos_ids if i < vocab_size], dtype=torch.long, device=device)
         self._counts: Tensor | None = None
         if _has_penalties(admission.params):
             tokens = torch.tensor(admission.token_ids, dtype=torch.long, device=device)

@@ -48,7 +48,9 @@ def sample(logits: Tensor, rows: list[SampledRow]) -> list[RowResult]:
     if random:
         drawn = [rows[i] for i in random]
         noisy = _filter(logits[random] / _column(logits, [r.params.temperature for r in drawn]), drawn)
-        noisy += gumbel([r.params.seed or 0 for r in drawn], [r.position for r in drawn], logits.shape[1], logits.device)
+        noisy += gumbel(
+            [r.params.seed or 0 for r in drawn], [r.position for r in drawn], logits.shape[1], logits.device
+        )
         logits[random] = noisy
     best, tokens = logits.max(dim=-1)
     results = [_result(row, *pair) for row, *pair in zip(rows, tokens.tolist(), best.tolist(), strict=True)]

@@ -98,7 +98,7 @@ class Worker:
         try:
             result: StepResult = self._runner.execute(plan)
         # Whatever goes wrong inside a step ends that step's requests, not the server.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
             self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
         else:

@@ -7,7 +7,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-
 from support.tiny_models import make_tiny_model
 
 

@@ -26,7 +26,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         # The library raises a bare Exception for whatever is wrong with the file.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise TokenizerError(f"cannot read {path}: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

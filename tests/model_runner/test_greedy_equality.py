@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 import transformers
-
 from support.engine import InlineEngine, reference_greedy
 from support.tiny_models import TINY_ARCHITECTURES
 

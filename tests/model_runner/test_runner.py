@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
+from support.engine import InlineEngine
 
 from ramet.model_runner.attention.registry import make_backend
 from ramet.model_runner.memory import PoolTooLarge
-from support.engine import InlineEngine
 
 PROMPT = [5, 77, 130, 8, 250, 91, 4, 33, 60, 12, 200]
 

@@ -102,7 +102,9 @@ def test_model_without_template_refuses_chats(make_encoder, folder, tmp_path):
     shutil.copy(f"{folder}/tokenizer.json", tmp_path)
     encoder = make_encoder(tokenizer_dir=str(tmp_path))
     assert "--chat-template" in refusal(encoder, Chat(job(), USER)).failure.message
-    assert make_encoder(tokenizer_dir=str(tmp_path), chat_template="{{ messages[0].content }}").encode(Chat(job(), USER))
+    assert make_encoder(tokenizer_dir=str(tmp_path), chat_template="{{ messages[0].content }}").encode(
+        Chat(job(), USER)
+    )
 
 
 def test_what_a_template_raises_reaches_the_user(make_encoder):
