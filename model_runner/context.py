@@ -55,8 +55,8 @@ class ForwardContext:
     def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store this step's key and value, then attend causally over each row's whole context.
 
-        query [N, heads, key_dim], key [N, kv_heads, key_dim], value [N, kv_heads, value_dim], rope applied.
-        Returns [N, heads, value_dim].
+        query [N, heads, key_dim], key [N, kv_heads, key_dim], value [N, kv_heads, value_dim], rope applied; query and
+        key may be of higher precision than the pool. Returns [N, heads, value_dim] in value's dtype.
         """
         self.kv_pool.store(spec.layer, self.slot_mapping, key, value)
-        return self.backend.forward(spec, query, self)
+        return self.backend.forward(spec, query, self).to(value.dtype)

@@ -5,7 +5,9 @@ dummy that padding rows may write to.
 """
 
 import dataclasses
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +38,7 @@ class KVPool:
         self.page_size = page_size
 
         def allocate(heads: int, dim: int) -> Tensor:
-            # Zeroed: a NaN left in unwritten memory would survive a masked softmax (0 * NaN).
-            return torch.zeros(num_pages + 1, page_size, heads, dim, dtype=dtype, device=device)
+            return _zeros((num_pages + 1, page_size, heads, dim), dtype, device)
 
         self.keys = [allocate(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [allocate(spec.num_kv_heads, spec.value_dim) for spec in specs]
@@ -47,5 +48,18 @@ class KVPool:
 
         slot_mapping: [N] int64, `page * page_size + offset` of each token.
         """
-        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
+        keys, values = self.keys[layer], self.values[layer]
+        keys.flatten(0, 1).index_copy_(0, slot_mapping, key.to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, slot_mapping, value.to(values.dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed memory: a NaN left in what is not written yet would survive a masked softmax (0 * NaN).
+
+    On a CPU numpy asks the kernel for pages that are zero and only mapped when they are written, so that a large pool
+    costs what is used of it; torch would write all of it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

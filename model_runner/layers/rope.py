@@ -27,13 +27,13 @@ class RopeFrequencies:
         """With a factor per frequency, as GGUF files carry them in `rope_freqs.weight`."""
         return RopeFrequencies(self.inverse / factors, self.scale)
 
-    def table(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[length, 2, head_dim]: cos and signed sin of each position, for `rotate`."""
+    def table(self, length: int, device: torch.device) -> Tensor:
+        """[length, 2, head_dim] float32: cos and signed sin of each position, for `rotate`."""
         positions = torch.arange(length, dtype=torch.float32, device=self.inverse.device)
         angles = positions[:, None] * self.inverse
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
-        return table.to(device=device, dtype=dtype)
+        return table.to(device)
 
 
 def rope_frequencies(config: PretrainedConfig, context_length: int, layer_type: str | None = None) -> RopeFrequencies:

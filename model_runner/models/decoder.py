@@ -1,7 +1,8 @@
 """The one decoder that all native architectures share; an architecture is a `DecoderSpec` made from its config.
 
 Pre-norm blocks of attention and gated MLP (or experts), with the variations that `DecoderSpec` names. Knows nothing
-of configs, files or batches. Tensors are flat over the tokens of a step: [N, hidden].
+of configs, files or batches. Tensors are flat over the tokens of a step: [N, hidden]. The residual stream, norms and
+rope are float32 whatever the weights' type: only the matrix products round.
 """
 
 import dataclasses
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         self.head_dim = dim
         self.heads, self.kv_heads = spec.num_heads // group.size, spec.num_kv_heads // group.size
         self.norm = (
-            QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, dtype, spec.norm_offset) if spec.qk_norm else None
+            QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, spec.norm_offset) if spec.qk_norm else None
         )
         self.rope = layer.rope
         scale = spec.attention_scale if spec.attention_scale is not None else dim**-0.5
@@ -98,7 +99,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: ForwardContext) -> Tensor:
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))
         rotated_heads = self.heads + self.kv_heads
-        query_key, value = heads[:, :rotated_heads], heads[:, rotated_heads:]
+        query_key, value = heads[:, :rotated_heads].float(), heads[:, rotated_heads:]
         if self.norm is not None:
             query_key = self.norm(query_key)
         query_key = rotate(query_key, *ropes[self.rope])
@@ -131,12 +132,12 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, spec.act, group, dtype, bias=spec.mlp_bias)
 
-        def norm() -> RMSNorm:
-            return RMSNorm(spec.hidden_size, spec.norm_eps, dtype, spec.norm_offset)
+        def norm(output: torch.dtype) -> RMSNorm:
+            return RMSNorm(spec.hidden_size, spec.norm_eps, output, spec.norm_offset)
 
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention_post_norm = norm() if spec.post_norms else None
-        self.mlp_post_norm = norm() if spec.post_norms else None
+        self.attention_norm, self.mlp_norm = norm(dtype), norm(dtype)
+        self.attention_post_norm = norm(torch.float32) if spec.post_norms else None
+        self.mlp_post_norm = norm(torch.float32) if spec.post_norms else None
 
     def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: ForwardContext) -> Tensor:
         output = self.attention(self.attention_norm(hidden), ropes, ctx)
@@ -177,7 +178,7 @@ class Decoder(CausalLM):
         )
         device = self.embedding.weight.device
         self.rope_tables = {
-            name: frequencies.table(context_length, dtype, device) for name, frequencies in spec.ropes.items()
+            name: frequencies.table(context_length, device) for name, frequencies in spec.ropes.items()
         }
         # Rounded to the model's precision, as the reference implementation does.
         scale = spec.embedding_scale
@@ -187,7 +188,7 @@ class Decoder(CausalLM):
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        hidden = self.embedding.embed(token_ids)
+        hidden = self.embedding.embed(token_ids).float()
         if self.embedding_scale is not None:
             hidden = hidden * self.embedding_scale
         ropes = {}

@@ -42,7 +42,7 @@ def test_rms_norm(dtype: torch.dtype, reference: type, offset: float) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_qk_norm_treats_queries_and_keys_apart(offset: float) -> None:
-    norm = QKNorm(2, 1, 8, 1e-6, torch.float32, offset)
+    norm = QKNorm(2, 1, 8, 1e-6, offset)
     q_part, k_part = norm.weight_parts("x.")
     q_weight, k_weight = torch.randn(8), torch.randn(8)
     q_part.target.copy_(q_weight)
@@ -88,7 +88,7 @@ def test_rope_equals_transformers_at_full_context(parameters: dict[str, Any], co
     expected, _ = apply_rotary_pos_emb(query.transpose(0, 1)[None], query.transpose(0, 1)[None], cos, sin)
     frequencies = rope_frequencies(config, context_length)
     with torch.device("meta"):  # models are built under the device of their parameters
-        table = frequencies.table(context_length, torch.float32, torch.device("cpu"))
+        table = frequencies.table(context_length, torch.device("cpu"))
     found = rotate(query, table[:, :1], table[:, 1:])
     torch.testing.assert_close(found, expected[0].transpose(0, 1), atol=1e-4, rtol=1e-5)
 
