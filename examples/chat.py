@@ -1,11 +1,11 @@
 """A conversation at the terminal: each answer is printed as it comes, and the whole conversation is sent each time.
 
-python examples/chat.py [--base-url http://127.0.0.1:30000/v1] [--system TEXT] [--temperature X]
+python examples/chat.py [--base-url http://127.0.0.1:30000/v1] [--system TEXT]
 An empty line, Ctrl-D or Ctrl-C ends it.
 """
 
 import argparse
-from collections.abc import Iterator
+import contextlib
 
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -16,7 +16,8 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1")
     parser.add_argument("--api-key", default="none", help="needed only if the server was started with --api-key")
     parser.add_argument("--system", help="instructions that stand before the conversation")
-    parser.add_argument("--temperature", type=float, help="0 takes the most likely token always")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token always")
+    parser.add_argument("--max-tokens", type=int, default=300, help="longest answer")
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.base_url, api_key=args.api_key)
@@ -25,10 +26,15 @@ def main() -> None:
     messages: list[ChatCompletionMessageParam] = []
     if args.system:
         messages.append({"role": "system", "content": args.system})
-    for question in questions():
+    while question := input("> ").strip():
         messages.append({"role": "user", "content": question})
-        options = {} if args.temperature is None else {"temperature": args.temperature}
-        stream = client.chat.completions.create(model=model, messages=messages, stream=True, **options)
+        stream = client.chat.completions.create(
+            model=model,
+            messages=messages,
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            stream=True,
+        )
         answer = ""
         for chunk in stream:
             text = chunk.choices[0].delta.content or ""
@@ -38,18 +44,7 @@ def main() -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def questions() -> Iterator[str]:
-    """What the user types, line by line."""
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not line:
-            return
-        yield line
-
-
 if __name__ == "__main__":
-    main()
+    # Leaving in the middle of an answer closes the connection, and the server stops generating.
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        main()

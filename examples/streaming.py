@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1")
     parser.add_argument("--api-key", default="none", help="needed only if the server was started with --api-key")
     parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token always")
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.base_url, api_key=args.api_key)
@@ -24,6 +25,7 @@ def main() -> None:
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": args.prompt}],
         max_tokens=args.max_tokens,
+        temperature=args.temperature,
         stream=True,
         stream_options={"include_usage": True},
     )

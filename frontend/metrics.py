@@ -5,20 +5,19 @@ Latencies are taken where an event reaches this process, before any client is sl
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ramet.ipc.messages import Stats
+from ramet.ipc.messages import STEP_BUCKETS_S, Stats
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0)
 _TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _REQUEST_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
 _COUNTERS = {
-    "steps": "Steps the model runner has executed",
-    "step_seconds": "Time spent in steps",
     "prompt_tokens": "Prompt tokens of the requests admitted",
     "cached_tokens": "Prompt tokens found in the prefix cache",
     "computed_tokens": "Tokens run through the model",
@@ -48,6 +47,11 @@ class EngineCollector(Collector):
         pages.add_metric(["cached"], stats.pages_cached)
         pages.add_metric(["in_use"], stats.pages_total - stats.pages_free - stats.pages_cached)
         yield pages
+        steps = HistogramMetricFamily("ramet_scheduler_step_seconds", "Time of a step: run and commit")
+        counts = list(accumulate(stats.step_counts))
+        bounds = [*(str(bound) for bound in STEP_BUCKETS_S), "+Inf"]
+        steps.add_metric([], list(zip(bounds, counts, strict=True)), stats.step_seconds)
+        yield steps
         for field, help_text in _COUNTERS.items():
             yield CounterMetricFamily(f"ramet_scheduler_{field}", help_text, value=getattr(stats, field))
 

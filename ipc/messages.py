@@ -183,16 +183,21 @@ class Failed(Message, frozen=True):
     failure: Failure
 
 
+# Upper bounds of the step time histogram; each about a third above the one before, from 1 ms to 4 s.
+STEP_BUCKETS_S = tuple(round(0.001 * 1.33**i, 5) for i in range(30))
+
+
 class Stats(Message, frozen=True):
     """A snapshot of the scheduler's counters (since its start) and gauges; sent at most once a second, and only
-    while there is work or when the last of it ends. Pages are in units of `page_size` tokens."""
+    while there is work or when the last of it ends. Pages are in units of `page_size` tokens. `step_counts[i]` is the
+    number of steps that took up to `STEP_BUCKETS_S[i]` and more than the bound before; the last entry is the rest."""
 
     running: int
     waiting: int
     pages_total: int
     pages_free: int
     pages_cached: int
-    steps: int
+    step_counts: list[int]
     step_seconds: float
     prompt_tokens: int
     cached_tokens: int

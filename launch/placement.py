@@ -1,8 +1,9 @@
 """Where each process computes: threads, CPUs and priority.
 
-OpenMP barriers spin: when another process takes one of the scheduler's cores, a matrix product of 0.15 ms takes
-several milliseconds. So only the scheduler computes with many threads; the others get one each and a lower priority.
-Environment variables must be there when the process starts, affinity and priority before torch is imported.
+OpenMP barriers spin: when another process takes one of the scheduler's cores, the thread that waits for the other's
+share burns the core which that one needs, and a matrix product of 0.15 ms takes several milliseconds. So only the
+scheduler computes with many threads, and they sleep after a short spin; the others get one thread each and a lower
+priority. Environment variables must be there when the process starts, affinity and priority before torch is imported.
 """
 
 import os
@@ -12,6 +13,9 @@ import msgspec
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 _LIGHT_NICE = 5
+# Turns of libgomp's waiting loop before a thread sleeps: tens of microseconds, longer than the gap between two parallel
+# regions of a step. Its default is several milliseconds. Measured in docs/performance.md.
+_SPIN_COUNT = "20000"
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -38,8 +42,15 @@ def light() -> Placement:
 def computing(cpus: tuple[int, ...] | None, num_threads: int | None, environ: Mapping[str, str]) -> Placement:
     """For the scheduler: a thread for each of its CPUs, unless `--num-threads` or OMP_NUM_THREADS say otherwise."""
     threads = str(num_threads or environ.get("OMP_NUM_THREADS") or len(cpus or os.sched_getaffinity(0)))
-    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    return Placement(env=env, cpus=cpus)
+    return Placement(
+        env={
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "GOMP_SPINCOUNT": environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
+        },
+        cpus=cpus,
+    )
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

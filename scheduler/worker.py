@@ -3,12 +3,23 @@
 Takes messages, plans, executes, commits, sends news; blocks on its inbox when there is no work. Owns no decision.
 """
 
+import bisect
 import logging
 import time
 
 from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
-from ramet.ipc.messages import Abort, Fatal, Generate, Progress, Ready, Stats, TokenBatch, ToScheduler
+from ramet.ipc.messages import (
+    STEP_BUCKETS_S,
+    Abort,
+    Fatal,
+    Generate,
+    Progress,
+    Ready,
+    Stats,
+    TokenBatch,
+    ToScheduler,
+)
 from ramet.ipc.step import StepPlan, StepResult
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.memory import PoolTooLarge
@@ -62,6 +73,7 @@ class Worker:
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
         self._step_seconds = 0.0
+        self._step_counts = [0] * (len(STEP_BUCKETS_S) + 1)
         self._stats_sent_s = 0.0
 
     def loop(self) -> None:
@@ -103,7 +115,9 @@ class Worker:
             self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
         else:
             self._core.commit(plan, result)
-        self._step_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._step_seconds += seconds
+        self._step_counts[bisect.bisect_left(STEP_BUCKETS_S, seconds)] += 1
 
     def _report(self) -> None:
         """Counters to the frontend: once a second under load, and when the last request has ended."""
@@ -119,7 +133,7 @@ class Worker:
                 pages_total=kv.num_pages,
                 pages_free=kv.allocator.num_free,
                 pages_cached=kv.cache.num_pages,
-                steps=counters.steps,
+                step_counts=self._step_counts,
                 step_seconds=self._step_seconds,
                 prompt_tokens=counters.prompt_tokens,
                 cached_tokens=counters.cached_tokens,

@@ -89,9 +89,7 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(spec.num_heads * dim, spec.hidden_size, group, dtype, bias=spec.o_bias, unit=dim)
         self.head_dim = dim
         self.heads, self.kv_heads = spec.num_heads // group.size, spec.num_kv_heads // group.size
-        self.norm = (
-            QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, spec.norm_offset) if spec.qk_norm else None
-        )
+        self.norm = QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, spec.norm_offset) if spec.qk_norm else None
         self.rope = layer.rope
         scale = spec.attention_scale if spec.attention_scale is not None else dim**-0.5
         self.spec = AttentionSpec(index, scale, layer.sliding_window, spec.attention_softcap)
@@ -177,9 +175,7 @@ class Decoder(CausalLM):
             self.embedding if spec.tied_embeddings else VocabMatrix(spec.vocab_size, spec.hidden_size, group, dtype)
         )
         device = self.embedding.weight.device
-        self.rope_tables = {
-            name: frequencies.table(context_length, device) for name, frequencies in spec.ropes.items()
-        }
+        self.rope_tables = {name: frequencies.table(context_length, device) for name, frequencies in spec.ropes.items()}
         # Rounded to the model's precision, as the reference implementation does.
         scale = spec.embedding_scale
         self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()

@@ -1,0 +1,75 @@
+"""Servers that tests share: started when first asked for, and at most one at a time, for they share the cores too.
+
+Files are named so that those that use the same server follow one another.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from support.server import SMOLLM2, RunningServer, tiny_flags
+
+
+class Servers:
+    """Keeps the server that was asked for last."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[str, ...], RunningServer] | None = None
+
+    def get(self, *flags: str) -> RunningServer:
+        if self._kept is None or self._kept[0] != flags:
+            self.close()
+            self._kept = (flags, RunningServer(*flags).__enter__())
+        return self._kept[1]
+
+    def close(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept[1].__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+def tiny(servers: Servers, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """A server with a tiny Llama of random weights, in float32."""
+    yield from _watched(servers, tiny_flags(tiny_model("llama")))
+
+
+@pytest.fixture
+def smollm2(servers: Servers, smollm2_gguf: Path) -> Iterator[RunningServer]:
+    """A server with SmolLM2-135M-Instruct and nothing else said."""
+    yield from _watched(servers, SMOLLM2)
+
+
+@pytest.fixture
+def client(tiny: RunningServer) -> openai.OpenAI:
+    return tiny.client
+
+
+@pytest.fixture
+def http(tiny: RunningServer) -> httpx.Client:
+    return tiny.http
+
+
+def _watched(servers: Servers, flags: tuple[str, ...]) -> Iterator[RunningServer]:
+    """Each test leaves the server it was lent in peace: idle, ready, and without a traceback in its log."""
+    server = servers.get(*flags)
+    seen = len(server.log())
+    yield server
+    news = server.log()[seen:]
+    print(news)  # pytest shows it with a failure
+    try:
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        server.quiet_metrics()
+        assert "Traceback" not in news
+    except BaseException:
+        servers.close()
+        raise

@@ -1,0 +1,151 @@
+"""The life and death of a real engine's processes: killed, told to stop, told twice."""
+
+import concurrent.futures
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from support.server import ROLES, RunningServer, tiny_flags, until
+
+pytestmark = pytest.mark.e2e
+
+# The acceptance criterion: clients hear of a death within this time.
+HEARD_S = 2.0
+# Longer than any test here waits, on a tiny model.
+LONG = {"prompt": "The quick brown", "max_tokens": 2000, "ignore_eos": True}
+
+
+@pytest.fixture
+def server(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """A server of the test's own."""
+    servers.close()
+    with RunningServer(*tiny_flags(tiny_model("llama"))) as server:
+        yield server
+
+
+class Client:
+    """Asks in a thread, and keeps what came back, when."""
+
+    def __init__(self, server: RunningServer, **fields: Any) -> None:
+        self._url = f"{server.url}/v1/completions"
+        self._body = {"model": server.model, **LONG, **fields}
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.status: int | None = None
+        self.text = ""
+        self.ended_at = 0.0
+        self.broken: httpx.TransportError | None = None
+        self._done = self._pool.submit(self._ask)
+        self._pool.shutdown(wait=False)
+
+    def _ask(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+                self.status = response.status_code
+                for piece in response.iter_text():
+                    self.text += piece
+        except httpx.TransportError as error:
+            self.broken = error
+        self.ended_at = time.monotonic()
+
+    def wait(self, timeout_s: float) -> None:
+        self._done.result(timeout_s)
+
+    @property
+    def busy(self) -> bool:
+        return not self._done.done()
+
+    def events(self) -> list[Any]:
+        """Of a stream that came to its end."""
+        *events, done, rest = self.text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def two_clients(server: RunningServer) -> tuple[Client, Client]:
+    """One that streams and one that waits for the whole; both are being answered."""
+    whole, stream = Client(server), Client(server, stream=True)
+    until(lambda: stream.text.count("data: ") > 3, 20, lambda: f"a stream: {stream.text} {server.log()}")
+    running = "ramet_http_requests_in_flight"
+    until(lambda: server.metrics()[running] == 3, 20, lambda: f"two clients: {server.metrics()}")
+    assert whole.busy and stream.busy
+    return whole, stream
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_death_ends_the_engine_and_is_told_to_its_clients(server: RunningServer, role: str) -> None:
+    whole, stream = two_clients(server)
+    killed_at = time.monotonic()
+    os.kill(server.pids()[role], signal.SIGKILL)
+    for client in (whole, stream):
+        client.wait(10)
+        assert client.ended_at - killed_at < HEARD_S
+    if role == "frontend":
+        assert whole.broken and stream.broken
+    else:
+        error = {
+            "message": f"the engine is down: {role} was killed by SIGKILL (is the machine out of memory?)",
+            "type": "server_error",
+            "param": None,
+            "code": "engine_down",
+        }
+        assert (whole.status, json.loads(whole.text)) == (503, {"error": error})
+        assert (stream.status, stream.events()[-1]) == (200, {"error": error})
+    assert server.exit_code() == 1
+    assert server.log().splitlines()[-1].startswith(f"error: {role} was killed by SIGKILL")
+    server.assert_nothing_left()
+
+
+def test_sigterm_lets_a_stream_finish(server: RunningServer) -> None:
+    stream = Client(server, stream=True, max_tokens=800)
+    until(lambda: stream.text.count("data: ") > 3, 20, lambda: f"a stream: {stream.text}")
+    with httpx.Client(base_url=server.url) as http:
+        assert http.get("/ready").status_code == 200
+        server.send_signal()
+        until(lambda: http.get("/ready").status_code == 503, 5, lambda: "draining")
+        assert http.get("/health").status_code == 200
+        refused = http.post("/v1/completions", json={"model": server.model, "prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
+        assert refused.headers["retry-after"]
+        assert stream.busy  # else it was no drain
+    stream.wait(20)
+    events = stream.events()
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert len(events) > 100
+    assert server.exit_code() == 0
+    server.assert_nothing_left()
+
+
+def test_a_second_signal_ends_at_once(server: RunningServer) -> None:
+    whole, stream = two_clients(server)
+    server.send_signal(signal.SIGINT)
+    until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5, lambda: "draining")
+    assert whole.busy and stream.busy
+    server.send_signal(signal.SIGTERM)
+    assert server.exit_code(5) == 0
+    for client in (whole, stream):
+        client.wait(5)
+    assert '"finish_reason":"length"' not in stream.text
+    server.assert_nothing_left()
+
+
+def test_a_killed_launcher_leaves_no_process(server: RunningServer) -> None:
+    pids = server.pids()
+    del pids["launcher"]
+    server.process.kill()
+    server.process.wait()
+    until(lambda: not any(map(is_alive, pids.values())), 5, lambda: f"{pids} are dead")
+    server.remove_sockets()  # nobody is left who could
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,157 @@
+"""A real chat model served with default settings: sense, the prefix cache, seeds, idleness and the start."""
+
+import concurrent.futures
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from support.server import SMOLLM2, RunningServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.smollm2]
+
+PREFIX_TOKENS = 1024
+PAGE_TOKENS = 16
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def new_prefix() -> list[int]:
+    """Token ids that no earlier request can have left in the cache."""
+    generator = random.SystemRandom()
+    return [generator.randrange(100, 49000) for _ in range(PREFIX_TOKENS)]
+
+
+def test_starts_within_reason(smollm2: RunningServer) -> None:
+    """The bound is for a loaded machine; a quiet one takes a fraction of it."""
+    print(f"from start to ready: {smollm2.start_s:.1f} s")
+    assert smollm2.start_s < 60
+
+
+def test_the_capital_of_france(smollm2: RunningServer) -> None:
+    client = smollm2.client
+    asked: dict[str, Any] = {"model": smollm2.model, "messages": QUESTION, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**asked)
+    streamed = "".join(
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+    )
+    answer = whole.choices[0].message.content
+    assert answer and "Paris" in answer
+    assert whole.choices[0].finish_reason == "stop"
+    assert streamed == answer
+
+
+def first_token(client: openai.OpenAI, model: str, prompt: list[int]) -> tuple[float, int]:
+    """Seconds until the first text, and the cached tokens that the usage tells."""
+    options: Any = {"include_usage": True}
+    began = time.monotonic()
+    stream = client.completions.create(
+        model=model, prompt=prompt, max_tokens=2, stream=True, stream_options=options, extra_body={"ignore_eos": True}
+    )
+    chunks = iter(stream)
+    next(chunks)
+    took_s = time.monotonic() - began
+    *_, last = chunks
+    assert last.usage and last.usage.prompt_tokens == len(prompt)
+    assert last.usage.prompt_tokens_details
+    return took_s, last.usage.prompt_tokens_details.cached_tokens or 0
+
+
+def test_a_prefix_sent_twice(smollm2: RunningServer) -> None:
+    prefix = new_prefix()
+    cold_s, cold_cached = first_token(smollm2.client, smollm2.model, [*prefix, 1000, 1001])
+    warm_s, warm_cached = first_token(smollm2.client, smollm2.model, [*prefix, 2000, 2001])
+    print(f"time to first token: {cold_s:.3f} s, then {warm_s:.3f} s")
+    assert cold_cached == 0
+    assert PREFIX_TOKENS - PAGE_TOKENS <= warm_cached <= PREFIX_TOKENS
+    assert warm_s < cold_s / 5
+
+
+def test_eight_requests_with_one_cold_prefix_compute_it_once(smollm2: RunningServer) -> None:
+    prefix, tail, new = new_prefix(), 4, 4
+    before = smollm2.quiet_metrics()
+
+    def ask(number: int) -> Any:
+        prompt = [*prefix, *range(1000 + number, 1000 + number + tail)]
+        return smollm2.client.completions.create(
+            model=smollm2.model, prompt=prompt, max_tokens=new, extra_body={"ignore_eos": True}
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    name = "ramet_scheduler_finished_total"
+    after = smollm2.quiet_metrics(finished=int(before.get(name, 0)) + 8)
+    computed, cached = (
+        after[f"ramet_scheduler_{what}_tokens_total"] - before.get(f"ramet_scheduler_{what}_tokens_total", 0)
+        for what in ("computed", "cached")
+    )
+    assert PREFIX_TOKENS <= computed <= PREFIX_TOKENS + 8 * (PAGE_TOKENS + tail + new)
+    assert cached >= 7 * (PREFIX_TOKENS - PAGE_TOKENS)
+    told = sorted(answer.usage.prompt_tokens_details.cached_tokens for answer in answers)
+    assert told[0] == 0
+    assert told[1] >= PREFIX_TOKENS - PAGE_TOKENS
+
+
+SEEDED = {
+    7: "Write a short story about a lighthouse keeper who finds a letter in a bottle on the beach one morning.",
+    8: "Explain to a child of ten years why the sky is blue, and why the sunset is red instead.",
+    9: "Name a colour.",
+}
+
+
+def seeded(server: RunningServer, seed: int) -> str:
+    answer = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": SEEDED[seed]}],
+        seed=seed,
+        temperature=1,
+        max_tokens=40,
+    )
+    assert answer.choices[0].message.content
+    return answer.choices[0].message.content
+
+
+def test_a_seed_gives_the_same_text_alone_in_company_and_after_a_restart(
+    servers: Any, smollm2: RunningServer, smollm2_gguf: Path
+) -> None:
+    alone = {seed: seeded(smollm2, seed) for seed in SEEDED}
+    assert len(set(alone.values())) == len(SEEDED)
+    from_cache = {seed: seeded(smollm2, seed) for seed in SEEDED}
+
+    def disturb(number: int) -> None:
+        prompt = f"{number} things to know about the number {number}: " * (1 + number % 5)
+        smollm2.client.completions.create(
+            model=smollm2.model, prompt=prompt, max_tokens=40 + 4 * number, extra_body={"ignore_eos": True}
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(16 + len(SEEDED)) as pool:
+        others = [pool.submit(disturb, number) for number in range(16)]
+        in_company = dict(zip(SEEDED, pool.map(lambda seed: seeded(smollm2, seed), SEEDED), strict=True))
+        assert not all(other.done() for other in others)  # it was company
+        for other in others:
+            other.result()
+    servers.close()
+    with RunningServer(*SMOLLM2) as restarted:
+        after_restart = {seed: seeded(restarted, seed) for seed in SEEDED}
+    assert from_cache == alone
+    assert in_company == alone
+    assert after_restart == alone
+
+
+def test_an_idle_server_rests(smollm2: RunningServer) -> None:
+    """Last in this file, so that every process has worked."""
+    smollm2.quiet_metrics()
+    time.sleep(1)
+    processes = {name: psutil.Process(pid) for name, pid in smollm2.pids().items()}
+
+    def cpu_s() -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in processes.items()}
+        return {name: used.user + used.system for name, used in times.items()}
+
+    window_s, before = 5.0, cpu_s()
+    time.sleep(window_s)
+    used = {name: after - before[name] for name, after in cpu_s().items()}
+    print(f"CPU seconds in {window_s:.0f} s: {used}")
+    assert sum(used.values()) / window_s < 0.02

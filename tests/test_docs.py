@@ -1,0 +1,53 @@
+"""The pages for readers name only files and flags that exist, and the two commands of the README stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ramet.launch.cli import parse_args
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md"]
+# A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
+PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+# Other programs have flags of their own.
+OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page: str) -> None:
+    paths = set(PATH.findall((ROOT / page).read_text()))
+    missing = sorted(path for path in paths if not (ROOT / path).exists())
+    assert missing == []
+
+
+def test_paths_are_found_in_the_text() -> None:
+    """Or the test above would pass for any text."""
+    paths = set(PATH.findall((ROOT / "docs/architecture.md").read_text()))
+    assert {"scheduler/core.py", "model_runner/models/", "pyproject.toml"} <= paths
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    known = set(FLAG.findall(capsys.readouterr().out))
+    assert "--model-path" in known
+    flags = set(FLAG.findall(OTHER_PROGRAMS.sub("", (ROOT / page).read_text())))
+    assert sorted(flags - known) == []
+
+
+def test_the_readme_has_its_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert "pip install . && launch_server" in lines
+    assert "pip install '.[test]' && pytest" in lines
+
+
+def test_the_architecture_names_every_module_folder() -> None:
+    """A new folder of the package needs its row in the table of layers."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    folders = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    assert "scheduler" in folders
+    assert [folder for folder in folders if f"| `{folder}/` |" not in text] == []
