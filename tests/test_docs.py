@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Other programs have flags of their own.
 OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*")
@@ -18,15 +19,17 @@ OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*")
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page: str) -> None:
-    paths = set(PATH.findall((ROOT / page).read_text()))
-    missing = sorted(path for path in paths if not (ROOT / path).exists())
-    assert missing == []
+    text = (ROOT / page).read_text()
+    missing = {path for path in PATH.findall(text) if not (ROOT / path).exists()}
+    missing |= {link for link in LINK.findall(text) if not (ROOT / page).parent.joinpath(link).exists()}
+    assert sorted(missing) == []
 
 
 def test_paths_are_found_in_the_text() -> None:
     """Or the test above would pass for any text."""
     paths = set(PATH.findall((ROOT / "docs/architecture.md").read_text()))
     assert {"scheduler/core.py", "model_runner/models/", "pyproject.toml"} <= paths
+    assert "examples/chat.py" in LINK.findall((ROOT / "README.md").read_text())
 
 
 @pytest.mark.parametrize("page", PAGES)

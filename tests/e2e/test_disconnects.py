@@ -92,5 +92,5 @@ def test_nothing_is_left_of_clients_that_leave(tiny: RunningServer) -> None:
     assert after["ramet_scheduler_failed_total"] == 0
 
     growth = {name: size - memory[name] for name, size in resident_bytes(tiny).items()}
-    print(f"growth: {({name: f'{size / 1024:.0f} KiB' for name, size in growth.items()})}")
+    print(f"growth: { ({name: f'{size / 1024:.0f} KiB' for name, size in growth.items()}) }")
     assert max(growth.values()) < GROWTH_BYTES, growth

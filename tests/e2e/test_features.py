@@ -1,5 +1,6 @@
 """What parameters do to the answer, through every process of a real engine; the model is tiny and random."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,7 @@ def text(answer: dict[str, Any], index: int = 0) -> str:
 
 
 def test_streamed_text_is_the_whole_text(tiny: RunningServer, client: openai.OpenAI, ask: Ask, ask_chat: Ask) -> None:
-    chunks = list(
-        client.completions.create(model=tiny.model, prompt=PROMPT, max_tokens=24, temperature=0, stream=True)
-    )
+    chunks = list(client.completions.create(model=tiny.model, prompt=PROMPT, max_tokens=24, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == text(ask())
     assert len(chunks) > 10  # it came in pieces
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
@@ -130,7 +129,7 @@ def test_top_k_narrows_the_choice(ask: Ask) -> None:
 def boundary_stop(answer: dict[str, Any]) -> str:
     """Two characters of the text, the end of a token and the start of the next, that no earlier place has."""
     whole, tokens = text(answer), answer["choices"][0]["logprobs"]["tokens"]
-    for left, right in list(zip(tokens, tokens[1:], strict=False))[3:]:
+    for left, right in list(itertools.pairwise(tokens))[3:]:
         stop = left[-1] + right[0]
         inside = any(stop in token for token in tokens)
         if (left + right).isascii() and (left + right).isprintable() and not inside and whole.count(stop) == 1:
@@ -138,9 +137,7 @@ def boundary_stop(answer: dict[str, Any]) -> str:
     raise AssertionError(f"no stop string in {tokens}")
 
 
-def test_stop_string_over_a_token_boundary(
-    tiny: RunningServer, client: openai.OpenAI, ask: Ask
-) -> None:
+def test_stop_string_over_a_token_boundary(tiny: RunningServer, client: openai.OpenAI, ask: Ask) -> None:
     free = ask(max_tokens=100, logprobs=0)
     stop = boundary_stop(free)
     expected = text(free).partition(stop)[0]
@@ -208,7 +205,9 @@ def test_chat_logprobs(ask_chat: Ask) -> None:
     [choice] = ask_chat(logprobs=True, top_logprobs=20)["choices"]
     content = choice["logprobs"]["content"]
     assert len(content) == 24
-    assert bytes(b for token in content for b in token["bytes"]).decode(errors="replace") == choice["message"]["content"]
+    assert (
+        bytes(b for token in content for b in token["bytes"]).decode(errors="replace") == choice["message"]["content"]
+    )
     for token in content:
         assert bytes(token["bytes"]).decode(errors="replace") == token["token"]
         top = [other["logprob"] for other in token["top_logprobs"]]

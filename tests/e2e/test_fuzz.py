@@ -12,19 +12,36 @@ pytestmark = pytest.mark.e2e
 
 ROUTES = ("/v1/chat/completions", "/v1/completions")
 NUM_BODIES = 60
+# fmt: off
 FIELDS = (
-    "prompt messages stream stream_options n max_tokens max_completion_tokens temperature top_p top_k min_p seed stop "
-    "presence_penalty frequency_penalty repetition_penalty logit_bias logprobs top_logprobs echo best_of suffix user "
-    "min_tokens ignore_eos stop_token_ids skip_special_tokens priority rid tools tool_choice response_format metadata "
-    "store add_generation_prompt continue_final_message chat_template_kwargs service_tier nonsense"
-).split()
+    "prompt", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature",
+    "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "logprobs", "top_logprobs", "echo", "best_of", "suffix", "user", "min_tokens", "ignore_eos",
+    "stop_token_ids", "skip_special_tokens", "priority", "rid", "tools", "tool_choice", "response_format", "metadata",
+    "store", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "service_tier", "nonsense",
+)
+# fmt: on
 
 
 def junk(random: random.Random, depth: int = 0) -> Any:
     """Any JSON value, at times close to one that is right."""
     leaves = [
         *(None, True, False, 0, 1, -1, 3, 2**31, 2**63 - 1, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320),
-        *("", "a", "\x00", "é", "🦊\u202e", "\ud800", "x" * 3000, "{{ 1/0 }}", "<|im_end|>", "NaN", "1", "user", "text"),
+        *(
+            "",
+            "a",
+            "\x00",
+            "é",
+            "🦊\u202e",
+            "\ud800",
+            "x" * 3000,
+            "{{ 1/0 }}",
+            "<|im_end|>",
+            "NaN",
+            "1",
+            "user",
+            "text",
+        ),
     ]
     if depth > 3 or random.random() < 0.6:
         return random.choice(leaves)

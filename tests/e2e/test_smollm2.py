@@ -3,13 +3,12 @@
 import concurrent.futures
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
-from support.server import SMOLLM2, RunningServer
+from support.server import RunningServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.smollm2]
 
@@ -101,47 +100,55 @@ SEEDED = {
 }
 
 
-def seeded(server: RunningServer, seed: int) -> str:
+def seeded(server: RunningServer, seed: int, system: str = "You are helpful.") -> str:
+    messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": SEEDED[seed]}]
     answer = server.client.chat.completions.create(
-        model=server.model,
-        messages=[{"role": "user", "content": SEEDED[seed]}],
-        seed=seed,
-        temperature=1,
-        max_tokens=40,
+        model=server.model, messages=messages, seed=seed, temperature=1, max_tokens=32
     )
     assert answer.choices[0].message.content
     return answer.choices[0].message.content
 
 
-def test_a_seed_gives_the_same_text_alone_in_company_and_after_a_restart(
-    servers: Any, smollm2: RunningServer, smollm2_gguf: Path
-) -> None:
-    alone = {seed: seeded(smollm2, seed) for seed in SEEDED}
-    assert len(set(alone.values())) == len(SEEDED)
-    from_cache = {seed: seeded(smollm2, seed) for seed in SEEDED}
+def all_seeded(server: RunningServer) -> dict[int, str]:
+    """Each one alone."""
+    return {seed: seeded(server, seed) for seed in SEEDED}
+
+
+def test_a_seed_gives_the_same_text_from_the_prefix_cache(smollm2: RunningServer) -> None:
+    system = f"You are the assistant of person number {random.SystemRandom().getrandbits(64)}, and you are helpful."
+    cached = smollm2.quiet_metrics().get("ramet_scheduler_cached_tokens_total", 0)
+    first = seeded(smollm2, 7, system)
+    assert seeded(smollm2, 7, system) == first
+    # All but the last, unfinished page was found, where the first time nothing was.
+    assert smollm2.quiet_metrics()["ramet_scheduler_cached_tokens_total"] - cached >= 4 * PAGE_TOKENS
+
+
+def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer) -> None:
+    alone = all_seeded(smollm2)
 
     def disturb(number: int) -> None:
         prompt = f"{number} things to know about the number {number}: " * (1 + number % 5)
         smollm2.client.completions.create(
-            model=smollm2.model, prompt=prompt, max_tokens=40 + 4 * number, extra_body={"ignore_eos": True}
+            model=smollm2.model, prompt=prompt, max_tokens=60, extra_body={"ignore_eos": True}
         )
 
     with concurrent.futures.ThreadPoolExecutor(16 + len(SEEDED)) as pool:
         others = [pool.submit(disturb, number) for number in range(16)]
-        in_company = dict(zip(SEEDED, pool.map(lambda seed: seeded(smollm2, seed), SEEDED), strict=True))
-        assert not all(other.done() for other in others)  # it was company
+        among_others = dict(zip(SEEDED, pool.map(lambda seed: seeded(smollm2, seed), SEEDED), strict=True))
+        assert not any(other.done() for other in others)  # they were there to the end
         for other in others:
             other.result()
-    servers.close()
-    with RunningServer(*SMOLLM2) as restarted:
-        after_restart = {seed: seeded(restarted, seed) for seed in SEEDED}
-    assert from_cache == alone
-    assert in_company == alone
-    assert after_restart == alone
+    assert among_others == alone
+
+
+def test_a_seed_gives_the_same_text_after_a_restart(smollm2: RunningServer) -> None:
+    before = all_seeded(smollm2)
+    smollm2.restart()
+    assert all_seeded(smollm2) == before
 
 
 def test_an_idle_server_rests(smollm2: RunningServer) -> None:
-    """Last in this file, so that every process has worked."""
+    seeded(smollm2, 9)  # every process has worked
     smollm2.quiet_metrics()
     time.sleep(1)
     processes = {name: psutil.Process(pid) for name, pid in smollm2.pids().items()}

@@ -45,11 +45,15 @@ class RunningServer:
         self._clients = contextlib.ExitStack()
 
     def __enter__(self) -> "RunningServer":
-        started_at = time.monotonic()
-        command = [sys.executable, "-m", "ramet.launch_server", "--port", str(self.port), *self._flags]
         self._sockets = self._home / "tmp"
         self._sockets.mkdir()
-        with self._log_path.open("wb") as log:
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        started_at = time.monotonic()
+        command = [sys.executable, "-m", "ramet.launch_server", "--port", str(self.port), *self._flags]
+        with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -59,12 +63,11 @@ class RunningServer:
             )
         try:
             until(self._answers, START_S, lambda: f"ready; the log:\n{self.log()}")
+            self.start_s = time.monotonic() - started_at
             self.model: str = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
         except BaseException:
             self._clean_up()
             raise
-        self.start_s = time.monotonic() - started_at
-        return self
 
     def __exit__(
         self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
@@ -132,6 +135,12 @@ class RunningServer:
         """The launcher's exit code."""
         self.send_signal(number)
         return self.exit_code()
+
+    def restart(self) -> None:
+        """With the same flags, on the same port."""
+        assert self.stop() == 0
+        self.assert_nothing_left()
+        self._start()
 
     def exit_code(self, timeout_s: float = STOP_S) -> int:
         return self.process.wait(timeout_s)
