@@ -91,7 +91,9 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Policy, _flag("engine", "order of waiting requests: arrival, or longest cached prefix first")
     ] = Policy.FCFS
     disable_radix_cache: Annotated[bool, _flag("engine", "do not reuse the KV cache of equal prefixes")] = False
-    attention_backend: Annotated[Literal["auto", "torch"], _flag("engine", "attention implementation")] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "cpu", "torch"], _flag("engine", "attention: the C kernel for CPUs, or plain torch")
+    ] = "auto"
     tokenizer_worker_num: Annotated[int, _flag("engine", "tokenizer processes", ge=1, le=64)] = 1
     stream_interval: Annotated[Count, _flag("engine", "send streamed text every so many tokens")] = 1
     random_seed: Annotated[int, _flag("engine", "seed of random weights (--load-format dummy)", ge=0)] = 0
@@ -164,7 +166,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         context_length=context_length,
         memory_fraction=args.mem_fraction_static or defaults.memory_fraction,
         max_total_tokens=args.max_total_tokens,
-        attention_backend="torch" if args.attention_backend == "auto" else args.attention_backend,
+        attention_backend=args.attention_backend,
         trust_remote_code=args.trust_remote_code,
         seed=args.random_seed,
     )

@@ -13,9 +13,9 @@ import msgspec
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 _LIGHT_NICE = 5
-# Turns of libgomp's waiting loop before a thread sleeps: tens of microseconds, longer than the gap between two parallel
-# regions of a step. Its default is several milliseconds. Measured in docs/performance.md.
-_SPIN_COUNT = "20000"
+# Turns of libgomp's waiting loop before a thread sleeps: about 0.1 ms, longer than the usual gap between two parallel
+# regions of a step. The default is milliseconds, which a busy neighbour turns into a stalled step: docs/performance.md.
+_SPIN_COUNT = "5000"
 
 
 class Placement(msgspec.Struct, frozen=True):

@@ -32,6 +32,6 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int
     memory_fraction: float
     max_total_tokens: int | None = None
-    attention_backend: str = "torch"
+    attention_backend: str = "auto"
     trust_remote_code: bool = False
     seed: int = 0

@@ -33,7 +33,7 @@ class ModelRunner:
     def __init__(self, config: RunnerConfig, progress: Callable[[str], None], group: TpGroup | None = None) -> None:
         self.device = torch.device(config.device)
         dtype = getattr(torch, config.dtype)
-        self._backend = make_backend(config.attention_backend)
+        self._backend = make_backend(config.attention_backend, self.device, dtype)
         self._model = load_model(
             config, group or TpGroup(), lambda done, total: progress(f"loading weights {done}/{total}")
         ).eval()

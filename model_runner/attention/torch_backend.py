@@ -65,5 +65,8 @@ def _attend(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, posi
         hidden |= key_positions <= positions[..., None] - spec.sliding_window
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
     weights = scores.softmax(dim=-1)
-    output = torch.einsum("bhgqk,bkhd->bqhgd", weights, value.float())
+    # Behind a row's context may be what another request left in the page: a NaN there would survive a weight of 0.
+    beyond = key_positions > positions.amax(dim=-1, keepdim=True)  # [B, K]
+    value = value.float().masked_fill(beyond[..., None, None], 0.0)
+    output = torch.einsum("bhgqk,bkhd->bqhgd", weights, value)
     return output.reshape(batch, q_len, heads, value.shape[-1]).to(query.dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramet.model_runner.layers.linear import empty_parameter
+from ramet.model_runner.layers.linear import empty_parameter, linear
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.mapping import WeightPart
 
@@ -32,7 +32,7 @@ class VocabMatrix(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab] float32."""
-        return self.group.all_gather(F.linear(hidden, self.weight)).float()
+        return self.group.all_gather(linear(hidden, self.weight)).float()
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         yield WeightPart(f"{prefix}.weight", self.weight, self.shape, dim=0, span=self.span)

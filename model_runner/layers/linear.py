@@ -19,6 +19,20 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
+# From so many rows on, torch's CPU products give a row the same bits however many rows there are (seen with oneDNN and
+# MKL); with fewer they may add in another order.
+_INVARIANT_ROWS = 4
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden [N, in] -> [N, out]. On a CPU a row's result does not depend on N: what a request is answered must not
+    depend on who else is in the batch."""
+    rows = hidden.shape[0]
+    if rows >= _INVARIANT_ROWS or hidden.device.type != "cpu":
+        return F.linear(hidden, weight, bias)
+    return F.linear(F.pad(hidden, (0, 0, 0, _INVARIANT_ROWS - rows)), weight, bias)[:rows]
+
+
 class ColumnParallelLinear(nn.Module):
     """`outputs`: name of each fused matrix and its number of output features; each is split over the ranks.
 
@@ -48,7 +62,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = empty_parameter(sum(self.local_sizes), dtype=dtype) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         first = 0
@@ -87,7 +101,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         # Only one rank may add the bias: the outputs are summed.
         bias = self.bias if self.group.rank == 0 else None
-        return self.group.all_reduce(F.linear(hidden, self.weight, bias))
+        return self.group.all_reduce(linear(hidden, self.weight, bias))
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         out_features = self.weight.shape[0]

@@ -7,10 +7,9 @@ one batch.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramet.model_runner.layers.linear import empty_parameter
+from ramet.model_runner.layers.linear import empty_parameter, linear
 from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.mapping import WeightPart
@@ -54,8 +53,8 @@ class MoE(nn.Module):
                 continue
             last = first + count
             rows = tokens[first:last]
-            gate, up = F.linear(hidden[rows], self.gate_up[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act(gate) * up, self.down[expert])
+            gate, up = linear(hidden[rows], self.gate_up[expert]).chunk(2, dim=-1)
+            expert_output = linear(self.act(gate) * up, self.down[expert])
             share = weights.flatten()[order[first:last], None]
             output.index_add_(0, rows, expert_output * share)
             first = last
@@ -63,7 +62,7 @@ class MoE(nn.Module):
 
     def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, top_k] in hidden's precision, and experts [N, top_k] int64."""
-        probabilities = F.linear(hidden, self.router).softmax(-1, dtype=torch.float32)
+        probabilities = linear(hidden, self.router).softmax(-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)

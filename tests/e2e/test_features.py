@@ -79,7 +79,13 @@ def test_streamed_text_is_the_whole_text(tiny: RunningServer, client: openai.Ope
 def test_usage_in_a_stream(tiny: RunningServer, client: openai.OpenAI, ask: Ask) -> None:
     options: Any = {"include_usage": True}
     *chunks, last = client.completions.create(
-        model=tiny.model, prompt=PROMPT, max_tokens=5, n=2, stream=True, stream_options=options
+        model=tiny.model,
+        prompt=PROMPT,
+        max_tokens=5,
+        n=2,
+        stream=True,
+        stream_options=options,
+        extra_body={"ignore_eos": True},
     )
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == []

@@ -96,22 +96,33 @@ def test_eight_requests_with_one_cold_prefix_compute_it_once(smollm2: RunningSer
 SEEDED = {
     7: "Write a short story about a lighthouse keeper who finds a letter in a bottle on the beach one morning.",
     8: "Explain to a child of ten years why the sky is blue, and why the sunset is red instead.",
-    9: "Name a colour.",
+    9: "Describe a city that nobody has ever seen.",
+    10: "Make up six names for a boat, each with its reason.",
+    11: "Write a letter to an old friend about the weather.",
 }
 
 
 def seeded(server: RunningServer, seed: int, system: str = "You are helpful.") -> str:
     messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": SEEDED[seed]}]
     answer = server.client.chat.completions.create(
-        model=server.model, messages=messages, seed=seed, temperature=1, max_tokens=32
+        model=server.model, messages=messages, seed=seed, temperature=1, max_tokens=48
     )
     assert answer.choices[0].message.content
     return answer.choices[0].message.content
 
 
-def all_seeded(server: RunningServer) -> dict[int, str]:
-    """Each one alone."""
-    return {seed: seeded(server, seed) for seed in SEEDED}
+@pytest.fixture(scope="module")
+def known() -> dict[int, str]:
+    return {}
+
+
+@pytest.fixture
+def alone(smollm2: RunningServer, known: dict[int, str]) -> dict[int, str]:
+    """What each seed gives when nothing else runs; asked once."""
+    for seed in SEEDED.keys() - known:
+        known[seed] = seeded(smollm2, seed)
+    assert len(set(known.values())) == len(SEEDED)
+    return known
 
 
 def test_a_seed_gives_the_same_text_from_the_prefix_cache(smollm2: RunningServer) -> None:
@@ -119,17 +130,15 @@ def test_a_seed_gives_the_same_text_from_the_prefix_cache(smollm2: RunningServer
     cached = smollm2.quiet_metrics().get("ramet_scheduler_cached_tokens_total", 0)
     first = seeded(smollm2, 7, system)
     assert seeded(smollm2, 7, system) == first
-    # All but the last, unfinished page was found, where the first time nothing was.
+    # Nothing was found the first time, and all but the last page the second.
     assert smollm2.quiet_metrics()["ramet_scheduler_cached_tokens_total"] - cached >= 4 * PAGE_TOKENS
 
 
-def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer) -> None:
-    alone = all_seeded(smollm2)
-
+def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer, alone: dict[int, str]) -> None:
     def disturb(number: int) -> None:
         prompt = f"{number} things to know about the number {number}: " * (1 + number % 5)
         smollm2.client.completions.create(
-            model=smollm2.model, prompt=prompt, max_tokens=60, extra_body={"ignore_eos": True}
+            model=smollm2.model, prompt=prompt, max_tokens=80, extra_body={"ignore_eos": True}
         )
 
     with concurrent.futures.ThreadPoolExecutor(16 + len(SEEDED)) as pool:
@@ -141,10 +150,10 @@ def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer)
     assert among_others == alone
 
 
-def test_a_seed_gives_the_same_text_after_a_restart(smollm2: RunningServer) -> None:
-    before = all_seeded(smollm2)
+def test_a_seed_gives_the_same_text_after_a_restart(smollm2: RunningServer, alone: dict[int, str]) -> None:
     smollm2.restart()
-    assert all_seeded(smollm2) == before
+    for seed in (7, 8):
+        assert seeded(smollm2, seed) == alone[seed]
 
 
 def test_an_idle_server_rests(smollm2: RunningServer) -> None:

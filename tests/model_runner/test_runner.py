@@ -98,4 +98,23 @@ def test_pool_larger_than_memory_is_refused_with_the_numbers(folder):
 
 def test_unknown_attention_backend_names_those_there_are():
     with pytest.raises(ValueError, match="torch"):
-        make_backend("warp")
+        make_backend("warp", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logprobs_have_the_same_bits_alone_in_a_batch_and_from_the_cache(tiny_model, arch, dtype):
+    """Batch mates, chunks and prefix hits change nothing at all, so seeded answers cannot change either."""
+    prompts = {f"r{i}": [(31 * i + 7 * j) % 300 for j in range(length)] for i, length in enumerate((3, 20, 70, 100))}
+    engine = InlineEngine(tiny_model(arch), dtype=dtype, total_tokens=2048)
+
+    def run(tag: str, rids: list[str]) -> dict[str, list[float]]:
+        for rid in rids:
+            engine.add(tag + rid, prompts[rid], 12, temperature=1.0, seed=3, logprobs=0)
+        engine.run()
+        return {rid: [lp.logprob for out in engine.outputs[tag + rid] for lp in out.logprobs] for rid in rids}
+
+    alone = {rid: value for rid in prompts for value in run("alone", [rid]).values()}
+    assert engine.core.kv.flush() > 0
+    assert run("together", list(prompts)) == alone
+    assert run("cached", list(prompts)) == alone

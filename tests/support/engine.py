@@ -17,7 +17,9 @@ CONTEXT = 256
 class InlineEngine:
     """Add requests, `run` them to their end, read `tokens` and `outputs` by request id."""
 
-    def __init__(self, folder: Path, *, total_tokens: int = 1024, max_running: int = 8, **scheduler) -> None:
+    def __init__(
+        self, folder: Path, *, total_tokens: int = 1024, max_running: int = 8, dtype: str = "float32", **scheduler
+    ) -> None:
         defaults = {
             "page_size": 8,
             "max_running": max_running,
@@ -32,7 +34,7 @@ class InlineEngine:
                 model_dir=str(folder),
                 weights=str(folder),
                 load_format=LoadFormat.SAFETENSORS,
-                dtype="float32",
+                dtype=dtype,
                 device="cpu",
                 page_size=config.page_size,
                 max_running=max_running,

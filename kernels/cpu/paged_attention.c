@@ -1,0 +1,265 @@
+/* Causal attention of new tokens over a paged KV pool, for CPUs.
+ *
+ * Each (token, head) is computed in one fixed order, whatever else is in the call: keys in blocks of 64 positions that
+ * begin at multiples of 64, within a block dimension by dimension for the scores and key by key for the values, with a
+ * running maximum between blocks (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). So a
+ * token's result is the same to the last bit alone or in a batch, in a decode step or in any chunk of a prompt.
+ *
+ * A tile is a few tokens of one row with the heads that share a key/value head; its K and V blocks are widened to
+ * float32 once, K transposed so that the scores of 16 keys make one vector. Plain C with GCC's vector extensions.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define BLOCK 64
+#define TILE_TOKENS 32
+#define ROWS 4 /* (token, head) pairs that a micro-kernel takes at once */
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+typedef struct {
+    float *out;         /* [tokens, heads, value_dim] */
+    const float *query; /* [tokens, heads, key_dim] */
+    const void *keys;   /* [pages, page_size, kv_heads, key_dim], bfloat16 or float32 */
+    const void *values; /* [pages, page_size, kv_heads, value_dim] */
+    const int32_t *block_table; /* [rows, table_width] */
+    const int32_t *cu_q;        /* [rows + 1] */
+    const int32_t *seq_lens;    /* [rows], new tokens included */
+    int64_t rows, table_width, heads, kv_heads, key_dim, value_dim, page_size;
+    int64_t window;   /* 0: the whole context */
+    int64_t bfloat16; /* 0: the pool is float32 */
+    float scale, softcap; /* softcap 0: none */
+} Args;
+
+static vec splat(float x) { return (vec){0} + x; }
+
+/* exp(x) for x <= 0, to about 2 units in the last place: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2. */
+static vec exp_vec(vec x) {
+    const ivec deep = x < splat(-87.0f);
+    x = (vec)(((ivec)x & ~deep) | ((ivec)splat(-87.0f) & deep));
+    const vec t = x * 1.44269504f;
+    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    const vec n = (t + magic) - magic;
+    const vec f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return p * (vec)power;
+}
+
+static vec load16(const void *at, int64_t index, int bfloat16) {
+    if (!bfloat16) return *(const vec *)((const float *)at + index);
+    typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2)));
+    typedef uint32_t wide __attribute__((vector_size(4 * LANES)));
+    return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)at + index), wide) << 16);
+}
+
+/* A key or value of `dim` numbers, the last vector filled up with zeros. */
+static vec load_part(const void *at, int64_t index, int64_t d, int64_t dim, int bfloat16) {
+    if (d + LANES <= dim) return load16(at, index + d, bfloat16);
+    vec part = {0};
+    for (int64_t i = d; i < dim; i++) {
+        uint32_t bits;
+        if (bfloat16) bits = (uint32_t)((const uint16_t *)at)[index + i] << 16;
+        else memcpy(&bits, (const float *)at + index + i, 4);
+        memcpy((float *)&part + (i - d), &bits, 4);
+    }
+    return part;
+}
+
+/* Exchange the off-diagonal squares of size s in a 16 x 16 matrix of rows v. */
+#define LOW(l, s) (((l) & (s)) ? 16 + (l) - (s) : (l))
+#define HIGH(l, s) (((l) & (s)) ? 16 + (l) : (l) + (s))
+#define ALL(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s), F(8, s), F(9, s), F(10, s), \
+    F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)
+#define EXCHANGE(s) \
+    for (int i = 0; i < LANES; i++) \
+        if (!(i & (s))) { \
+            const vec a = v[i], b = v[i + (s)]; \
+            v[i] = __builtin_shuffle(a, b, (ivec){ALL(LOW, s)}); \
+            v[i + (s)] = __builtin_shuffle(a, b, (ivec){ALL(HIGH, s)}); \
+        }
+
+static void transpose16(vec v[LANES]) {
+    EXCHANGE(8) EXCHANGE(4) EXCHANGE(2) EXCHANGE(1)
+}
+
+/* Keys first..last-1 of one head: kt [key_dim padded][BLOCK] and vb [BLOCK][value_dim padded]; the rest zero. */
+static void load_block(const Args *a, const int32_t *table, int64_t kv, int64_t first, int64_t last, float *kt,
+                       float *vb, int64_t kpad, int64_t vpad) {
+    int64_t slot[BLOCK];
+    const int64_t count = last - first;
+    for (int64_t j = 0; j < count; j++) {
+        const int64_t position = first + j;
+        slot[j] = ((int64_t)table[position / a->page_size] * a->page_size + position % a->page_size) * a->kv_heads + kv;
+    }
+    const int half = (int)a->bfloat16;
+    for (int64_t j0 = 0; j0 < BLOCK; j0 += LANES)
+        for (int64_t d = 0; d < kpad; d += LANES) {
+            vec v[LANES];
+            for (int j = 0; j < LANES; j++)
+                v[j] = j0 + j < count ? load_part(a->keys, slot[j0 + j] * a->key_dim, d, a->key_dim, half) : (vec){0};
+            transpose16(v);
+            for (int i = 0; i < LANES; i++) *(vec *)(kt + (d + i) * BLOCK + j0) = v[i];
+        }
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t d = 0; d < vpad; d += LANES)
+            *(vec *)(vb + j * vpad + d) = load_part(a->values, slot[j] * a->value_dim, d, a->value_dim, half);
+    if (count < BLOCK) memset(vb + count * vpad, 0, sizeof(float) * (BLOCK - count) * vpad);
+}
+
+/* scores[r][0..63] = q[r] . kt for ROWS rows. */
+static void scores_of(const float *q, const float *kt, float *scores, int64_t kpad) {
+    vec s[ROWS][BLOCK / LANES];
+    memset(s, 0, sizeof s);
+    for (int64_t d = 0; d < kpad; d++)
+        for (int c = 0; c < BLOCK / LANES; c++) {
+            const vec k = *(const vec *)(kt + d * BLOCK + c * LANES);
+            for (int r = 0; r < ROWS; r++) s[r][c] += k * q[r * kpad + d];
+        }
+    memcpy(scores, s, sizeof s);
+}
+
+/* acc[r] = acc[r] * keep[r] + p[r] . vb for ROWS rows, keys in order. */
+static void add_values(const float *p, const float *vb, const float *keep, float *acc, int64_t count, int64_t vpad) {
+    int64_t d = 0;
+    for (; d + 2 * LANES <= vpad; d += 2 * LANES) {
+        vec x[ROWS][2];
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 2; c++) x[r][c] = *(vec *)(acc + r * vpad + d + c * LANES) * keep[r];
+        for (int64_t j = 0; j < count; j++)
+            for (int c = 0; c < 2; c++) {
+                const vec v = *(const vec *)(vb + j * vpad + d + c * LANES);
+                for (int r = 0; r < ROWS; r++) x[r][c] += v * p[r * BLOCK + j];
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 2; c++) *(vec *)(acc + r * vpad + d + c * LANES) = x[r][c];
+    }
+    for (; d < vpad; d += LANES)
+        for (int r = 0; r < ROWS; r++) {
+            vec x = *(vec *)(acc + r * vpad + d) * keep[r];
+            for (int64_t j = 0; j < count; j++) x += *(const vec *)(vb + j * vpad + d) * p[r * BLOCK + j];
+            *(vec *)(acc + r * vpad + d) = x;
+        }
+}
+
+/* Turn one row's scores into weights exp(score - max); masked keys get 0. Updates its maximum and sum; returns what
+ * its sums so far are to be multiplied with. */
+static float weigh(float *s, int64_t from, int64_t to, float softcap, float *max, float *sum) {
+    float top = *max;
+    if (softcap > 0)
+        for (int64_t j = from; j < to; j++) s[j] = softcap * __builtin_tanhf(s[j] / softcap);
+    for (int64_t j = from; j < to; j++) top = s[j] > top ? s[j] : top;
+    const vec keep = exp_vec(splat(*max - top));
+    vec total = {0};
+    for (int64_t c = 0; c < BLOCK; c += LANES) {
+        float part[LANES];
+        *(vec *)part = exp_vec(*(vec *)(s + c) - top);
+        for (int i = 0; i < LANES; i++)
+            if (c + i < from || c + i >= to) part[i] = 0;
+        *(vec *)(s + c) = *(vec *)part;
+        total += *(vec *)part;
+    }
+    float add = 0;
+    for (int i = 0; i < LANES; i++) add += total[i];
+    *max = top;
+    *sum = *sum * keep[0] + add;
+    return keep[0];
+}
+
+typedef struct {
+    float *q, *acc, *scores, *max, *sum, *kt, *vb;
+} Scratch;
+
+/* Tokens t0..t1-1 of row `row` (counted within it) for one key/value head. */
+static void attend_tile(const Args *a, Scratch *x, int64_t row, int64_t kv, int64_t t0, int64_t t1) {
+    const int64_t group = a->heads / a->kv_heads, n = (t1 - t0) * group, padded = (n + ROWS - 1) / ROWS * ROWS;
+    const int64_t kpad = (a->key_dim + LANES - 1) / LANES * LANES, vpad = (a->value_dim + LANES - 1) / LANES * LANES;
+    const int64_t begin = a->cu_q[row], start = a->seq_lens[row] - (a->cu_q[row + 1] - begin); /* position of token 0 */
+    memset(x->q, 0, sizeof(float) * padded * kpad);
+    memset(x->acc, 0, sizeof(float) * padded * vpad);
+    for (int64_t i = 0; i < padded; i++) x->max[i] = -1e30f, x->sum[i] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float *q = a->query + ((begin + t0 + i / group) * a->heads + kv * group + i % group) * a->key_dim;
+        for (int64_t d = 0; d < a->key_dim; d++) x->q[i * kpad + d] = q[d] * a->scale;
+    }
+    const int64_t end = start + t1; /* one past the last key that any token here sees */
+    int64_t first = a->window ? start + t0 - a->window + 1 : 0;
+    first = first > 0 ? first / BLOCK * BLOCK : 0;
+    for (; first < end; first += BLOCK) {
+        const int64_t last = first + BLOCK < end ? first + BLOCK : end;
+        load_block(a, a->block_table + row * a->table_width, kv, first, last, x->kt, x->vb, kpad, vpad);
+        for (int64_t i = 0; i < padded; i += ROWS) {
+            float keep[ROWS] = {1, 1, 1, 1};
+            scores_of(x->q + i * kpad, x->kt, x->scores, kpad);
+            for (int64_t r = 0; r < ROWS; r++) {
+                const int64_t position = start + t0 + (i + r < n ? i + r : n - 1) / group;
+                int64_t from = a->window ? position - a->window + 1 - first : 0, to = position + 1 - first;
+                from = from < 0 ? 0 : from;
+                to = to > BLOCK ? BLOCK : to;
+                if (from < to && i + r < n)
+                    keep[r] = weigh(x->scores + r * BLOCK, from, to, a->softcap, x->max + i + r, x->sum + i + r);
+                else
+                    memset(x->scores + r * BLOCK, 0, sizeof(float) * BLOCK);
+            }
+            add_values(x->scores, x->vb, keep, x->acc + i * vpad, last - first, vpad);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float *out = a->out + ((begin + t0 + i / group) * a->heads + kv * group + i % group) * a->value_dim;
+        for (int64_t d = 0; d < a->value_dim; d++) out[d] = x->acc[i * vpad + d] / x->sum[i];
+    }
+}
+
+/* Returns 0, or 1 if memory for the scratch space could not be had. */
+int paged_attention(const Args *a) {
+    const int64_t group = a->heads / a->kv_heads, most = (TILE_TOKENS * group + ROWS - 1) / ROWS * ROWS;
+    const int64_t kpad = (a->key_dim + LANES - 1) / LANES * LANES, vpad = (a->value_dim + LANES - 1) / LANES * LANES;
+    int64_t *tiles = malloc(sizeof(int64_t) * (a->rows + 1)); /* first tile of each row */
+    if (!tiles) return 1;
+    tiles[0] = 0;
+    for (int64_t r = 0; r < a->rows; r++)
+        tiles[r + 1] = tiles[r] + (a->cu_q[r + 1] - a->cu_q[r] + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int64_t items = tiles[a->rows] * a->kv_heads;
+    const int64_t sizes[] = {most * kpad, most * vpad, ROWS * BLOCK, most, most, kpad * BLOCK, BLOCK * vpad};
+    int64_t total = 0;
+    for (int i = 0; i < 7; i++) total += (sizes[i] + LANES - 1) / LANES * LANES;
+    int failed = 0;
+#pragma omp parallel
+    {
+        float *memory = aligned_alloc(64, sizeof(float) * total), *at = memory;
+        Scratch x;
+        float **parts[] = {&x.q, &x.acc, &x.scores, &x.max, &x.sum, &x.kt, &x.vb};
+        if (memory)
+            for (int i = 0; i < 7; i++) *parts[i] = at, at += (sizes[i] + LANES - 1) / LANES * LANES;
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < items; item++) {
+            if (!memory) continue;
+            /* Last tiles first: those of a prompt see the longest context. */
+            const int64_t tile = tiles[a->rows] - 1 - item / a->kv_heads, kv = item % a->kv_heads;
+            int64_t row = 0;
+            for (int64_t low = 0, high = a->rows - 1; low <= high;) {
+                const int64_t middle = (low + high) / 2;
+                if (tiles[middle] <= tile) row = middle, low = middle + 1;
+                else high = middle - 1;
+            }
+            const int64_t t0 = (tile - tiles[row]) * TILE_TOKENS, length = a->cu_q[row + 1] - a->cu_q[row];
+            attend_tile(a, &x, row, kv, t0, t0 + TILE_TOKENS < length ? t0 + TILE_TOKENS : length);
+        }
+        free(memory);
+    }
+    free(tiles);
+    return failed;
+}

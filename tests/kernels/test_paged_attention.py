@@ -1,0 +1,152 @@
+"""The C kernel equals its plain twin, the torch backend, and gives the same bits alone, in a batch and in chunks."""
+
+import pytest
+import torch
+
+from ramet.kernels.cpu.build import KernelUnavailable, load_kernel
+from ramet.model_runner.attention.cpu_backend import CpuBackend
+from ramet.model_runner.attention.registry import make_backend
+from ramet.model_runner.attention.torch_backend import TorchBackend
+from ramet.model_runner.context import AttentionSpec, ForwardContext
+from ramet.model_runner.kv_pool import KVPool, KVSpec
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backend() -> CpuBackend:
+    try:
+        return CpuBackend()
+    except KernelUnavailable as error:
+        pytest.skip(f"no C compiler: {error}")
+
+
+class Case:
+    """A pool with random content and rows with random page tables; `rows` are (context, new tokens)."""
+
+    def __init__(self, rows, heads=6, kv_heads=2, key_dim=64, value_dim=64, page_size=16, dtype=torch.bfloat16, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.rows = rows
+        pages_needed = [-(-context // page_size) for context, _ in rows]
+        num_pages = sum(pages_needed) + 3
+        self.pool = KVPool([KVSpec(kv_heads, key_dim, value_dim)], num_pages, page_size, dtype, CPU)
+        self.pool.keys[0].copy_(randn(*self.pool.keys[0].shape))
+        self.pool.values[0].copy_(randn(*self.pool.values[0].shape))
+        order = torch.randperm(num_pages, generator=generator).tolist()
+        self.tables = [[order.pop() for _ in range(count)] for count in pages_needed]
+        self.queries = [randn(new, heads, key_dim) for _, new in rows]
+
+    def context(self, parts: list[tuple[int, int, int]], backend) -> tuple[torch.Tensor, ForwardContext]:
+        """`parts`: (row, first, last) of the row's new tokens."""
+        lengths = [last - first for _, first, last in parts]
+        starts = [self.rows[row][0] - self.rows[row][1] + first for row, first, _ in parts]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        table = torch.zeros(len(parts), max(len(self.tables[row]) for row, _, _ in parts), dtype=torch.int32)
+        for i, (row, _, _) in enumerate(parts):
+            table[i, : len(self.tables[row])] = torch.tensor(self.tables[row])
+        seq_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
+        ctx = ForwardContext(
+            positions=torch.cat([torch.arange(s, e) for s, e in zip(starts, seq_lens, strict=True)]),
+            slot_mapping=torch.empty(0),
+            cu_q=ends.int(),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            block_table=table,
+            query_lens=lengths,
+            context_lens=seq_lens,
+            num_decodes=sum(length == 1 for length in lengths),
+            kv_pool=self.pool,
+            backend=backend,
+        )
+        return torch.cat([self.queries[row][first:last] for row, first, last in parts]), ctx
+
+    def run(self, backend, parts=None, **spec) -> torch.Tensor:
+        parts = parts or [(row, 0, new) for row, (_, new) in enumerate(self.rows)]
+        query, ctx = self.context(parts, backend)
+        return backend.forward(AttentionSpec(0, 0.125, **spec), query, ctx)
+
+
+MIXED = [(1, 1), (64, 1), (65, 1), (300, 1), (5, 5), (100, 40), (200, 130)]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"heads": 4, "kv_heads": 4},
+        {"heads": 8, "kv_heads": 1, "key_dim": 128, "value_dim": 128},
+        {"heads": 6, "kv_heads": 3, "key_dim": 24, "value_dim": 40},
+        {"page_size": 1},
+        {"page_size": 7, "heads": 5, "kv_heads": 1},
+        {"key_dim": 256, "value_dim": 256, "heads": 2, "kv_heads": 1},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", [{}, {"sliding_window": 24}, {"softcap": 3.0}, {"sliding_window": 1}])
+def test_equals_plain_torch(backend, shape, dtype, spec):
+    case = Case(MIXED, dtype=dtype, **shape)
+    expected = case.run(TorchBackend(), **spec)
+    # Both compute in float32: only the order of additions and the exponential differ.
+    torch.testing.assert_close(case.run(backend, **spec), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_long_context(backend):
+    case = Case([(3000, 1), (2500, 70)])
+    torch.testing.assert_close(case.run(backend), case.run(TorchBackend()), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", [{}, {"sliding_window": 50}])
+def test_same_bits_alone_in_a_batch_and_in_any_chunks(backend, spec):
+    case = Case(MIXED)
+    together = case.run(backend, **spec)
+    alone = [case.run(backend, [(row, 0, new)], **spec) for row, (_, new) in enumerate(MIXED)]
+    assert torch.equal(together, torch.cat(alone))
+    one_by_one = [case.run(backend, [(6, i, i + 1)], **spec) for i in range(130)]
+    assert torch.equal(alone[6], torch.cat(one_by_one))
+    uneven = [case.run(backend, [(6, a, b)], **spec) for a, b in [(0, 17), (17, 81), (81, 82), (82, 130)]]
+    assert torch.equal(alone[6], torch.cat(uneven))
+
+
+@pytest.mark.parametrize("make", [CpuBackend, TorchBackend])
+def test_nan_left_in_a_page_by_another_request_does_not_spread(make, request):
+    if make is CpuBackend:
+        request.getfixturevalue("backend")
+    case = Case([(20, 4), (40, 1)])
+    expected = case.run(make())
+    for row, (context, _) in enumerate(case.rows):
+        last_page = case.tables[row][-1]
+        case.pool.keys[0][last_page, context % 16 :] = float("nan")
+        case.pool.values[0][last_page, context % 16 :] = float("nan")
+    assert torch.equal(case.run(make()), expected)
+
+
+def test_nan_of_its_own_reaches_the_result(backend):
+    case = Case([(20, 1)])
+    case.pool.keys[0][case.tables[0][0], 3] = float("nan")
+    assert case.run(backend).isnan().all()
+
+
+def test_without_a_compiler_torch_takes_over_and_says_so(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert make_backend("auto", CPU, torch.float32).name == "torch"
+    assert "no-such-compiler" in caplog.text
+    with pytest.raises(ValueError, match="no-such-compiler"):
+        make_backend("cpu", CPU, torch.float32)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'bad flags' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KernelUnavailable, match="status 3: bad flags"):
+        load_kernel("paged_attention")
+
+
+def test_half_precision_goes_to_torch(backend):
+    assert make_backend("auto", CPU, torch.float16).name == "torch"
