@@ -9,6 +9,7 @@ the rounds and the ratio.
 
 import argparse
 import asyncio
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,9 @@ def main() -> None:
     args = parser.parse_args()
     command = [sys.executable, "-m", "ramet.launch_server", "--port", str(PORT), "--log-level", "warning"]
     server = subprocess.Popen([*command, *args.server_flags], stdout=subprocess.DEVNULL)
+    # Clients are elsewhere in real life: this process takes what the engine leaves. After the server's start, which
+    # would inherit it.
+    os.nice(19)
     try:
         asyncio.run(compare(args))
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-_LIGHT_NICE = 5
+_LIGHT_NICE = 10
 # Turns of libgomp's waiting loop before a thread sleeps: about 0.1 ms, longer than the usual gap between two parallel
 # regions of a step. The default is milliseconds, which a busy neighbour turns into a stalled step: docs/performance.md.
 _SPIN_COUNT = "5000"
@@ -42,15 +42,10 @@ def light() -> Placement:
 def computing(cpus: tuple[int, ...] | None, num_threads: int | None, environ: Mapping[str, str]) -> Placement:
     """For the scheduler: a thread for each of its CPUs, unless `--num-threads` or OMP_NUM_THREADS say otherwise."""
     threads = str(num_threads or environ.get("OMP_NUM_THREADS") or len(cpus or os.sched_getaffinity(0)))
-    return Placement(
-        env={
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            "GOMP_SPINCOUNT": environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
-        },
-        cpus=cpus,
-    )
+    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if "OMP_WAIT_POLICY" not in environ:  # which the spin count would overrule
+        env["GOMP_SPINCOUNT"] = environ.get("GOMP_SPINCOUNT", _SPIN_COUNT)
+    return Placement(env=env, cpus=cpus)
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

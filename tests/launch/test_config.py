@@ -153,6 +153,13 @@ def test_only_the_scheduler_gets_many_threads() -> None:
     assert light().nice > computing(None, None, {}).nice
 
 
+def test_waiting_policy_of_the_user_is_kept() -> None:
+    ours = int(computing(None, None, {}).env["GOMP_SPINCOUNT"])
+    assert 0 < ours < 20_000
+    assert computing(None, None, {"GOMP_SPINCOUNT": "7"}).env["GOMP_SPINCOUNT"] == "7"
+    assert "GOMP_SPINCOUNT" not in computing(None, None, {"OMP_WAIT_POLICY": "active"}).env
+
+
 def test_lists_of_cpus() -> None:
     first = min(os.sched_getaffinity(0))
     assert parse_cpus(f"{first}") == parse_cpus(f"{first}-{first}, {first}") == (first,)
