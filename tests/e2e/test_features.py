@@ -58,7 +58,7 @@ def text(answer: dict[str, Any], index: int = 0) -> str:
 def test_streamed_text_is_the_whole_text(tiny: RunningServer, client: openai.OpenAI, ask: Ask, ask_chat: Ask) -> None:
     chunks = list(client.completions.create(model=tiny.model, prompt=PROMPT, max_tokens=24, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == text(ask())
-    assert len(chunks) > 10  # it came in pieces
+    assert len(chunks) > 3  # it came in pieces; a slow reader gets several tokens in one
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from support.scripted_engine import MODEL, WAIT_S, ScriptedEngine, says
 
-from ramet.ipc.messages import Stats
+from ramet.ipc.messages import STEP_BUCKETS_S, Stats
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -150,7 +150,8 @@ def test_connections_are_kept(engine: ScriptedEngine) -> None:
 
 def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
     numbers = dict.fromkeys(Stats.__struct_fields__, 7)
-    engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2}))
+    steps = [1] * (len(STEP_BUCKETS_S) + 1)
+    engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2, "step_counts": steps}))
     for _ in range(2):
         client.post("/v1/chat/completions", json=CHAT)
     client.get("/v1/models/" + MODEL)
@@ -167,6 +168,9 @@ def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
     assert lines['ramet_scheduler_requests{state="running"}'] == "2.0"
     assert lines['ramet_kv_pages{state="in_use"}'] == "6.0"
     assert lines["ramet_scheduler_preemptions_total"] == "7.0"
+    assert lines['ramet_scheduler_step_seconds_bucket{le="0.001"}'] == "1.0"
+    assert float(lines["ramet_scheduler_step_seconds_count"]) == len(steps)
+    assert lines["ramet_scheduler_step_seconds_sum"] == "7.0"
     answered = float(lines["ramet_time_to_first_token_seconds_count"])
     assert float(lines["ramet_prompt_tokens_total"]) == 5 * answered
     assert float(lines["ramet_generation_tokens_total"]) == answered
