@@ -307,7 +307,7 @@ class SchedulerCore:
                 FailureKind.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has {prompt_len} tokens and up to {wanted} are to be generated, "
                 f"but the KV cache holds {self._capacity} tokens in all",
-                param="messages" if message.max_tokens_given else None,
+                param="max_tokens" if room > 0 else None,
                 code="context_length_exceeded",
             )
         return min(wanted, room)

@@ -121,6 +121,9 @@ def test_request_too_large_for_the_pool_fails_with_the_numbers(make_driver):
     (out,) = driver.outputs
     assert out.failure.kind is FailureKind.CONTEXT_LENGTH_EXCEEDED
     assert "10 tokens" in out.failure.message and "16" in out.failure.message
+    assert out.failure.param == "max_tokens"
+    driver.add("bigger", [1] * 16, max_tokens=1)
+    assert driver.outputs[1].failure.param is None, "no max_tokens would help"
 
 
 def test_max_tokens_that_nobody_asked_for_is_cut_to_the_pool(make_driver):
