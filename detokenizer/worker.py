@@ -4,11 +4,9 @@ Keeps the state of each request from its first `TokenOut` to its last word. On a
 once, and aborts it at the scheduler; what still comes of it is then unknown here and passes by.
 """
 
-import logging
-
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.detokenizer.incremental import IncrementalText
-from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import (
     Abort,
     Admitted,
@@ -27,8 +25,6 @@ from ramet.ipc.messages import (
 )
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
-log = logging.getLogger(__name__)
-
 NAME = "detokenizer"
 
 
@@ -45,13 +41,8 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     launcher.send(Ready(NAME))
     while True:
-        try:
-            message = inbox.receive(None)
-        except ChannelError:
-            log.exception("a message was dropped")
-            continue
-        if message is None:
-            continue
+        message = inbox.receive(None)
+        assert message is not None  # it waits for ever
         deltas: list[TextDelta] = []
         for item in message.items:
             if item.failure is not None:

@@ -11,7 +11,6 @@ of it is still live. All messages about one id go to the same tokenizer worker.
 import asyncio
 import collections
 import itertools
-import logging
 import secrets
 import time
 import uuid
@@ -21,7 +20,7 @@ from types import TracebackType
 import msgspec
 
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, AsyncInbox, ChannelError, Outbox
+from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
@@ -37,8 +36,6 @@ from ramet.ipc.messages import (
     ToFrontend,
 )
 from ramet.ipc.sampling import SamplingParams
-
-log = logging.getLogger(__name__)
 
 DRAINING = Failure(FailureKind.ENGINE_DOWN, "the server is shutting down", code="server_shutting_down")
 _ABORTED = Failure(FailureKind.INTERNAL, "the request was aborted by the engine", code="aborted")
@@ -233,12 +230,7 @@ class EngineClient:
     async def receive(self, inbox: AsyncInbox[ToFrontend]) -> None:
         """Dispatch messages for ever."""
         while True:
-            try:
-                message = await inbox.receive()
-            except ChannelError:
-                log.exception("dropped a message")
-                continue
-            self.dispatch(message)
+            self.dispatch(await inbox.receive())
 
     def dispatch(self, message: ToFrontend) -> None:
         if isinstance(message, TextBatch):

@@ -1,12 +1,13 @@
 """Typed one-way channels between processes: msgpack over ZeroMQ `ipc://` sockets in a private folder.
 
 The only module that imports zmq. Each process has one inbox, named by its address; whoever knows the address may
-write to it. Never pickle: a message that does not decode to the inbox's union raises `ChannelError`.
+write to it. Never pickle: a message that does not decode to the inbox's union is logged and dropped.
 
 Queues inside ZeroMQ are unbounded on purpose: load is bounded where requests are admitted (frontend), and a sender
 that blocks on a peer that died would hang.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,8 @@ import zmq.asyncio
 
 from ramet.ipc.messages import Message
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T", bound=Message)
 
 # A Unix socket's path is limited by the kernel (sockaddr_un) to 108 bytes with the final NUL.
@@ -25,7 +28,7 @@ _LINGER_MS = 300
 
 
 class ChannelError(Exception):
-    """A message that is not of the inbox's type, or an address that cannot be bound."""
+    """An address that cannot be bound."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -62,11 +65,12 @@ class Inbox(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def receive(self, timeout_s: float | None) -> T | None:
-        """The next message; None if none came within `timeout_s` (0: only what is there; None: wait forever)."""
+        """The next message; None if none came within `timeout_s` (0: only what is there; None: wait for ever)."""
         timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
-        if self._socket.poll(timeout_ms) == 0:
-            return None
-        return _decode(self._decoder, self._socket.recv())
+        while self._socket.poll(timeout_ms):
+            if (message := _decode(self._decoder, self._socket.recv())) is not None:
+                return message
+        return None
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -80,7 +84,9 @@ class AsyncInbox(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     async def receive(self) -> T:
-        return _decode(self._decoder, await self._socket.recv())
+        while (message := _decode(self._decoder, await self._socket.recv())) is None:
+            pass  # dropped
+        return message
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -114,11 +120,12 @@ def _bind(context: "zmq.Context[Any]", address: str) -> Any:
     return socket
 
 
-def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T:
+def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T | None:
     try:
         return decoder.decode(data)
     except msgspec.MsgspecError as error:
-        raise ChannelError(f"message of {len(data)} bytes is not of the expected type: {error}") from error
+        log.error("dropped a message of %d bytes that is not of the expected type: %s", len(data), error)
+        return None
 
 
 __all__ = ["Addresses", "AsyncInbox", "ChannelError", "Inbox", "Outbox"]

@@ -7,7 +7,7 @@ import bisect
 import logging
 import time
 
-from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     STEP_BUCKETS_S,
@@ -91,12 +91,7 @@ class Worker:
         """Everything that has come; waits for something if there is no work."""
         timeout_s = 0.0 if self._core.has_work else None
         while True:
-            try:
-                message = self._inbox.receive(timeout_s)
-            except ChannelError:
-                log.exception("a message was dropped")
-                continue
-            match message:
+            match message := self._inbox.receive(timeout_s):
                 case None:
                     return
                 case Generate():

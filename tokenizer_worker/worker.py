@@ -9,7 +9,7 @@ import logging
 import jinja2
 import msgspec
 
-from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import Abort, Chat, Completion, Failed, Fatal, Generate, Job, Ready, ToTokenizer
 from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
@@ -33,12 +33,7 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     launcher.send(Ready(name))
     while True:
-        try:
-            message = inbox.receive(None)
-        except ChannelError:
-            log.exception("a message was dropped")
-            continue
-        match message:
+        match message := inbox.receive(None):
             case Abort():
                 scheduler.send(message)
             case Chat() | Completion():
