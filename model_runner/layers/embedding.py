@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramet.model_runner.layers.linear import empty_parameter, linear
+from ramet.model_runner.layers.linear import empty_parameter, linear, pack
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.mapping import WeightPart
 
@@ -20,6 +20,7 @@ class VocabMatrix(nn.Module):
         self.group = group
         self.span = group.shard(vocab_size, "vocabulary")
         self.weight = empty_parameter(len(self.span), hidden_size, dtype=dtype)
+        self._packed: Tensor | None = None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] int64 -> [N, hidden]."""
@@ -32,7 +33,12 @@ class VocabMatrix(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab] float32."""
-        return self.group.all_gather(linear(hidden, self.weight)).float()
+        weight = self.weight if self._packed is None else self._packed
+        return self.group.all_gather(linear(hidden, weight)).float()
+
+    def pack(self) -> None:
+        """For `logits`; the plain weight stays, since rows of it may be embedded."""
+        self._packed = pack(self.weight)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         yield WeightPart(f"{prefix}.weight", self.weight, self.shape, dim=0, span=self.span)

@@ -24,13 +24,36 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 _INVARIANT_ROWS = 4
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack` makes products with this weight faster here: bfloat16 on a CPU that oneDNN computes it on."""
+    usable = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight [out, in] in the blocked layout that oneDNN multiplies with; only `linear` can use it.
+
+    A plain weight is reordered, in effect, with every product: at few rows that takes as long as the product. The
+    operators are those that torch's own compiler uses for frozen weights.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _INVARIANT_ROWS)
+
+
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden [N, in] -> [N, out]. On a CPU a row's result does not depend on N: what a request is answered must not
-    depend on who else is in the batch."""
+    """hidden [N, in] -> [N, out]; the weight may be packed. On a CPU a row's result does not depend on N: what a
+    request is answered must not depend on who else is in the batch."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     rows = hidden.shape[0]
     if rows >= _INVARIANT_ROWS or hidden.device.type != "cpu":
         return F.linear(hidden, weight, bias)
     return F.linear(F.pad(hidden, (0, 0, 0, _INVARIANT_ROWS - rows)), weight, bias)[:rows]
+
+
+def _pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
+    packed = pack(module.weight)
+    del module.weight  # a parameter's name takes no other tensor
+    module.weight = packed
 
 
 class ColumnParallelLinear(nn.Module):
@@ -58,11 +81,15 @@ class ColumnParallelLinear(nn.Module):
             units = group.shard(features // unit, f"{name} blocks of {unit} features")
             self.spans[name] = range(units.start * unit, units.stop * unit)
         self.local_sizes = [len(span) for span in self.spans.values()]
-        self.weight = empty_parameter(sum(self.local_sizes), in_features, dtype=dtype)
+        self.weight: Tensor = empty_parameter(sum(self.local_sizes), in_features, dtype=dtype)
         self.bias = empty_parameter(sum(self.local_sizes), dtype=dtype) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Once the weights are there; `weight_parts` is of no use after it."""
+        _pack_weight(self)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         first = 0
@@ -95,13 +122,17 @@ class RowParallelLinear(nn.Module):
         self.group = group
         units = group.shard(in_features // unit, f"input blocks of {unit} features")
         self.span = range(units.start * unit, units.stop * unit)
-        self.weight = empty_parameter(out_features, len(self.span), dtype=dtype)
+        self.weight: Tensor = empty_parameter(out_features, len(self.span), dtype=dtype)
         self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         # Only one rank may add the bias: the outputs are summed.
         bias = self.bias if self.group.rank == 0 else None
         return self.group.all_reduce(linear(hidden, self.weight, bias))
+
+    def pack(self) -> None:
+        """Once the weights are there; `weight_parts` is of no use after it."""
+        _pack_weight(self)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         out_features = self.weight.shape[0]

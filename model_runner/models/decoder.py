@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ramet.model_runner.context import AttentionSpec, ForwardContext
 from ramet.model_runner.kv_pool import KVSpec
 from ramet.model_runner.layers.embedding import VocabMatrix
-from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear
+from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack
 from ramet.model_runner.layers.mlp import GatedMLP
 from ramet.model_runner.layers.moe import MoE
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
@@ -200,6 +200,14 @@ class Decoder(CausalLM):
         logits = self.head.logits(hidden)
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def pack(self) -> None:
+        """Bring the weights, now loaded, into the layout that multiplies fastest here, where there is one."""
+        if can_pack(self.embedding.weight):
+            for module in self.modules():
+                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                    module.pack()
+            self.head.pack()
 
     def weight_parts(self) -> Iterator[WeightPart]:
         yield from self.embedding.weight_parts("model.embed_tokens")

@@ -78,12 +78,15 @@ def _load_native(
         parts = list(model.weight_parts())
         if source is None:
             fill_randomly(parts, config.seed, progress)
+            model.pack()
             return model.eval()
         if isinstance(source, GGUFSource):
             source.expect({part.name for part in parts})
         # Some checkpoints store the head although it is the embedding.
         unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
         fill(parts, source, unused, progress)
+    del parts  # they hold the plain weights
+    model.pack()
     return model.eval()
 
 

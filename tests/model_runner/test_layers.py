@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from ramet.model_runner.layers.embedding import VocabMatrix
-from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear
+from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack, linear, pack
 from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.layers.moe import MoE
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
@@ -158,3 +158,20 @@ def test_rank_slices_put_together_are_the_whole() -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k_proj blocks of 4 features \(3\) cannot be divided over 2"):
         ColumnParallelLinear(12, {"k_proj": 12}, TpGroup(0, 2), torch.float32, unit=4)
+
+
+def test_packed_products_have_the_bits_of_plain_ones_for_any_number_of_rows():
+    weight = torch.randn(200, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if not can_pack(weight):
+        pytest.skip("no bfloat16 products by oneDNN on this CPU")
+    hidden = torch.randn(70, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    bias = torch.randn(200, generator=torch.Generator().manual_seed(3)).bfloat16()
+    packed, plain = pack(weight), linear(hidden, weight, bias)
+    torch.testing.assert_close(linear(hidden, packed, bias), plain, rtol=1e-2, atol=1e-2)
+    for rows in (1, 2, 3, 5, 17, 33, 64):
+        assert torch.equal(linear(hidden[:rows], packed, bias), linear(hidden, packed, bias)[:rows])
+        assert torch.equal(linear(hidden[:rows], weight, bias), plain[:rows])
+
+
+def test_float32_is_not_packed():
+    assert not can_pack(torch.zeros(8, 8))
