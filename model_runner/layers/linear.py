@@ -42,12 +42,12 @@ def pack(weight: Tensor) -> Tensor:
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden [N, in] -> [N, out]; the weight may be packed. On a CPU a row's result does not depend on N: what a
     request is answered must not depend on who else is in the batch."""
+    rows = hidden.shape[0]
+    if rows < _INVARIANT_ROWS and hidden.device.type == "cpu":
+        return linear(F.pad(hidden, (0, 0, 0, _INVARIANT_ROWS - rows)), weight, bias)[:rows]
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-    rows = hidden.shape[0]
-    if rows >= _INVARIANT_ROWS or hidden.device.type != "cpu":
-        return F.linear(hidden, weight, bias)
-    return F.linear(F.pad(hidden, (0, 0, 0, _INVARIANT_ROWS - rows)), weight, bias)[:rows]
+    return F.linear(hidden, weight, bias)
 
 
 def _pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:

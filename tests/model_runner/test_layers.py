@@ -160,17 +160,20 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         ColumnParallelLinear(12, {"k_proj": 12}, TpGroup(0, 2), torch.float32, unit=4)
 
 
-def test_packed_products_have_the_bits_of_plain_ones_for_any_number_of_rows():
-    weight = torch.randn(200, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+def test_a_row_of_a_product_has_the_same_bits_in_any_company_packed_or_not():
+    weight = torch.randn(576, 1536, generator=torch.Generator().manual_seed(1)).bfloat16()
     if not can_pack(weight):
         pytest.skip("no bfloat16 products by oneDNN on this CPU")
-    hidden = torch.randn(70, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
-    bias = torch.randn(200, generator=torch.Generator().manual_seed(3)).bfloat16()
+    hidden = torch.randn(70, 1536, generator=torch.Generator().manual_seed(2)).bfloat16()
+    bias = torch.randn(576, generator=torch.Generator().manual_seed(3)).bfloat16()
     packed, plain = pack(weight), linear(hidden, weight, bias)
     torch.testing.assert_close(linear(hidden, packed, bias), plain, rtol=1e-2, atol=1e-2)
-    for rows in (1, 2, 3, 5, 17, 33, 64):
-        assert torch.equal(linear(hidden[:rows], packed, bias), linear(hidden, packed, bias)[:rows])
-        assert torch.equal(linear(hidden[:rows], weight, bias), plain[:rows])
+    together = linear(hidden, packed, bias)
+    for rows in (1, 2, 3, 4, 5, 9, 17, 33):
+        for first in range(0, 70 - rows, 3):
+            some = slice(first, first + rows)
+            assert torch.equal(linear(hidden[some], packed, bias), together[some])
+            assert torch.equal(linear(hidden[some], weight, bias), plain[some])
 
 
 def test_float32_is_not_packed():
