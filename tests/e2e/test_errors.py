@@ -1,7 +1,7 @@
 """What is wrong with a request, and the whole answer to it, from a real engine."""
 
+import http.client as http_client
 import json
-import socket
 from typing import Any
 
 import httpx
@@ -161,12 +161,15 @@ def test_wrong_content_type(http: httpx.Client, content_type: str) -> None:
 def test_body_too_large(tiny: RunningServer) -> None:
     """Refused by what the client announces, before it has sent it."""
     size = 32 * 1024 * 1024 + 1
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as connection:
-        connection.sendall(head.encode())
-        answer = connection.recv(65536).decode()
-    assert answer.startswith("HTTP/1.1 413 ")
-    error = json.loads(answer.partition("\r\n\r\n")[2])["error"]
+    connection = http_client.HTTPConnection("127.0.0.1", tiny.port, timeout=10)
+    connection.putrequest("POST", CHAT)
+    connection.putheader("content-type", "application/json")
+    connection.putheader("content-length", str(size))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413
+    error = json.loads(response.read())["error"]
+    connection.close()
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "request_too_large")
     assert str(size) in error["message"]
     assert str(size - 1) in error["message"]
