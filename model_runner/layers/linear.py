@@ -50,7 +50,8 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(hidden, weight, bias)
 
 
-def _pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
+def pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
+    """Pack a layer's own weight, once it is loaded; the layer's `weight_parts` are of no use after it."""
     packed = pack(module.weight)
     del module.weight  # a parameter's name takes no other tensor
     module.weight = packed
@@ -86,10 +87,6 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Once the weights are there; `weight_parts` is of no use after it."""
-        _pack_weight(self)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         first = 0
@@ -129,10 +126,6 @@ class RowParallelLinear(nn.Module):
         # Only one rank may add the bias: the outputs are summed.
         bias = self.bias if self.group.rank == 0 else None
         return self.group.all_reduce(linear(hidden, self.weight, bias))
-
-    def pack(self) -> None:
-        """Once the weights are there; `weight_parts` is of no use after it."""
-        _pack_weight(self)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         out_features = self.weight.shape[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ramet.model_runner.context import AttentionSpec, ForwardContext
 from ramet.model_runner.kv_pool import KVSpec
 from ramet.model_runner.layers.embedding import VocabMatrix
-from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack
+from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack, pack_weight
 from ramet.model_runner.layers.mlp import GatedMLP
 from ramet.model_runner.layers.moe import MoE
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
@@ -206,7 +206,7 @@ class Decoder(CausalLM):
         if can_pack(self.embedding.weight):
             for module in self.modules():
                 if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                    module.pack()
+                    pack_weight(module)
             self.head.pack()
 
     def weight_parts(self) -> Iterator[WeightPart]:

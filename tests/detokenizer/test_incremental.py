@@ -87,7 +87,7 @@ def test_only_a_possible_beginning_is_held_back():
 
 
 @given(st.text("abn", max_size=30), st.lists(st.text("abn", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_text_up_to_the_stop_never_depends_on_its_pieces_being_characters(text, stops):
+def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops):
     """Character by character: the text before the first stop string that becomes complete."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
     out, matched = cut(text, tuple(stops), 1)
