@@ -1,7 +1,8 @@
 """`EngineClient`: the frontend's side of the engine. Owns request ids, admission, event queues and aborts.
 
-Knows nothing of HTTP. One `Generation` stands for all choices of one HTTP request; its queue lives in this process,
-so a reader that is slow, or waits for the whole answer, costs the memory of the text and nothing more.
+Knows nothing of HTTP. A question is asked and awaited (`ask`). One `Generation` stands for all choices of one HTTP
+request; its queue lives in this process, so a reader that is slow, or waits for the whole answer, costs the memory of
+the text and nothing more.
 
 Invariants: a request id is in `_live` from its submission to its one terminal event, to its abort, or to the loss of
 the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block aborts whatever
@@ -24,16 +25,22 @@ from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
+    Answer,
     Chat,
     Completion,
+    Detokenize,
+    Embedding,
     EngineDown,
     Failed,
     FinishReason,
+    FlushCache,
     Job,
+    Ready,
     Stats,
     TextBatch,
     TextDelta,
     ToFrontend,
+    Tokenize,
 )
 from ramet.ipc.sampling import SamplingParams
 
@@ -123,8 +130,15 @@ class Generation:
             raise self._error
 
 
+class _Question(msgspec.Struct, gc=False):
+    """A request that ends in one `Answer`."""
+
+    answer: "asyncio.Future[Answer]"
+    tokenizer: int
+
+
 class _Live(msgspec.Struct, gc=False):
-    """A request that the engine owes an end. Times are of `time.monotonic`, in seconds."""
+    """A generation that the engine owes an end. Times are of `time.monotonic`, in seconds."""
 
     generation: Generation
     index: int
@@ -143,13 +157,14 @@ class EngineClient:
         self._max_live = max_live
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
+        self._questions: dict[str, _Question] = {}
         self._down: Failure | None = None
         self._draining = False
 
     @property
     def live(self) -> int:
         """How many requests the engine has not ended yet."""
-        return len(self._live)
+        return len(self._live) + len(self._questions)
 
     @property
     def down(self) -> Failure | None:
@@ -196,15 +211,29 @@ class EngineClient:
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
         return generation
 
+    async def ask(self, make: Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]) -> Answer:
+        """Send what `make` makes of a request id, and wait for its answer. Raises `RequestError` if it is not admitted
+        or fails. Cancelling the task that waits aborts the request."""
+        self._admit(1)
+        rid = uuid.uuid4().hex
+        question = _Question(asyncio.get_running_loop().create_future(), next(self._turns))
+        self._questions[rid] = question
+        try:
+            self._tokenizers[question.tokenizer].send(make(rid))
+            return await question.answer
+        finally:
+            if self._questions.pop(rid, None) is not None:
+                self._tokenizers[question.tokenizer].send(Abort([rid]))
+
     def _admit(self, count: int) -> None:
         if self.refusal is not None:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
         if count > self._max_live:
             raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
-        if len(self._live) + count > self._max_live:
+        if self.live + count > self._max_live:
             raise RequestError(
                 FailureKind.QUEUE_FULL,
-                f"the queue is full: {len(self._live)} of at most {self._max_live} requests are waiting or running",
+                f"the queue is full: {self.live} of at most {self._max_live} requests are waiting or running",
             )
 
     def abort(self, rids: set[str]) -> None:
@@ -226,6 +255,8 @@ class EngineClient:
         self.abort(set(self._live))
         for rid, live in ended:
             live.generation.fail(rid, failure)
+        for rid in list(self._questions):
+            self._fail(rid, failure)
 
     async def receive(self, inbox: AsyncInbox[ToFrontend]) -> None:
         """Dispatch messages for ever."""
@@ -239,15 +270,23 @@ class EngineClient:
                 self._deliver(delta, now)
         elif isinstance(message, Failed):
             for rid in message.rids:
-                if (live := self._live.pop(rid, None)) is not None:
-                    live.generation.fail(rid, message.failure)
+                self._fail(rid, message.failure)
         elif isinstance(message, Stats):
             self._metrics.engine.stats = message
         elif isinstance(message, EngineDown):
             self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {message.reason}")
             self.fail_all(self._down)
-        else:
-            self._down = None  # Ready: the engine is up again.
+        elif isinstance(message, Ready):
+            self._down = None  # the engine is up again
+        elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
+            question.answer.set_result(message)
+
+    def _fail(self, rid: str, failure: Failure) -> None:
+        if (live := self._live.pop(rid, None)) is not None:
+            live.generation.fail(rid, failure)
+        elif (question := self._questions.pop(rid, None)) is not None and not question.answer.done():
+            error = RequestError(failure.kind, failure.message, param=failure.param, code=failure.code)
+            question.answer.set_exception(error)
 
     def _deliver(self, delta: TextDelta, now: float) -> None:
         live = self._live.get(delta.rid)

@@ -1,10 +1,13 @@
 """Every message that travels between processes, as tagged msgspec structs.
 
-The path of a request: `Chat`/`Completion` (frontend to tokenizer worker) becomes `Generate` (to the scheduler), whose
-tokens travel as `TokenBatch` (to the detokenizer) and `TextBatch` (back to the frontend). `Failed` may come from any
-of them and goes to the frontend. `Abort` takes the same way as its request, so that it can never overtake it.
+The path of a generation: `Chat`/`Completion` (frontend to tokenizer worker) becomes `Generate` (to the scheduler),
+whose tokens travel as `TokenBatch` (to the detokenizer) and `TextBatch` (back to the frontend). `Failed` may come from
+any of them and goes to the frontend. `Abort` takes the same way as its request, so that it can never overtake it.
 
-Invariant: each request id ends, at the frontend, in exactly one `TextDelta` with `finish` set, or one `Failed`.
+`Embedding`, `Tokenize`, `Detokenize` and `FlushCache` are questions with one `Answer`.
+
+Invariant: each request id ends, at the frontend, in exactly one `TextDelta` with `finish` set, one `Answer`, or one
+`Failed`.
 """
 
 import enum
@@ -56,6 +59,28 @@ class Chat(Message, frozen=True):
     continue_final_message: bool = False
 
 
+class Embedding(Message, frozen=True):
+    """A text (special tokens of the model are added) or token ids (taken as they are) to be embedded."""
+
+    rid: str
+    prompt: str | list[int]
+    priority: int = 0
+
+
+class Tokenize(Message, frozen=True):
+    """The token ids of a text, or of a conversation as the chat template renders it (then `prompt` is a `Chat`)."""
+
+    rid: str
+    prompt: "str | Chat"
+    add_special_tokens: bool = True
+
+
+class Detokenize(Message, frozen=True):
+    rid: str
+    token_ids: list[int]
+    skip_special_tokens: bool = False
+
+
 class Abort(Message, frozen=True):
     """Stop these requests and free what they hold. Unknown ids are ignored: they have ended already."""
 
@@ -78,6 +103,20 @@ class Generate(Message, frozen=True):
     priority: int = 0
     echo: bool = False
     stream: bool = True
+
+
+class Embed(Message, frozen=True):
+    """A prompt to be embedded, checked against the context."""
+
+    rid: str
+    prompt_ids: list[int]
+    priority: int = 0
+
+
+class FlushCache(Message, frozen=True):
+    """Forget all cached prefixes. Comes from the frontend, by way of a tokenizer worker."""
+
+    rid: str
 
 
 # ---- scheduler -> detokenizer -----------------------------------------------------------------------------------
@@ -176,6 +215,34 @@ class TextBatch(Message, frozen=True):
     items: list[TextDelta]
 
 
+class Tokenized(Message, frozen=True):
+    """`tokens`: each token as the vocabulary spells it."""
+
+    rid: str
+    token_ids: list[int]
+    tokens: list[str]
+
+
+class Detokenized(Message, frozen=True):
+    rid: str
+    text: str
+
+
+class Embedded(Message, frozen=True):
+    """`vector`: little-endian float32, normalised if the model says so."""
+
+    rid: str
+    prompt_tokens: int
+    vector: bytes
+
+
+class Flushed(Message, frozen=True):
+    """`pages`: how many were dropped. Those that running requests read stay."""
+
+    rid: str
+    pages: int
+
+
 class Failed(Message, frozen=True):
     """The end of requests that cannot be answered."""
 
@@ -239,9 +306,10 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-ToTokenizer = Chat | Completion | Abort
-ToScheduler = Generate | Abort
+ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache | Abort
+ToScheduler = Generate | Embed | FlushCache | Abort
 ToDetokenizer = TokenBatch
-ToFrontend = TextBatch | Failed | Stats | Ready | EngineDown
+Answer = Tokenized | Detokenized | Embedded | Flushed
+ToFrontend = TextBatch | Answer | Failed | Stats | Ready | EngineDown
 ToLauncher = Progress | Ready | Fatal
 AnyMessage = ToTokenizer | ToScheduler | ToDetokenizer | ToFrontend | ToLauncher

@@ -4,6 +4,7 @@ Owns the ranges of every parameter (`validate`), so that the HTTP API, the offli
 values with the same words. Does not know HTTP, tensors or tokenizers.
 """
 
+import enum
 import math
 
 import msgspec
@@ -12,6 +13,24 @@ from ramet.ipc.errors import invalid
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+
+
+class GrammarKind(enum.StrEnum):
+    """How a grammar is written: a JSON schema, a Rust-style regular expression, Lark with llguidance's extensions, or
+    EBNF in the notation of llama.cpp's GBNF."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+    EBNF = "ebnf"
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What the whole answer must match. `param` is the request's field that it came from, to be named in errors."""
+
+    kind: GrammarKind
+    source: str
+    param: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -40,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:

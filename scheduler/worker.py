@@ -12,7 +12,11 @@ from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     STEP_BUCKETS_S,
     Abort,
+    Embed,
+    Failed,
     Fatal,
+    FlushCache,
+    Flushed,
     Generate,
     Progress,
     Ready,
@@ -98,6 +102,11 @@ class Worker:
                     self._core.add(message)
                 case Abort():
                     self._core.abort(message.rids)
+                case FlushCache():
+                    self._frontend.send(Flushed(message.rid, self._core.kv.flush()))
+                case Embed():
+                    failure = Failure(FailureKind.INVALID_REQUEST, "this server generates text: it does not embed")
+                    self._frontend.send(Failed([message.rid], failure))
             timeout_s = 0.0
 
     def _step(self, plan: StepPlan) -> None:

@@ -46,6 +46,10 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def spelling(self, token_id: int) -> str:
+        """A token as the vocabulary spells it; empty for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text: maybe a part of a character, and for a special token its name.
 

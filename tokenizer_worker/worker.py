@@ -5,13 +5,31 @@ ends here with `Failed`. Does not know sampling beyond the length of the output.
 """
 
 import logging
+from collections.abc import Sequence
 
 import jinja2
 import msgspec
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
-from ramet.ipc.messages import Abort, Chat, Completion, Failed, Fatal, Generate, Job, Ready, ToTokenizer
+from ramet.ipc.messages import (
+    Abort,
+    Chat,
+    Completion,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedding,
+    Failed,
+    Fatal,
+    FlushCache,
+    Generate,
+    Job,
+    Ready,
+    Tokenize,
+    Tokenized,
+    ToTokenizer,
+)
 from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
@@ -33,20 +51,28 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     launcher.send(Ready(name))
     while True:
-        match message := inbox.receive(None):
-            case Abort():
-                scheduler.send(message)
-            case Chat() | Completion():
-                try:
-                    for request in encoder.encode(message):
-                        scheduler.send(request)
-                except RequestError as error:
-                    frontend.send(Failed(message.job.rids, error.failure))
-                # One odd prompt must not end the process that all prompts go through.
-                except Exception:
-                    log.exception("a prompt could not be encoded")
-                    failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
-                    frontend.send(Failed(message.job.rids, failure))
+        message = inbox.receive(None)
+        assert message is not None  # it waits for ever
+        if isinstance(message, Abort | FlushCache):
+            scheduler.send(message)
+            continue
+        try:
+            for made in encoder.work(message):
+                (scheduler if isinstance(made, Generate | Embed) else frontend).send(made)
+        except RequestError as error:
+            frontend.send(Failed(_rids(message), error.failure))
+        # One odd prompt must not end the process that all prompts go through.
+        except Exception:
+            log.exception("a prompt could not be encoded")
+            failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
+            frontend.send(Failed(_rids(message), failure))
+
+
+_Work = Chat | Completion | Embedding | Tokenize | Detokenize
+
+
+def _rids(message: _Work) -> list[str]:
+    return message.job.rids if isinstance(message, Chat | Completion) else [message.rid]
 
 
 class Encoder:
@@ -57,16 +83,40 @@ class Encoder:
         self._tokenizer = Tokenizer(config.tokenizer_dir)
         self._template: ChatTemplate | None = load_chat_template(config.tokenizer_dir, config.chat_template)
 
+    def work(self, message: _Work) -> Sequence[Generate | Embed | Tokenized | Detokenized]:
+        """What a message becomes: requests for the scheduler, or an answer to the frontend."""
+        match message:
+            case Embedding():
+                ids = self._ids(message.prompt)
+                self._check_ids(ids)
+                if len(ids) > self._config.context_length:
+                    context = self._config.context_length
+                    raise _too_long(f"the input has {len(ids)} tokens, the context of this model {context}", "input")
+                return [Embed(message.rid, ids, message.priority)]
+            case Tokenize():
+                if isinstance(message.prompt, Chat):
+                    ids = self._tokenizer.encode(self._render(message.prompt), add_special_tokens=False)
+                else:
+                    ids = self._tokenizer.encode(message.prompt, message.add_special_tokens)
+                return [Tokenized(message.rid, ids, [self._tokenizer.spelling(i) for i in ids])]
+            case Detokenize():
+                self._check_ids(message.token_ids)
+                text = self._tokenizer.decode(message.token_ids, message.skip_special_tokens)
+                return [Detokenized(message.rid, text)]
+            case _:
+                return self.encode(message)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self._tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+
     def encode(self, message: Chat | Completion) -> list[Generate]:
         """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
         job = message.job
         if isinstance(message, Chat):
             # The template writes the special tokens itself.
             ids = self._tokenizer.encode(self._render(message), add_special_tokens=False)
-        elif isinstance(message.prompt, str):
-            ids = self._tokenizer.encode(message.prompt, add_special_tokens=True)
         else:
-            ids = message.prompt
+            ids = self._ids(message.prompt)
         params = job.params
         max_tokens = self._check_lengths(ids, job)
         return [
@@ -94,11 +144,7 @@ class Encoder:
     def _check_lengths(self, ids: list[int], job: Job) -> int:
         """The request's max_tokens: what was asked, or the rest of the context."""
         context, prompt_len, wanted = self._config.context_length, len(ids), job.params.max_tokens
-        if not ids:
-            raise invalid("the prompt is empty: it has no tokens", "prompt")
-        outside = next((i for i in ids if not 0 <= i < self._config.vocab_size), None)
-        if outside is not None:
-            raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", "prompt")
+        self._check_ids(ids)
         if prompt_len >= context and wanted != 0:
             raise _too_long(f"the prompt has {prompt_len} tokens, the context of this model {context}", None)
         if wanted is not None and prompt_len + wanted > context:
@@ -108,6 +154,13 @@ class Encoder:
                 "max_tokens",
             )
         return context - prompt_len if wanted is None else wanted
+
+    def _check_ids(self, ids: list[int]) -> None:
+        if not ids:
+            raise invalid("the prompt is empty: it has no tokens", "prompt")
+        outside = next((i for i in ids if not 0 <= i < self._config.vocab_size), None)
+        if outside is not None:
+            raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", "prompt")
 
 
 def _too_long(message: str, param: str | None) -> RequestError:
