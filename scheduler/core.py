@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase: each running request has known tokens and computed tokens, and every
 step spends a budget of tokens on letting the second number catch up with the first. One-token rows (decodes) go
-first, so that a long prompt never stops the streams; prompts get what is left, in chunks.
+first, so that a long prompt never stops the streams; prompts get what is left, in chunks. A better priority (a lower
+number) comes first in everything, and worse ones pause while it waits for its first token.
 
 `add`, `abort`, then in turn `schedule` and `commit`; news for the detokenizer pile up until `take_outputs`.
 
@@ -23,6 +24,9 @@ from ramet.scheduler.request import Request
 # How much of its remaining output a running request is expected to need, when admission counts pages. A preemption
 # shows that the guess was low; every quiet step lowers it a little.
 _GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.001
+
+# Beside decodes of a better priority, prompts get this fraction of what prompts get beside others.
+_YIELDING_SHARE = 4
 
 
 @dataclasses.dataclass
@@ -151,21 +155,35 @@ class SchedulerCore:
     # ---- planning ----------------------------------------------------------------------------------------------
 
     def _plan_rows(self) -> list[tuple[Request, Row]]:
-        """Spend one step's budget: decodes, then chunks of running prompts, then newcomers."""
-        planned = self._plan_decodes()
-        budget = self.config.max_step_tokens - len(planned)
-        if planned:
-            budget = min(budget, self.config.max_prefill_tokens)
-        for request in [r for r in self._running if r.num_remaining > 1]:
-            budget -= self._plan_chunk(request, budget, planned)
-        self._plan_admissions(planned, budget)
+        """Let newcomers in, then spend one step's budget on decodes, oldest first, and on chunks of prompts.
+
+        Requests of a worse priority sit out the steps in which a better one's prompt is computed.
+        """
+        self._admit_newcomers()
+        urgent = min((r.priority for r in self._running if r.awaits_first_token), default=None)
+        active = [r for r in self._running if urgent is None or r.priority <= urgent]
+        planned = self._plan_decodes(active)
+        budget = self._prompt_budget(urgent or 0, active)
+        for request in active:
+            if request.slot is not None and request.num_remaining > 1:
+                budget -= self._plan_chunk(request, budget, planned)
         planned.sort(key=lambda item: item[1].length > 1)  # a prompt's last chunk may have one token as well
         return planned
 
-    def _plan_decodes(self) -> list[tuple[Request, Row]]:
+    def _prompt_budget(self, priority: int, active: list[Request]) -> int:
+        """Tokens of a step that prompts of this priority may have beside the requests that decode."""
+        decoding = [r.priority for r in active if r.slot is not None and r.num_remaining == 1]
+        if not decoding:
+            return self.config.max_step_tokens
+        share = self.config.max_prefill_tokens
+        if min(decoding) < priority:
+            share = max(1, share // _YIELDING_SHARE)
+        return min(self.config.max_step_tokens - len(decoding), share)
+
+    def _plan_decodes(self, active: list[Request]) -> list[tuple[Request, Row]]:
         """A row for each request that lacks one token; the oldest first, the newest give way if pages run out."""
         planned: list[tuple[Request, Row]] = []
-        for request in [r for r in self._running if r.num_remaining == 1]:
+        for request in [r for r in active if r.num_remaining == 1]:
             while request.slot is not None and not self.kv.reserve(request, len(request.tokens)):
                 self._preempt(self._running[-1])
             if request.slot is not None:
@@ -174,31 +192,51 @@ class SchedulerCore:
 
     def _plan_chunk(self, request: Request, budget: int, planned: list[tuple[Request, Row]]) -> int:
         """Plan as much of a prompt as budget and pages allow; returns its tokens, 0 if nothing can be had."""
-        room = (len(request.pages) + self.kv.num_available) * self.config.page_size - request.num_computed
-        length = min(request.num_remaining, budget, room)
+        length = min(request.num_remaining, budget)
+        while (room := self._room(request)) < length and self._displace(request):
+            continue
+        length = min(length, room)
         if length <= 0 or not self.kv.reserve(request, request.num_computed + length):
             return 0
         planned.append((request, _row(request, length)))
         return length
 
-    def _plan_admissions(self, planned: list[tuple[Request, Row]], budget: int) -> None:
-        """Let waiting requests in while budget, slots and the estimate of pages allow."""
-        if not self._waiting or budget <= 0 or not self._free_slots:
+    def _room(self, request: Request) -> int:
+        """Tokens that a request could compute in its pages and those that can be had."""
+        return (len(request.pages) + self.kv.num_available) * self.config.page_size - request.num_computed
+
+    def _admit_newcomers(self) -> None:
+        """Let waiting requests in while budget, slots and the estimate of pages allow. For a better priority, running
+        requests of a worse one give way."""
+        if not self._waiting:
             return
         promised = sum(self._expected_pages(r) for r in self._running)
         for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
-            if budget <= 0 or not self._free_slots:
-                return
+            ahead = [r for r in self._running if r.priority <= request.priority]
+            owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
+            if owed >= self._prompt_budget(request.priority, ahead):
+                return  # it would not get a token
             if self.kv.awaits_prefix(request, self.kv.cached_length(request)):
                 continue
+            if not self._free_slots and not self._displace(request):
+                return
             self.kv.open(request)
             needed = self.kv.pages_for(len(request.tokens) + 1) - len(request.pages)
-            if self._running and needed + promised > self.kv.num_available:
-                self.kv.close(request, publish=False)
-                return  # nobody overtakes it: a large request would wait for ever
+            while self._running and needed + promised > self.kv.num_available:
+                if not self._displace(request):
+                    self.kv.close(request, publish=False)
+                    return  # nobody overtakes it: a large request would wait for ever
+                promised = sum(self._expected_pages(r) for r in self._running)
             self._admit(request)
-            budget -= self._plan_chunk(request, budget, planned)
             promised += self._expected_pages(request)
+
+    def _displace(self, newcomer: Request) -> bool:
+        """Preempt the newest of the worst priority for a request of a better one; False if there is none."""
+        last = self._running[-1]
+        if last.priority <= newcomer.priority:
+            return False
+        self._yield(last)
+        return True
 
     def _admit(self, request: Request) -> None:
         self._waiting.remove(request)
@@ -223,9 +261,13 @@ class SchedulerCore:
         return max(0, self.kv.pages_for(int(len(request.tokens) + growth)) - len(request.pages))
 
     def _preempt(self, request: Request) -> None:
+        """Pages have run out: the estimate was too low, and a request gives way."""
+        self._growth = min(1.0, self._growth + _GROWTH_PENALTY)
+        self._yield(request)
+
+    def _yield(self, request: Request) -> None:
         """Take a request's slot and pages; it resumes later, mostly from the radix tree."""
         self.counters.preemptions += 1
-        self._growth = min(1.0, self._growth + _GROWTH_PENALTY)
         self._leave_slot(request, publish=True)
         self._waiting.push(request)
 

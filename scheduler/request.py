@@ -71,6 +71,11 @@ class Request:
         return len(self.tokens) - self.num_computed
 
     @property
+    def awaits_first_token(self) -> bool:
+        """Whether somebody waits for its prompt to be computed (again, after a preemption)."""
+        return self.num_generated == 0 or self.num_remaining > 1
+
+    @property
     def order(self) -> tuple[int, int]:
         """Sort key: who comes first, is served first and preempted last."""
         return (self.priority, self.arrival)

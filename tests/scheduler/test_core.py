@@ -188,3 +188,60 @@ def test_prompt_logprobs_stay_whole_over_a_preemption_in_the_middle_of_the_promp
     assert [plan.rows[0].start for plan in driver.plans] == [0, 8, 18, 28]
     given = driver.outputs[-1].admitted.prompt_logprobs
     assert given[0] is None and [lp.token_id for lp in given[1:30]] == list(range(1, 30))
+
+
+def test_a_better_priority_takes_the_slot_of_the_newest_of_a_worse_one(make_driver):
+    driver = make_driver(max_running=2)
+    driver.add("batch-0", [1, 2, 3], max_tokens=9, priority=100)
+    driver.add("batch-1", [4, 5, 6], max_tokens=9, priority=100)
+    driver.step()
+    driver.add("chat", [7, 8, 9], max_tokens=2)
+    driver.step()
+    assert driver.outputs[-1].rid == "chat"
+    assert driver.core.counters.preemptions == 1
+    driver.finish()
+    assert driver.ended() == ["chat", "batch-0", "batch-1"]
+    tokens = [token for out in driver.outputs if out.rid == "batch-1" for token in out.token_ids]
+    assert len(tokens) == 9
+
+
+def test_an_equal_priority_takes_no_slot(make_driver):
+    driver = make_driver(max_running=1)
+    driver.add("first", [1, 2, 3], max_tokens=3, priority=100)
+    driver.step()
+    driver.add("second", [4, 5, 6], priority=100)
+    driver.finish()
+    assert driver.ended() == ["first", "second"]
+    assert driver.core.counters.preemptions == 0
+
+
+def test_a_worse_priority_sits_out_the_steps_that_compute_a_better_ones_prompt(make_driver):
+    driver = make_driver(max_step_tokens=32, max_prefill_tokens=32)
+    driver.add("decoding", [1, 2, 3], max_tokens=20, priority=100)
+    driver.add("prefilling", list(range(10, 90)), max_tokens=20, priority=100)
+    driver.step()
+    driver.add("chat", list(range(200, 260)), max_tokens=4)
+    rows = [[(row.start, row.length) for row in driver.step().rows] for _ in range(3)]
+    assert rows[:2] == [[(0, 32)], [(32, 28)]]  # its whole prompt, alone
+    assert len(rows[2]) == 3  # and then all go on
+
+
+def test_prompts_of_a_worse_priority_get_a_smaller_share_beside_decodes_of_a_better_one(make_driver):
+    driver = make_driver(max_step_tokens=64, max_prefill_tokens=32)
+    driver.add("chat", [1, 2, 3], max_tokens=20)
+    driver.step()
+    driver.add("batch", list(range(10, 90)), priority=100)
+    assert [row.length for row in driver.step().rows] == [1, 8]
+
+
+def test_a_better_priority_takes_the_pages_of_a_worse_one(make_driver):
+    driver = make_driver(num_pages=10)  # 40 tokens
+    for index in range(4):
+        driver.add(f"batch-{index}", [10 * index + 1, 2, 3, 4, 5, 6, 7], max_tokens=2, priority=100)
+    driver.step()
+    driver.add("chat", list(range(100, 130)), max_tokens=4)
+    driver.step()
+    assert driver.outputs[-1].rid == "chat"
+    driver.finish()
+    assert len(driver.ended()) == 5
+    assert driver.core.counters.preemptions > 0
