@@ -60,7 +60,7 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
 class _Stream:
     """One request: its text, and what has not been sent of it."""
 
-    __slots__ = ("logprobs", "prompt", "stream", "text", "texts", "unsent")
+    __slots__ = ("logprobs", "prompt", "stream", "text", "texts", "token_ids")
 
     def __init__(self, text: IncrementalText, prompt: PromptInfo, stream: bool) -> None:
         self.text = text
@@ -68,7 +68,7 @@ class _Stream:
         self.prompt: PromptInfo | None = prompt
         self.texts: list[str] = []
         self.logprobs: list[TokenText] = []
-        self.unsent = 0
+        self.token_ids: list[int] = []
 
 
 class Detokenizer:
@@ -98,8 +98,9 @@ class Detokenizer:
             prompt=stream.prompt,
             logprobs=stream.logprobs or None,
             finish=finish,
+            token_ids=stream.token_ids,
         )
-        stream.texts, stream.logprobs, stream.prompt, stream.unsent = [], [], None, 0
+        stream.texts, stream.logprobs, stream.prompt, stream.token_ids = [], [], None, []
         if finish is not None:
             del self._streams[item.rid]
             if item.finish is None:
@@ -122,14 +123,14 @@ class Detokenizer:
             if item.logprobs is not None:
                 stream.logprobs.append(self._describe(item.logprobs[i]))
             stream.texts.append(stream.text.add(token_id, item.finish if i == last else None))
-            stream.unsent += 1
+            stream.token_ids.append(token_id)
             if stream.text.matched_stop is not None:
                 return Finish(FinishReason.STOP, stream.text.matched_stop)
         return item.finish
 
     def _is_due(self, stream: _Stream) -> bool:
         """Whether a request that goes on has something to send: its first event always, later ones if streamed."""
-        return stream.prompt is not None or (stream.stream and stream.unsent >= self._interval)
+        return stream.prompt is not None or (stream.stream and len(stream.token_ids) >= self._interval)
 
     def _open(self, admitted: Admitted) -> _Stream:
         ids, text, tokens = admitted.prompt_ids, None, None
@@ -152,4 +153,4 @@ class Detokenizer:
 
     def _token_text(self, token_id: int, value: float, top: list[TokenText] | None = None) -> TokenText:
         data = self._tokenizer.token_bytes(token_id)
-        return TokenText(data.decode("utf-8", errors="replace"), data, value, top or [])
+        return TokenText(data.decode("utf-8", errors="replace"), data, value, top or [], token_id)

@@ -1,6 +1,6 @@
-"""The ASGI application: routes, error handlers, and the two layers around them.
+"""The ASGI application: the table of routes, error handlers, and the layers around them.
 
-Order, from outside: `Envelope` (request id, metrics, log lines), `ApiKeys`, routing. The
+Order, from outside: `Envelope` (request id, metrics, log lines), CORS (a preflight has no key), `ApiKeys`, routing. The
 layers are plain ASGI: one that owns the response stream would hide the client's disconnect from the endpoints.
 """
 
@@ -13,18 +13,30 @@ import uuid
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import ramet
 from ramet.frontend import errors
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
+from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.models import Models
+from ramet.frontend.api.server import AbortRequest, Server
+from ramet.frontend.api.tokenize import Tokens
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import ClientDisconnectedError, EngineClient
-from ramet.frontend.health import OPEN_PATHS, Health
+from ramet.frontend.exchange import json_response
+from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
+from ramet.frontend.openapi import Endpoint, document
+from ramet.frontend.schemas.chat import ChatRequest
+from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.schemas.generate import GenerateRequest
+from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.ipc.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -34,16 +46,9 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) -> ASGIApp:
-    models = Models(config)
-    health = Health(client, metrics)
+    table = endpoints(config, client, metrics)
     routes = [
-        Route("/v1/chat/completions", ChatCompletions(config, client, models), methods=["POST"]),
-        Route("/v1/completions", Completions(config, client, models), methods=["POST"]),
-        Route("/v1/models", models.list),
-        Route("/v1/models/{model:path}", models.retrieve),
-        Route("/health", health.health),
-        Route("/ready", health.ready),
-        Route("/metrics", health.metrics),
+        Route(path, endpoint.handler, methods=list(endpoint.methods)) for endpoint in table for path in endpoint.paths
     ]
     app: ASGIApp = Starlette(
         routes=routes,
@@ -56,8 +61,53 @@ def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
         },
     )
     if config.api_keys:
-        app = ApiKeys(app, config.api_keys)
+        app = ApiKeys(app, config.api_keys, frozenset(path for row in table if row.open for path in row.paths))
+    if config.cors_allow_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return Envelope(app, routes, metrics, config.log_requests)
+
+
+def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) -> list[Endpoint]:
+    """Every route of the server, in the order in which they are tried."""
+    models = Models(config)
+    health = Health(client, metrics)
+    server = Server(config, client, metrics)
+    tokens = Tokens(config, client, models)
+    chat = ChatCompletions(config, client, models)
+    completions = Completions(config, client, models)
+    generate = NativeGenerate(config, client)
+
+    async def describe(_request: Request) -> Response:
+        return json_response(description)
+
+    get, post, events = ("GET",), ("POST",), ("application/json", "text/event-stream")
+    table = [
+        Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, events),
+        Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, events),
+        Endpoint("The models served", get, ("/v1/models",), models.list),
+        Endpoint("One model", get, ("/v1/models/{model:path}",), models.retrieve),
+        Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, events),
+        Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
+        Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),
+        Endpoint("Facts about the model", get, ("/get_model_info",), server.model_info),
+        Endpoint("Settings and state", get, ("/get_server_info",), server.server_info),
+        Endpoint("The version of Ramet", get, ("/version",), server.version),
+        Endpoint("Forget cached prefixes", ("GET", "POST"), ("/flush_cache",), server.flush_cache),
+        Endpoint("Abort requests by their rid, or all", post, ("/abort_request",), server.abort, AbortRequest),
+        Endpoint("Whether every process lives", get, ("/health",), health.health, open=True),
+        Endpoint("Whether requests are taken", get, ("/ready",), health.ready, open=True),
+        Endpoint("Whether a token can be computed", get, ("/health_generate",), server.health_generate),
+        Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, ("text/plain",), open=True),
+        Endpoint("This document", get, ("/openapi.json",), describe, open=True),
+    ]
+    description = document(table, ramet.__version__, keyed=bool(config.api_keys))
+    return table
 
 
 class Envelope:
@@ -101,12 +151,13 @@ class Envelope:
 class ApiKeys:
     """Asks for one of the keys, except on the open paths."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], open_paths: frozenset[str]) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN_PATHS or self._accepts(Headers(scope=scope).get("authorization", "")):
+        if scope["path"] in self._open_paths or self._accepts(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)
             return
         challenge = HTTPException(401, "missing or wrong API key", {"www-authenticate": "Bearer"})

@@ -1,13 +1,25 @@
 """What the HTTP process needs to know, resolved by the launcher and frozen."""
 
+from typing import Any
+
 import msgspec
+
+
+class Tls(msgspec.Struct, frozen=True, kw_only=True):
+    """Paths of PEM files. With `ca_certs` every client must show a certificate that one of them signed."""
+
+    certfile: str
+    keyfile: str | None = None
+    keyfile_password: str | None = None
+    ca_certs: str | None = None
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`served_names[0]` is what `/v1/models` lists first; each of them and `model_path` are accepted as `model`.
 
     `default_sampling` holds the model's own generation defaults (temperature, top_p, top_k, min_p,
-    repetition_penalty), used where a request is silent. An empty `api_keys` accepts any key.
+    repetition_penalty), used where a request is silent. An empty `api_keys` accepts any key. `settings` is what
+    `/get_server_info` shows, free of secrets. `kv_tokens` is known when the scheduler is ready.
     """
 
     host: str
@@ -23,3 +35,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float = 30.0
     log_level: str = "info"
     log_requests: bool = False
+    cors_allow_origins: tuple[str, ...] = ()
+    tls: Tls | None = None
+    settings: dict[str, Any] = {}
+    kv_tokens: int = 0

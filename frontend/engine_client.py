@@ -41,11 +41,12 @@ from ramet.ipc.messages import (
     TextDelta,
     ToFrontend,
     Tokenize,
+    ToTokenizer,
 )
 from ramet.ipc.sampling import SamplingParams
 
 DRAINING = Failure(FailureKind.ENGINE_DOWN, "the server is shutting down", code="server_shutting_down")
-_ABORTED = Failure(FailureKind.INTERNAL, "the request was aborted by the engine", code="aborted")
+_ABORTED = Failure(FailureKind.ABORTED, "the request was aborted")
 
 
 class ClientDisconnectedError(Exception):
@@ -55,8 +56,9 @@ class ClientDisconnectedError(Exception):
 class Generation:
     """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
 
-    def __init__(self, client: "EngineClient", rids: list[str], n: int) -> None:
+    def __init__(self, client: "EngineClient", rids: list[str], n: int, keeps_aborted: bool) -> None:
         self._client = client
+        self.keeps_aborted = keeps_aborted
         self._open = set(rids)
         self._pending: dict[int, list[TextDelta]] = {}
         self.n = n
@@ -145,6 +147,7 @@ class _Live(msgspec.Struct, gc=False):
     tokenizer: int
     started_at: float
     last_at: float
+    name: str | None
     tokens: int = 0
 
 
@@ -179,36 +182,41 @@ class EngineClient:
     def submit(
         self,
         prompts: Sequence[Callable[[Job], Chat | Completion]],
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         n: int = 1,
         priority: int = 0,
         echo: bool = False,
         stream: bool = True,
+        names: Sequence[str | None] = (),
+        keeps_aborted: bool = False,
     ) -> Generation:
         """Send each prompt with n choices. Raises `RequestError` if they are not admitted.
 
         Without `stream` the engine leaves out what comes between the first and the last event of each choice.
+        `params` may be one for each prompt. `names`, one for each prompt, are what `abort_named` knows them by; a
+        choice that it ends is an error, or with `keeps_aborted` a choice whose finish reason is `abort`.
         """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         count = len(prompts) * n
         self._admit(count)
         stem = uuid.uuid4().hex
         rids = [f"{stem}-{index}" for index in range(count)]
-        generation = Generation(self, rids, n)
+        generation = Generation(self, rids, n, keeps_aborted)
         now = time.monotonic()
         try:
-            for number, make in enumerate(prompts):
+            for number, (make, wanted) in enumerate(zip(prompts, each, strict=True)):
                 # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
-                seeded = msgspec.structs.replace(params, seed=secrets.randbits(62)) if params.seed is None else params
+                seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
                 job = Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)
                 tokenizer = next(self._turns)
+                name = names[number] if names else None
                 for index, rid in enumerate(job.rids, number * n):
-                    self._live[rid] = _Live(generation, index, tokenizer, now, now)
-                self._tokenizers[tokenizer].send(make(job))
-        except (OverflowError, RecursionError) as error:
-            # JSON inside free-form fields may hold integers and depths that msgpack has not.
+                    self._live[rid] = _Live(generation, index, tokenizer, now, now, name)
+                self._send(tokenizer, make(job))
+        except RequestError:
             self.abort(set(rids))
-            raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
+            raise
         return generation
 
     async def ask(self, make: Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]) -> Answer:
@@ -219,11 +227,18 @@ class EngineClient:
         question = _Question(asyncio.get_running_loop().create_future(), next(self._turns))
         self._questions[rid] = question
         try:
-            self._tokenizers[question.tokenizer].send(make(rid))
+            self._send(question.tokenizer, make(rid))
             return await question.answer
         finally:
             if self._questions.pop(rid, None) is not None:
                 self._tokenizers[question.tokenizer].send(Abort([rid]))
+
+    def _send(self, tokenizer: int, message: ToTokenizer) -> None:
+        try:
+            self._tokenizers[tokenizer].send(message)
+        except (OverflowError, RecursionError) as error:
+            # JSON inside free-form fields may hold integers and depths that msgpack has not.
+            raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
 
     def _admit(self, count: int) -> None:
         if self.refusal is not None:
@@ -244,6 +259,16 @@ class EngineClient:
                 by_tokenizer[live.tokenizer].append(rid)
         for tokenizer, group in by_tokenizer.items():
             self._tokenizers[tokenizer].send(Abort(group))
+
+    def abort_named(self, name: str | None) -> int:
+        """Have the engine end the live requests of this name (None: all) with the text they have; how many."""
+        by_tokenizer: dict[int, list[str]] = collections.defaultdict(list)
+        for rid, live in self._live.items():
+            if name is None or live.name == name:
+                by_tokenizer[live.tokenizer].append(rid)
+        for tokenizer, group in by_tokenizer.items():
+            self._tokenizers[tokenizer].send(Abort(group))
+        return sum(map(len, by_tokenizer.values()))
 
     def drain(self) -> None:
         """Take no new request from now on."""
@@ -304,7 +329,7 @@ class EngineClient:
         if delta.finish is not None:
             del self._live[delta.rid]
             self._metrics.request_duration.observe(now - live.started_at)
-            if delta.finish.reason is FinishReason.ABORT:
+            if delta.finish.reason is FinishReason.ABORT and not live.generation.keeps_aborted:
                 live.generation.fail(delta.rid, _ABORTED)
                 return
         live.generation.push(live.index, delta)
@@ -326,6 +351,7 @@ def _merged(deltas: list[TextDelta]) -> TextDelta:
         prompt=first.prompt,
         logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
         finish=last.finish,
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
     )
 
 

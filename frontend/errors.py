@@ -14,6 +14,9 @@ from starlette.responses import Response
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 
+# nginx's number: no status of HTTP says it, and clients must not try again by themselves, as they do after a 5xx.
+CLIENT_CLOSED_REQUEST = 499
+
 # kind -> (status, type, code)
 FAILURES: dict[FailureKind, tuple[int, str, str]] = {
     FailureKind.INVALID_REQUEST: (400, "invalid_request_error", "invalid_value"),
@@ -21,6 +24,7 @@ FAILURES: dict[FailureKind, tuple[int, str, str]] = {
     FailureKind.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
     FailureKind.ENGINE_DOWN: (503, "server_error", "engine_down"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
+    FailureKind.ABORTED: (CLIENT_CLOSED_REQUEST, "request_aborted", "aborted"),
 }
 
 # What HTTP itself refuses, before any request exists: status -> code.
@@ -35,8 +39,6 @@ HTTP_CODES: dict[int, str] = {
 
 # Seconds a client should wait: a queue moves within a second, a restart takes longer.
 RETRY_AFTER_S: dict[int, int] = {429: 1, 503: 5}
-
-CLIENT_CLOSED_REQUEST = 499
 
 _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*?)`")
 _MISSING_FIELD = re.compile(r"^Object missing required field `(.*?)`")
@@ -104,8 +106,27 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return _response(error.status_code, body, error.headers)
 
 
+# The body as a JSON schema.
+_WORDS: dict[str, Any] = {"type": "string"}
+_WORDS_OR_NULL: dict[str, Any] = {"type": ["string", "null"]}
+_FIELDS = {"message": _WORDS, "type": _WORDS, "param": _WORDS_OR_NULL, "code": _WORDS_OR_NULL}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": _FIELDS, "required": [*_FIELDS]}},
+    "required": ["error"],
+}
+
+# Of a value or a name that a client sent, an error shows no more characters.
+_MAX_SHOWN = 1000
+
+
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = None if param is None else _shortened(param)
+    return {"error": {"message": _shortened(message), "type": kind, "param": param, "code": code}}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
 
 def _response(status: int, body: dict[str, Any], headers: Any = None) -> Response:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.engine_client import ClientDisconnectedError, Generation
@@ -71,6 +72,10 @@ async def watching(receive: Receive, generation: Generation) -> AsyncIterator[No
         yield
     finally:
         task.cancel()
+
+
+def json_response(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 async def send_json(send: Send, value: Any) -> None:

@@ -13,8 +13,6 @@ from ramet.frontend.errors import failure_response
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import Failure
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
-
 
 class Health:
     def __init__(self, client: EngineClient, metrics: Metrics) -> None:

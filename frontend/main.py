@@ -12,9 +12,11 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -96,8 +98,9 @@ async def _run(config: FrontendConfig, addresses: Addresses, launcher: Outbox, l
         engine_ready = asyncio.create_task(_engine_ready(inbox))
         await asyncio.wait({stopping, engine_ready}, return_when=asyncio.FIRST_COMPLETED)
         if engine_ready.done():
-            length = int(engine_ready.result().info.get("context_length", config.context_length))
-            config = msgspec.structs.replace(config, context_length=length)
+            info = engine_ready.result().info
+            length = int(info.get("context_length", config.context_length))
+            config = msgspec.structs.replace(config, context_length=length, kv_tokens=int(info.get("kv_tokens", 0)))
             await _serve(config, addresses, inbox, launcher, listener, stopping)
         else:
             engine_ready.cancel()
@@ -122,7 +125,7 @@ async def _serve(
 ) -> None:
     metrics = Metrics()
     client = EngineClient(addresses, config.max_queued_requests, metrics)
-    server = _Server(_uvicorn_config(build_app(config, client, metrics)))
+    server = _Server(_uvicorn_config(config, build_app(config, client, metrics)))
     _listen(listener)
     receiving = asyncio.create_task(client.receive(inbox))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -150,7 +153,11 @@ async def _drain(client: EngineClient, timeout_s: float) -> float:
     return deadline - time.monotonic()
 
 
-def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+def _uvicorn_config(config: FrontendConfig, app: ASGIApp) -> uvicorn.Config:
+    tls: dict[str, Any] = {}
+    if config.tls is not None:
+        tls = {f"ssl_{name}": value for name, value in msgspec.structs.asdict(config.tls).items()}
+        tls["ssl_cert_reqs"] = ssl.CERT_REQUIRED if config.tls.ca_certs else ssl.CERT_NONE
     return uvicorn.Config(
         app,
         http="httptools",
@@ -163,4 +170,5 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        **tls,
     )

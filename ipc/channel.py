@@ -123,7 +123,7 @@ def _bind(context: "zmq.Context[Any]", address: str) -> Any:
 def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T | None:
     try:
         return decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         log.error("dropped a message of %d bytes that is not of the expected type: %s", len(data), error)
         return None
 

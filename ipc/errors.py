@@ -17,6 +17,7 @@ class FailureKind(enum.StrEnum):
     QUEUE_FULL = "queue_full"
     ENGINE_DOWN = "engine_down"
     INTERNAL = "internal"
+    ABORTED = "aborted"
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):

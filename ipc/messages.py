@@ -186,6 +186,7 @@ class TokenText(msgspec.Struct, frozen=True, array_like=True):
     data: bytes
     logprob: float
     top: list["TokenText"] = []
+    token_id: int = -1
 
 
 class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -201,7 +202,7 @@ class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, array_like=True):
-    """New text of one request. `completion_tokens` counts all generated so far. Text may be empty."""
+    """New tokens of one request and their text, which may be empty. `completion_tokens` counts all generated so far."""
 
     rid: str
     text: str
@@ -209,6 +210,7 @@ class TextDelta(msgspec.Struct, frozen=True, array_like=True):
     prompt: PromptInfo | None = None
     logprobs: list[TokenText] | None = None
     finish: Finish | None = None
+    token_ids: list[int] = []
 
 
 class TextBatch(Message, frozen=True):

@@ -27,7 +27,6 @@ _NOT_YET = {
     "disable-cuda-graph",
     "disable-overlap-schedule",
     "dist-init-addr",
-    "enable-metrics",
     "file-storage-path",
     "is-embedding",
     "kv-cache-dtype",

@@ -6,6 +6,8 @@ Reads no weights, starts nothing, imports no torch.
 """
 
 import logging
+import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from ramet.detokenizer.config import DetokenizerConfig
-from ramet.frontend.config import FrontendConfig
+from ramet.frontend.config import FrontendConfig, Tls
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.placement import parse_cpus
@@ -67,6 +69,19 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     host: Annotated[str, _flag("server", "address to listen on")] = "127.0.0.1"
     port: Annotated[int, _flag("server", "port to listen on", ge=1, le=65535)] = 30000
     api_key: Annotated[tuple[str, ...], _flag("server", "accepted API keys; without one, any key is accepted")] = ()
+    max_body_size: Annotated[
+        str | int, _flag("server", "largest request body, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)")
+    ] = "32MiB"
+    cors_allow_origins: Annotated[
+        tuple[str, ...], _flag("server", "origins whose pages a browser lets call the server; * for all (none)")
+    ] = ()
+    ssl_certfile: Annotated[str | None, _flag("server", "PEM file of the certificate: serve https")] = None
+    ssl_keyfile: Annotated[str | None, _flag("server", "PEM file of its private key, if not in the same file")] = None
+    ssl_keyfile_password: Annotated[str | None, _flag("server", "password of the private key")] = None
+    ssl_ca_certs: Annotated[
+        str | None, _flag("server", "PEM file: each client must show a certificate signed by one of these")
+    ] = None
+    enable_metrics: Annotated[bool, _flag("server", "accepted, without effect: /metrics is always served")] = False
     log_level: Annotated[LogLevel, _flag("server", "least severe messages shown")] = "info"
     log_requests: Annotated[bool, _flag("server", "log a line for each request")] = False
     drain_timeout: Annotated[
@@ -114,6 +129,16 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ValueError(f"{name} is {getattr(self, name)}, but this version supports only 1")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)
+        parse_size(self.max_body_size)
+
+
+def parse_size(given: str | int) -> int:
+    """Bytes of `1000`, `64MB` or `32MiB`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+) *(?:([kmg])(i?)b)?", str(given).lower())
+    size = int(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2] or " ") if found else 0
+    if size < 1:
+        raise ValueError(f"max_body_size {given!r} is not a number of bytes such as 1000000, 64MB or 32MiB")
+    return size
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,7 +196,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         seed=args.random_seed,
     )
     return EngineConfig(
-        frontend=_frontend(args, model, context_length),
+        frontend=_frontend(args, model, runner),
         tokenizer=TokenizerConfig(
             tokenizer_dir=model.tokenizer_dir,
             context_length=context_length,
@@ -196,13 +221,29 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     )
 
 
-def _frontend(args: ServerArgs, model: ResolvedModel, context_length: int) -> FrontendConfig:
+# What `/get_server_info` must not show.
+_SECRETS = ("api_key", "ssl_keyfile_password")
+
+
+def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig) -> FrontendConfig:
+    settings = {name: value for name, value in msgspec.to_builtins(args).items() if name not in _SECRETS}
+    served_names = args.served_model_name or (model.name,)
+    settings |= {
+        "model_path": model.name,
+        "served_model_name": served_names,
+        "device": runner.device,
+        "dtype": runner.dtype,
+        "context_length": runner.context_length,
+        "max_running_requests": runner.max_running,
+        "chunked_prefill_size": runner.max_step_tokens,
+        "mem_fraction_static": runner.memory_fraction,
+    }
     return FrontendConfig(
         host=args.host,
         port=args.port,
-        served_names=args.served_model_name or (model.name,),
+        served_names=served_names,
         model_path=model.name,
-        context_length=context_length,
+        context_length=runner.context_length,
         vocab_size=model.info.vocab_size,
         api_keys=args.api_key,
         default_sampling=model.info.default_sampling,
@@ -210,6 +251,35 @@ def _frontend(args: ServerArgs, model: ResolvedModel, context_length: int) -> Fr
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
         log_requests=args.log_requests,
+        max_body_bytes=parse_size(args.max_body_size),
+        cors_allow_origins=args.cors_allow_origins,
+        tls=tls(args),
+        settings=settings,
+    )
+
+
+def tls(args: ServerArgs) -> Tls | None:
+    """The files of https, which have been read once to see that they serve. Raises ConfigError."""
+    if args.ssl_certfile is None:
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"{name} needs ssl_certfile beside it")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    files = f"ssl_certfile {args.ssl_certfile!r} with ssl_keyfile {args.ssl_keyfile!r}"
+    try:
+        # Without a function for the password OpenSSL would ask for it on the terminal.
+        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, lambda: args.ssl_keyfile_password or "")
+        if args.ssl_ca_certs is not None:
+            files = f"ssl_ca_certs {args.ssl_ca_certs!r}"
+            context.load_verify_locations(args.ssl_ca_certs)
+    except OSError as error:
+        raise ConfigError(f"{files} cannot be used: {error}") from error
+    return Tls(
+        certfile=args.ssl_certfile,
+        keyfile=args.ssl_keyfile,
+        keyfile_password=args.ssl_keyfile_password,
+        ca_certs=args.ssl_ca_certs,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from ramet.launch.child import Process
-from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve
+from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve, tls
 from ramet.launch.logs import set_up_logging
 from ramet.launch.model_source import ModelUnavailable, resolve_model
 from ramet.launch.roles import engine_processes
@@ -27,6 +27,7 @@ def serve(args: ServerArgs) -> int:
     try:
         signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
         check_port(args.host, args.port)
+        tls(args)  # a bad file is known before the model is fetched
         model = resolve_model(
             args.model_path,
             tokenizer_path=args.tokenizer_path,
@@ -70,7 +71,8 @@ def print_ready(config: EngineConfig) -> None:
     """Where the server listens, and a request to try."""
     frontend = config.frontend
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(frontend.host, frontend.host)
-    url = f"http://[{host}]:{frontend.port}" if ":" in host else f"http://{host}:{frontend.port}"
+    scheme = "http" if frontend.tls is None else "https"
+    url = f"{scheme}://[{host}]:{frontend.port}" if ":" in host else f"{scheme}://{host}:{frontend.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_keys else ""
     name = frontend.served_names[0]
     sys.stdout.write(

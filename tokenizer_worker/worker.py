@@ -36,6 +36,9 @@ from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
 
+# Far above what text has. Ten megabytes take half a minute to encode, during which everybody else waits.
+_MAX_CHARS_PER_TOKEN = 128
+
 
 def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
@@ -95,26 +98,33 @@ class Encoder:
                 return [Embed(message.rid, ids, message.priority)]
             case Tokenize():
                 if isinstance(message.prompt, Chat):
-                    ids = self._tokenizer.encode(self._render(message.prompt), add_special_tokens=False)
+                    ids = self._encode(self._render(message.prompt), add_special_tokens=False)
                 else:
-                    ids = self._tokenizer.encode(message.prompt, message.add_special_tokens)
+                    ids = self._encode(message.prompt, message.add_special_tokens)
                 return [Tokenized(message.rid, ids, [self._tokenizer.spelling(i) for i in ids])]
             case Detokenize():
-                self._check_ids(message.token_ids)
+                if message.token_ids:
+                    self._check_ids(message.token_ids)
                 text = self._tokenizer.decode(message.token_ids, message.skip_special_tokens)
                 return [Detokenized(message.rid, text)]
             case _:
                 return self.encode(message)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        return self._tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        return self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
+        if len(text) > limit:
+            raise _too_long(f"the prompt has {len(text)} characters, at most {limit} are tokenized here", None)
+        return self._tokenizer.encode(text, add_special_tokens)
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
         """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
         job = message.job
         if isinstance(message, Chat):
             # The template writes the special tokens itself.
-            ids = self._tokenizer.encode(self._render(message), add_special_tokens=False)
+            ids = self._encode(self._render(message), add_special_tokens=False)
         else:
             ids = self._ids(message.prompt)
         params = job.params

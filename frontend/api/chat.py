@@ -60,7 +60,12 @@ class ChatCompletions:
         )
         params = request.sampling(self._config)
         return self._client.submit(
-            [prompt], params, n=request.choices, priority=request.priority or 0, stream=bool(request.stream)
+            [prompt],
+            params,
+            n=request.choices,
+            priority=request.priority or 0,
+            stream=bool(request.stream),
+            names=[request.rid],
         )
 
 

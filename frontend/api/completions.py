@@ -57,6 +57,7 @@ class Completions:
             n=request.choices,
             priority=request.priority or 0,
             stream=bool(request.stream),
+            names=[request.rid] * len(prompts),
             # Offsets of log-probabilities count from the start of the prompt: of ids, only the engine knows the text.
             echo=bool(request.echo) or (request.logprobs is not None and not isinstance(prompts[0], str)),
         )

@@ -17,9 +17,9 @@ class Models:
         self._config = config
         self._created = int(time.time())
 
-    def check(self, model: str) -> None:
-        """Raise `ModelNotFoundError` for a name that is not served."""
-        if model not in self._config.served_names and model != self._config.model_path:
+    def check(self, model: str | None) -> None:
+        """Raise `ModelNotFoundError` for a name that is not served; None names none."""
+        if model is not None and model not in self._config.served_names and model != self._config.model_path:
             raise ModelNotFoundError(model)
 
     async def list(self, _request: Request) -> Response:

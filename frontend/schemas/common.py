@@ -43,12 +43,9 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both endpoints. Those after `user` are the extras that clients of other engines send."""
+class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen, and when a choice ends. The extras of other engines follow `stop`."""
 
-    model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     n: Int | None = None
     max_tokens: Int | None = None
     temperature: float | None = None
@@ -58,7 +55,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     logit_bias: dict[str, float] | None = None
     seed: Int | None = None
     stop: str | list[str] | None = None
-    user: str | None = None
     top_k: Int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -68,34 +64,12 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
-    priority: Int | None = None
-    rid: str | None = None
     regex: str | None = None
     ebnf: str | None = None
 
     @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
-    def check_common(self) -> None:
-        """Raise `RequestError` for what is wrong with the fields of this class that are not sampling parameters."""
-        refuse_unsupported(self, ("regex", "ebnf"))
-        if not 1 <= self.choices <= MAX_CHOICES:
-            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options is only allowed when stream is true", "stream_options")
-        if self.stream_options is not None and self.stream_options.include_obfuscation:
-            raise _unsupported("stream_options.include_obfuscation")
-        if self.rid == "":
-            raise invalid("rid must not be empty", "rid")
 
     def to_sampling(
         self, config: FrontendConfig, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
@@ -120,6 +94,37 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
         )
         params.validate()
         return params
+
+
+class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """Fields of both endpoints."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    priority: Int | None = None
+    rid: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check_common(self) -> None:
+        """Raise `RequestError` for what is wrong with the fields of this class that are not sampling parameters."""
+        refuse_unsupported(self, ("regex", "ebnf"))
+        if not 1 <= self.choices <= MAX_CHOICES:
+            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is only allowed when stream is true", "stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise _unsupported("stream_options.include_obfuscation")
+        if self.rid == "":
+            raise invalid("rid must not be empty", "rid")
 
 
 def refuse_unsupported(request: msgspec.Struct, names: Iterable[str]) -> None:

@@ -168,7 +168,7 @@ def test_aborted_by_another(engine: ScriptedEngine, caller: Caller) -> None:
     [rid] = engine.job().job.rids
     engine.deltas(TextDelta(rid, "", 0, PromptInfo(3, 0), finish=Finish(FinishReason.ABORT)))
     response = answer.result()
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "aborted")
+    assert (response.status_code, response.json()["error"]["code"]) == (499, "aborted")
 
 
 def test_one_end_only(engine: ScriptedEngine, caller: Caller) -> None:

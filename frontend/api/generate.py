@@ -1,0 +1,138 @@
+"""SGLang's native `POST /generate`: texts or token ids in, texts with counts out, whole or as a stream.
+
+A stream's events carry all text so far, and of several choices the `index`. An aborted request ends with the finish
+reason `abort` and what it had. Choice `prompt_i * n + j` is the j-th of prompt `prompt_i`.
+"""
+
+import functools
+import math
+import time
+import uuid
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from ramet.frontend import sse
+from ramet.frontend.api.chat import LOWEST_LOGPROB
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.exchange import read_json, send_json, watching
+from ramet.frontend.schemas.generate import GenerateRequest
+from ramet.ipc.errors import RequestError
+from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, TokenText
+
+
+class NativeGenerate:
+    """The endpoint, as an ASGI application."""
+
+    def __init__(self, config: FrontendConfig, client: EngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._decoder = msgspec.json.Decoder(GenerateRequest)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
+        try:
+            await self._answer(request, receive, send)
+        except RequestError as error:
+            raise request.renamed(error) from None
+
+    async def _answer(self, request: GenerateRequest, receive: Receive, send: Send) -> None:
+        prompts = request.prompts(self._config.vocab_size)
+        rids = request.rids(len(prompts))
+        n, params = request.sampling(self._config, len(prompts))
+        many = request.is_batch or n > 1
+        answers = [Answer(index if many else None, rids[index // n], request) for index in range(len(prompts) * n)]
+        generation = self._client.submit(
+            [functools.partial(Completion, prompt=prompt) for prompt in prompts],
+            params,
+            n=n,
+            priority=request.priority or 0,
+            stream=bool(request.stream),
+            names=rids,
+            keeps_aborted=True,
+        )
+        with generation:
+            async with watching(receive, generation):
+                if request.stream:
+                    await generation.started()
+                    await sse.write_events(send, generation, NativeStream(answers))
+                else:
+                    deltas = await generation.whole()
+                    bodies = [answer.add(delta) for answer, delta in zip(answers, deltas, strict=True)]
+                    await send_json(send, bodies if many else bodies[0])
+
+
+class Answer:
+    """One choice as far as it has come. `index` is shown, if not None, in a stream's events."""
+
+    def __init__(self, index: int | None, rid: str | None, request: GenerateRequest) -> None:
+        self.index = index
+        self._text = ""
+        self._ids: list[int] = []
+        self._started_s = time.monotonic()
+        self._with_text = bool(request.return_text_in_logprobs)
+        self._start = request.start
+        self._meta: dict[str, Any] = {
+            "id": rid or uuid.uuid4().hex,
+            "finish_reason": None,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "cached_tokens": 0,
+        }
+        if request.return_logprob:
+            self._meta |= {"output_token_logprobs": [], "output_top_logprobs": []}
+
+    def add(self, delta: TextDelta) -> dict[str, Any]:
+        """All of the choice, with what is new."""
+        self._text += delta.text
+        self._ids += delta.token_ids
+        meta = self._meta
+        meta["completion_tokens"] = delta.completion_tokens
+        if (prompt := delta.prompt) is not None:
+            meta |= {"prompt_tokens": prompt.prompt_tokens, "cached_tokens": prompt.cached_tokens}
+            if prompt.tokens is not None:
+                tokens = prompt.tokens[self._start :]
+                meta["input_token_logprobs"] = [self._entry(token) for token in tokens]
+                meta["input_top_logprobs"] = [self._top(token) for token in tokens]
+        for token in delta.logprobs or ():
+            meta["output_token_logprobs"].append(self._entry(token))
+            meta["output_top_logprobs"].append(self._top(token))
+        if delta.finish is not None:
+            meta["finish_reason"] = _finish_reason(delta.finish, delta.completion_tokens)
+            meta["e2e_latency"] = time.monotonic() - self._started_s
+        return {"text": self._text, "output_ids": self._ids, "meta_info": meta}
+
+    def _entry(self, token: TokenText) -> tuple[float | None, int, str | None]:
+        """Log-probability, id, and the text if it is wanted; nothing predicts a prompt's first token."""
+        value = None if math.isnan(token.logprob) else max(token.logprob, LOWEST_LOGPROB)
+        return value, token.token_id, token.token if self._with_text else None
+
+    def _top(self, token: TokenText) -> list[tuple[float | None, int, str | None]] | None:
+        return [self._entry(other) for other in token.top] or None
+
+
+class NativeStream:
+    """Renders the events of one response."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self._answers = answers
+
+    def render(self, index: int, delta: TextDelta) -> bytes:
+        answer = self._answers[index]
+        body = answer.add(delta)
+        return sse.event(body if answer.index is None else {**body, "index": answer.index})
+
+    def end(self) -> bytes:
+        return b""
+
+
+def _finish_reason(finish: Finish, completion_tokens: int) -> dict[str, Any]:
+    match finish.reason:
+        case FinishReason.STOP:
+            return {"type": "stop", "matched": finish.matched}
+        case FinishReason.LENGTH:
+            return {"type": "length", "length": completion_tokens}
+        case FinishReason.ABORT:
+            return {"type": "abort", "message": "the request was aborted"}

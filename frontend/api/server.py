@@ -1,0 +1,84 @@
+"""What operators ask of a running server: what it serves and with which settings, to drop its cache, to abort requests.
+
+Names follow SGLang, whose tools ask for them. Settings come from the launcher, without keys and passwords.
+"""
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+import ramet
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.exchange import json_response, read_json
+from ramet.frontend.metrics import Metrics
+from ramet.ipc.errors import invalid
+from ramet.ipc.messages import Completion, FlushCache, Flushed
+from ramet.ipc.sampling import SamplingParams
+
+
+class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`rid` is the one that the request to be aborted gave; several may have given the same."""
+
+    rid: str | None = None
+    abort_all: bool | None = None
+
+
+class Server:
+    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
+        self._config = config
+        self._client = client
+        self._metrics = metrics
+        self._abort = msgspec.json.Decoder(AbortRequest)
+
+    async def version(self, _http: Request) -> Response:
+        return json_response({"version": ramet.__version__})
+
+    async def model_info(self, _http: Request) -> Response:
+        config = self._config
+        return json_response(
+            {
+                "model_path": config.model_path,
+                "tokenizer_path": config.settings.get("tokenizer_path") or config.model_path,
+                "served_model_names": config.served_names,
+                "is_generation": not config.settings.get("is_embedding"),
+                "preferred_sampling_params": config.default_sampling or None,
+                "max_model_len": config.context_length,
+                "vocab_size": config.vocab_size,
+            }
+        )
+
+    async def server_info(self, _http: Request) -> Response:
+        stats = self._metrics.engine.stats
+        state: dict[str, Any] = {} if stats is None else msgspec.structs.asdict(stats)
+        state.pop("step_counts", None)
+        return json_response(
+            {
+                **self._config.settings,
+                "version": ramet.__version__,
+                "context_length": self._config.context_length,
+                "max_total_num_tokens": self._config.kv_tokens,
+                "live_requests": self._client.live,
+                "internal_states": [state],
+            }
+        )
+
+    async def health_generate(self, _http: Request) -> Response:
+        """Computes one token of a one-token prompt."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
+            await generation.whole()
+        return json_response({"status": "ok"})
+
+    async def flush_cache(self, _http: Request) -> Response:
+        answer = await self._client.ask(FlushCache)
+        assert isinstance(answer, Flushed)
+        return json_response({"success": True, "pages": answer.pages})
+
+    async def abort(self, http: Request) -> Response:
+        request = await read_json(http.scope, http.receive, self._abort, self._config.max_body_bytes)
+        if not request.rid and not request.abort_all:
+            raise invalid("give the rid of the requests to abort, or abort_all", "rid")
+        return json_response({"aborted": self._client.abort_named(None if request.abort_all else request.rid)})

@@ -1,0 +1,92 @@
+"""`Endpoint`, a row of the table of routes, and `document`, which makes OpenAPI 3.1 of that table.
+
+The table stands in `frontend/app.py`; the schemas of the bodies are msgspec's own. Answers are described by their
+media types only. Source: https://spec.openapis.org/oas/v3.1.0
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ramet.frontend.errors import ERROR_SCHEMA
+
+# What a request with a body may be answered; 404 is for a model that is not served.
+_BODY_ERRORS = (400, 413, 415, 499)
+_ERRORS = {
+    400: "A parameter or the JSON is wrong; `param` names it",
+    401: "Missing or wrong API key",
+    404: "Not known here",
+    413: "The body is too large",
+    415: "The content type is not supported",
+    429: "The queue is full; `retry-after` says when to try again",
+    499: "The request was aborted",
+    500: "A bug or a failed step",
+    503: "The engine is down, or the server is stopping",
+}
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One operation under each of `paths`. `handler` is an ASGI application or a function of a `Request`, `body` the
+    struct of its JSON body, `answers` the media types of a good answer. An `open` one needs no key."""
+
+    summary: str
+    methods: tuple[str, ...]
+    paths: tuple[str, ...]
+    handler: Any
+    body: type[msgspec.Struct] | None = None
+    answers: tuple[str, ...] = ("application/json",)
+    open: bool = False
+
+
+def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
+    """The description of the server; `keyed` tells whether it asks for API keys."""
+    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
+    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    for schema in schemas.values():
+        schema.pop("description", None)  # docstrings are for readers of the code
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        for path in endpoint.paths:
+            shown = re.sub(r"\{(\w+):\w+\}", r"{\1}", path)
+            operations = {method.lower(): _operation(endpoint, method, shown, keyed) for method in endpoint.methods}
+            paths.setdefault(shown, {}).update(operations)
+    components: dict[str, Any] = {"schemas": {**schemas, "Error": ERROR_SCHEMA}}
+    if keyed:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Ramet", "version": version},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[str, Any]:
+    names = re.findall(r"\{(\w+)\}", path)
+    statuses = {429, 500, 503}
+    operation: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
+        "summary": endpoint.summary,
+    }
+    if names:
+        statuses.add(404)
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if endpoint.body is not None:
+        statuses.update(_BODY_ERRORS)
+        if "model" in endpoint.body.__struct_fields__:
+            statuses.add(404)
+        schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if keyed and not endpoint.open:
+        statuses.add(401)
+        operation["security"] = [{"key": []}]
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    operation["responses"] = {
+        "200": {"description": "The answer", "content": {kind: {} for kind in endpoint.answers}},
+        **{str(status): {"description": _ERRORS[status], "content": error} for status in sorted(statuses)},
+    }
+    return operation

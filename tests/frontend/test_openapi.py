@@ -1,0 +1,107 @@
+"""`/openapi.json` is a valid OpenAPI 3.1 document that names every route, body and error of the server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema
+import openapi_spec_validator
+import pytest
+from support.scripted_engine import ScriptedEngine
+
+# What every server has; others may add to it.
+PATHS = {
+    "/v1/chat/completions": "post",
+    "/v1/completions": "post",
+    "/v1/models": "get",
+    "/v1/models/{model}": "get",
+    "/generate": "post",
+    "/tokenize": "post",
+    "/detokenize": "post",
+    "/v1/tokenize": "post",
+    "/v1/detokenize": "post",
+    "/get_model_info": "get",
+    "/get_server_info": "get",
+    "/version": "get",
+    "/flush_cache": "post",
+    "/abort_request": "post",
+    "/health": "get",
+    "/health_generate": "get",
+    "/ready": "get",
+    "/metrics": "get",
+    "/openapi.json": "get",
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[ScriptedEngine]:
+    with ScriptedEngine(api_keys=("s3cret",)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def document(engine: ScriptedEngine) -> Any:
+    return httpx.get(f"{engine.url}/openapi.json").raise_for_status().json()  # without a key
+
+
+def test_it_is_valid(document: Any) -> None:
+    assert document["openapi"].startswith("3.1")
+    openapi_spec_validator.validate(document)
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_every_route_is_there(document: Any) -> None:
+    assert {path: method for path, method in PATHS.items() if method not in document["paths"].get(path, {})} == {}
+    operations = [item for path in document["paths"].values() for item in path.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    assert all(operation["summary"] for operation in operations)
+
+
+def test_the_routes_are_those_of_the_server(engine: ScriptedEngine, document: Any) -> None:
+    """What the document says of methods and keys is what the server does."""
+    for path, item in document["paths"].items():
+        url = engine.url + path.replace("{", "x").replace("}", "x")
+        response = httpx.request("PATCH", url, headers={"authorization": "Bearer s3cret"})
+        assert response.status_code == 405, path
+        assert set(response.headers["allow"].lower().split(", ")) - {"head"} == set(item)
+        for method, operation in item.items():
+            keyed = httpx.request(method, url).status_code == 401
+            assert keyed == bool(operation.get("security")) == ("401" in operation["responses"]), path
+
+
+def test_bodies(document: Any) -> None:
+    schema = document["components"]["schemas"]["ChatRequest"]
+    assert set(schema["required"]) == {"model", "messages"}
+    assert schema["additionalProperties"] is False
+    validator = jsonschema.Draft202012Validator({"$ref": "#/components/schemas/ChatRequest", **document})
+    good = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": None, "stop": ["a"]}
+    assert validator.is_valid(good)
+    assert not validator.is_valid({**good, "temperature": "warm"})
+    assert not validator.is_valid({**good, "nonsense": 1})
+    native = document["components"]["schemas"]["NativeSampling"]["properties"]
+    assert "max_new_tokens" in native
+    assert "max_tokens" not in native
+
+
+def test_errors(engine: ScriptedEngine, document: Any) -> None:
+    """The error that a server sends is the one it describes."""
+    schema = document["components"]["schemas"]["Error"]
+    headers = {"authorization": "Bearer s3cret", "content-type": "application/json"}
+    posts = {path: item["post"] for path, item in document["paths"].items() if "post" in item}
+    for path, operation in posts.items():
+        if "application/json" not in operation.get("requestBody", {}).get("content", {}):
+            continue
+        assert {"400", "401", "413", "415", "429", "500", "503"} <= set(operation["responses"])
+        response = httpx.post(engine.url + path, content=b"{", headers=headers)
+        assert response.status_code == 400
+        jsonschema.validate(response.json(), schema)
+
+
+def test_without_keys_there_is_no_security() -> None:
+    with ScriptedEngine() as engine:
+        document = httpx.get(f"{engine.url}/openapi.json").json()
+    openapi_spec_validator.validate(document)
+    assert "securitySchemes" not in document["components"]
+    assert not any("security" in operation for item in document["paths"].values() for operation in item.values())
