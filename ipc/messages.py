@@ -119,6 +119,10 @@ class FlushCache(Message, frozen=True):
     rid: str
 
 
+class Wake(Message, frozen=True):
+    """A thread of the scheduler's own process has something ready for its loop."""
+
+
 # ---- scheduler -> detokenizer -----------------------------------------------------------------------------------
 
 
@@ -309,7 +313,7 @@ class Fatal(Message, frozen=True):
 
 
 ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache | Abort
-ToScheduler = Generate | Embed | FlushCache | Abort
+ToScheduler = Generate | Embed | FlushCache | Abort | Wake
 ToDetokenizer = TokenBatch
 Answer = Tokenized | Detokenized | Embedded | Flushed
 ToFrontend = TextBatch | Answer | Failed | Stats | Ready | EngineDown

@@ -8,8 +8,12 @@ Invariants: a slot appears at most once in a plan; rows come decode first (one t
 position p of a request lives in page `p // page_size` of its slot's page table, at offset `p % page_size`.
 """
 
-import msgspec
+from typing import NamedTuple
 
+import msgspec
+import numpy as np
+
+from ramet.ipc.errors import Failure
 from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
 
@@ -70,7 +74,17 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     token_id: int | None = None
     logprob: Logprob | None = None
     prompt_logprobs: list[Logprob] | None = None
-    error: str | None = None
+    error: Failure | None = None
+
+
+class TokenMasks(NamedTuple):
+    """Which tokens the grammars allow next. `rows`: indices among the plan's sampled rows. `bits`: uint32 [rows,
+    ceil(vocab / 32)]; token t is bit t % 32 of word t // 32.
+
+    Not in the plan: only the rank that samples needs them, and they are computed while the model runs."""
+
+    rows: list[int]
+    bits: np.ndarray
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -211,6 +211,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             max_prefill_tokens=min(defaults.max_prefill_tokens, max_step_tokens),
             context_length=context_length,
             eos_ids=model.info.eos_ids,
+            tokenizer_dir=model.tokenizer_dir,
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
         ),

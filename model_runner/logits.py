@@ -2,19 +2,21 @@
 
 The order, the same for every request:
 
+0. grammar: tokens that it does not allow next are banned (`apply_masks`, for all rows at once).
 1. logit bias: added; -100 bans the token.
 2. min_tokens: the tokens that would end the request are banned until so many are generated.
 3. repetition penalty, over prompt and generated tokens: positive logits divided, negative ones multiplied.
 4. frequency penalty, times the count among generated tokens; presence penalty, once if the count is not zero.
 
-Temperature and the filters follow in `sampler.py`. Greedy requests go through the same four.
+Temperature and the filters follow in `sampler.py`. Greedy requests go through the same.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import Admission
+from ramet.ipc.step import Admission, TokenMasks
 
 BAN_BIAS = -100.0
 
@@ -27,6 +29,14 @@ def needs_processing(admission: Admission) -> bool:
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def apply_masks(logits: Tensor, masks: TokenMasks) -> None:
+    """Ban in place what the masks do not allow. logits: [R, vocab_size]."""
+    bits = np.unpackbits(~masks.bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    banned = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    for row, line in zip(masks.rows, banned, strict=True):
+        logits[row].masked_fill_(line, float("-inf"))
 
 
 class LogitsProcessor:

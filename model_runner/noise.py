@@ -22,8 +22,8 @@ def gumbel(seeds: list[int], positions: list[int], vocab_size: int, device: torc
     x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _STRIDE + keys[:, :1]
     x = _mix(x) ^ keys[:, 1:]
     x = _mix(x)
-    # 24 bits, centred so that neither 0 nor 1 occurs.
-    uniform = ((x & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits, centred so that neither 0 nor 1 occurs: float32 has 24, and the half needs one of them.
+    uniform = ((x & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return uniform.log_().neg_().log_().neg_()
 
 

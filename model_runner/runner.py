@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult
+from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult, TokenMasks
 from ramet.model_runner.attention.registry import make_backend
 from ramet.model_runner.batch import Batch, SlotTable, build
 from ramet.model_runner.config import RunnerConfig
@@ -47,13 +47,13 @@ class ModelRunner:
         self._warm_up(min(config.max_step_tokens, config.context_length, size.num_pages * config.page_size))
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
         """Compute one step. Rows fail alone where they can; an exception means that the whole step did not happen,
-        although the slots have taken in the plan."""
+        although the slots have taken in the plan. `masks` waits for what the grammars of sampled rows allow."""
         self._slots.update(plan)
         batch = build(plan, self._slots, self._pool, self._backend, self.device)
         hidden = self._model.forward(batch.token_ids, batch.context)
-        sampled = iter(self._sample(hidden, batch))
+        sampled = iter(self._sample(hidden, batch, masks))
         results = [next(sampled) if row.sample else RowResult() for row in plan.rows]
         first = 0
         for i, row in enumerate(plan.rows):
@@ -63,10 +63,11 @@ class ModelRunner:
             first += row.length
         return StepResult(plan.step, results)
 
-    def _sample(self, hidden: Tensor, batch: Batch) -> list[RowResult]:
+    def _sample(self, hidden: Tensor, batch: Batch, masks: Callable[[], TokenMasks] | None) -> list[RowResult]:
         if not batch.sampled_rows:
             return []
-        return sample(self._model.logits(hidden[batch.sampled_at]), batch.sampled_rows)
+        logits = self._model.logits(hidden[batch.sampled_at])
+        return sample(logits, batch.sampled_rows, masks() if masks is not None else None)
 
     def _score_prompt(self, hidden: Tensor, row: Row) -> list[Logprob]:
         """Log-probabilities of the prompt tokens that a row's positions predict: position p predicts token p + 1."""

@@ -3,11 +3,12 @@
 The pipeline, in order, for a batch of rows [R, vocab]:
 
 1. log-probabilities, where asked: log-softmax of the raw logits.
-2. logits processors (`logits.py`): bias, bans, penalties.
-3. greedy rows: the largest logit; the lowest id on a tie.
-4. other rows: divide by the temperature; keep the top k; of what remains renormalised, keep the smallest set of
+2. tokens that a grammar does not allow are banned (`logits.py`).
+3. logits processors (`logits.py`): bias, bans, penalties.
+4. greedy rows: the largest logit; the lowest id on a tie.
+5. other rows: divide by the temperature; keep the top k; of what remains renormalised, keep the smallest set of
    probability top_p; keep what has at least min_p of the best one's probability. Ties at a border are kept.
-5. add Gumbel noise drawn from (seed, position, token id) and take the largest: an exact draw from the softmax.
+6. add Gumbel noise drawn from (seed, position, token id) and take the largest: an exact draw from the softmax.
 
 A row whose choice is NaN, or has no token left, is an error of that row alone.
 """
@@ -18,10 +19,11 @@ import math
 import torch
 from torch import Tensor
 
+from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import RowResult
-from ramet.model_runner.logits import LogitsProcessor
+from ramet.ipc.step import RowResult, TokenMasks
+from ramet.model_runner.logits import LogitsProcessor, apply_masks
 from ramet.model_runner.noise import gumbel
 
 # Sorting a whole vocabulary for top_p is slow; the first so many nearly always hold the mass that is wanted.
@@ -37,10 +39,12 @@ class SampledRow:
     processor: LogitsProcessor | None
 
 
-def sample(logits: Tensor, rows: list[SampledRow]) -> list[RowResult]:
+def sample(logits: Tensor, rows: list[SampledRow], masks: TokenMasks | None = None) -> list[RowResult]:
     """logits: [R, vocab] float32, overwritten. One result per row."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     logprobs = logits[wanted].log_softmax(dim=-1) if wanted else None
+    if masks is not None:
+        apply_masks(logits, masks)
     for i, row in enumerate(rows):
         if row.processor is not None:
             row.processor.apply(logits[i])
@@ -75,9 +79,10 @@ def rank_tokens(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[
 
 def _result(row: SampledRow, token: int, best: float) -> RowResult:
     if best != best:
-        return RowResult(error="the model gave NaN logits for this request")
+        return RowResult(error=Failure(FailureKind.INTERNAL, "the model gave NaN logits for this request"))
     if best == float("-inf"):
-        return RowResult(error="no token is left to choose: all are banned by logit_bias or min_tokens")
+        words = "no token is left to choose: all are banned, by logit_bias, min_tokens, ignore_eos or a grammar"
+        return RowResult(error=Failure(FailureKind.INVALID_REQUEST, words))
     if row.processor is not None:
         row.processor.observe(token)
     return RowResult(token)

@@ -14,7 +14,8 @@ class Policy(enum.StrEnum):
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`max_step_tokens` bounds the tokens computed in one step, and `max_prefill_tokens` the share of prompts in a
-    step in which other requests are decoding, so that streams do not freeze. `eos_ids` end any request."""
+    step in which other requests are decoding, so that streams do not freeze. `eos_ids` end any request.
+    Grammars are compiled for the tokenizer.json in `tokenizer_dir`."""
 
     page_size: int
     max_running: int
@@ -22,5 +23,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_prefill_tokens: int
     context_length: int
     eos_ids: tuple[int, ...]
+    tokenizer_dir: str = ""
     policy: Policy = Policy.FCFS
     prefix_cache: bool = True

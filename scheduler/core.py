@@ -13,10 +13,13 @@ of `KVManager`; a request that fits the pool alone is never failed for lack of p
 
 import dataclasses
 
+from llguidance import LLMatcher
+
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
 from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.grammar import advance, matcher_failure
 from ramet.scheduler.kv_manager import KVManager
 from ramet.scheduler.policy import WaitingQueue
 from ramet.scheduler.request import Request
@@ -79,18 +82,22 @@ class SchedulerCore:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def add(self, message: Generate) -> None:
-        """Queue a request. One that can never run fails at once."""
+    def add(self, message: Generate, matcher: LLMatcher | None = None) -> None:
+        """Queue a request, with the matcher of its grammar. One that can never run fails at once."""
         try:
             max_tokens = self._check(message)
         except RequestError as error:
-            self.counters.failed += 1
-            self._outputs.append(TokenOut(message.rid, failure=error.failure))
+            self.refuse(message.rid, error.failure)
             return
         self._arrivals += 1
-        request = Request(message, self._arrivals, max_tokens, self.config.eos_ids)
+        request = Request(message, self._arrivals, max_tokens, self.config.eos_ids, matcher)
         self._requests[request.rid] = request
         self._waiting.push(request)
+
+    def refuse(self, rid: str, failure: Failure) -> None:
+        """End a request that is not queued."""
+        self.counters.failed += 1
+        self._outputs.append(TokenOut(rid, failure=failure))
 
     def abort(self, rids: list[str]) -> None:
         """End these requests now; ids that have ended already are ignored."""
@@ -121,6 +128,11 @@ class SchedulerCore:
             released=released,
         )
 
+    def constrained(self, plan: StepPlan) -> list[tuple[int, Request]]:
+        """Requests of the plan under way that sample under a grammar, by their index among the sampled rows."""
+        sampled = [request for request, row in zip(self._planned, plan.rows, strict=True) if row.sample]
+        return [(i, request) for i, request in enumerate(sampled) if request.matcher is not None]
+
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what the step gave: new tokens, finished requests, pages that others may now share."""
         for request, row, got in zip(self._planned, plan.rows, result.rows, strict=True):
@@ -129,7 +141,7 @@ class SchedulerCore:
             self.counters.computed_tokens += row.length
             request.num_computed = row.start + row.length
             if got.error is not None:
-                self._fail(request, Failure(FailureKind.INTERNAL, got.error))
+                self._fail(request, matcher_failure(request) or got.error)
                 continue
             if row.start < request.prompt_len:
                 self._take_prompt_logprobs(request, row, got)
@@ -282,11 +294,16 @@ class SchedulerCore:
     def _take_token(self, request: Request, got: RowResult) -> None:
         token = got.token_id
         assert token is not None
+        if request.matcher is not None and (failure := advance(request, token)):
+            self._fail(request, failure)
+            return
         request.tokens.append(token)
         self.counters.generated_tokens += 1
         finish = None
         if token in request.stop_ids and request.num_generated >= request.params.min_tokens:
             finish = Finish(FinishReason.STOP, matched=token)
+        elif request.matcher is not None and request.matcher.is_stopped():
+            finish = Finish(FinishReason.STOP)
         elif request.num_generated >= request.max_tokens:
             finish = Finish(FinishReason.LENGTH)
         if finish is not None:

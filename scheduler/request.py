@@ -4,6 +4,8 @@ The one counter that drives scheduling: `num_computed` catches up with `len(toke
 step and the resumption after a preemption differ only in how far behind it is.
 """
 
+from llguidance import LLMatcher
+
 from ramet.ipc.messages import Generate, Logprob
 from ramet.ipc.sampling import SamplingParams
 from ramet.scheduler.radix_cache import Node
@@ -19,6 +21,7 @@ class Request:
         "arrival",
         "cached_tokens",
         "echo",
+        "matcher",
         "max_tokens",
         "node",
         "num_computed",
@@ -37,13 +40,21 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, message: Generate, arrival: int, max_tokens: int, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        message: Generate,
+        arrival: int,
+        max_tokens: int,
+        eos_ids: tuple[int, ...],
+        matcher: LLMatcher | None = None,
+    ) -> None:
         params = message.params
         self.rid = message.rid
         self.tokens = list(message.prompt_ids)
         self.prompt_len = len(message.prompt_ids)
         self.params: SamplingParams = params
         self.max_tokens = max_tokens
+        self.matcher = matcher  # where the generated tokens stand in the grammar
         self.stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else (*eos_ids, *params.stop_token_ids))
         self.priority = message.priority
         self.arrival = arrival

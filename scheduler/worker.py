@@ -23,6 +23,7 @@ from ramet.ipc.messages import (
     Stats,
     TokenBatch,
     ToScheduler,
+    Wake,
 )
 from ramet.ipc.step import StepPlan, StepResult
 from ramet.model_runner.config import RunnerConfig
@@ -31,6 +32,7 @@ from ramet.model_runner.runner import ModelRunner
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
+from ramet.scheduler.grammar_pool import GrammarPool
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class Worker:
         self._inbox = inbox
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
+        own_inbox = Outbox(addresses.scheduler)
+        self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._step_seconds = 0.0
         self._step_counts = [0] * (len(STEP_BUCKETS_S) + 1)
         self._stats_sent_s = 0.0
@@ -97,22 +101,35 @@ class Worker:
         while True:
             match message := self._inbox.receive(timeout_s):
                 case None:
-                    return
+                    break
+                case Generate() if message.params.grammar is not None:
+                    self._grammars.hold(message)
                 case Generate():
                     self._core.add(message)
                 case Abort():
+                    for held in self._grammars.take_held(message.rids):
+                        self._core.add(held)
                     self._core.abort(message.rids)
+                case Wake():
+                    pass  # it is here to be woken
                 case FlushCache():
                     self._frontend.send(Flushed(message.rid, self._core.kv.flush()))
                 case Embed():
                     failure = Failure(FailureKind.INVALID_REQUEST, "this server generates text: it does not embed")
                     self._frontend.send(Failed([message.rid], failure))
             timeout_s = 0.0
+        for request, made in self._grammars.take_ready():
+            if isinstance(made, Failure):
+                self._core.refuse(request.rid, made)
+            else:
+                self._core.add(request, made)
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
         try:
-            result: StepResult = self._runner.execute(plan)
+            constrained = self._core.constrained(plan)
+            masks = self._grammars.fill(constrained) if constrained else None
+            result: StepResult = self._runner.execute(plan, masks)
         # Whatever goes wrong inside a step ends that step's requests, not the server.
         except Exception as error:
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
@@ -133,7 +150,7 @@ class Worker:
         self._frontend.send(
             Stats(
                 running=self._core.num_running,
-                waiting=self._core.num_waiting,
+                waiting=self._core.num_waiting + self._grammars.num_held,
                 pages_total=kv.num_pages,
                 pages_free=kv.allocator.num_free,
                 pages_cached=kv.cache.num_pages,

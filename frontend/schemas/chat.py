@@ -108,7 +108,6 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -138,8 +137,6 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
         self.check_common()
         refuse_unsupported(self, _NOT_BUILT)
         self._check_tools()
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            raise _only("response_format", '{"type": "text"}')
         if self.modalities is not None and self.modalities != ["text"]:
             raise _only("modalities", '["text"]')
         if not self.messages:

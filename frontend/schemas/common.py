@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
+from ramet.frontend.schemas.grammar import ResponseFormat, only_one, requested_format
 from ramet.ipc.errors import invalid
-from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 
 # What travels between processes holds 64 bits; msgspec accepts longer ones in JSON.
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -71,10 +72,23 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def choices(self) -> int:
         return 1 if self.n is None else self.n
 
+    def grammars(self) -> list[Grammar | None]:
+        """What the request asks the text of the answer to match; it may ask for one thing only."""
+        return [
+            None if self.regex is None else Grammar(GrammarKind.REGEX, self.regex, "regex"),
+            None if self.ebnf is None else Grammar(GrammarKind.EBNF, self.ebnf, "ebnf"),
+        ]
+
     def to_sampling(
-        self, config: FrontendConfig, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        config: FrontendConfig,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
-        """The validated parameters; the model's own defaults stand where the request is silent."""
+        """The validated parameters; the model's own defaults stand where the request is silent. A `grammar` takes the
+        place of the one that the request asks for itself."""
         values: dict[str, Any] = dict(config.default_sampling)
         if "top_k" in values:
             values["top_k"] = int(values["top_k"])
@@ -91,6 +105,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            grammar=grammar or only_one(self.grammars()),
         )
         params.validate()
         return params
@@ -105,6 +120,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     user: str | None = None
     priority: Int | None = None
     rid: str | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -114,9 +130,11 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     def continuous_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
+    def grammars(self) -> list[Grammar | None]:
+        return [requested_format(self.response_format), *super().grammars()]
+
     def check_common(self) -> None:
         """Raise `RequestError` for what is wrong with the fields of this class that are not sampling parameters."""
-        refuse_unsupported(self, ("regex", "ebnf"))
         if not 1 <= self.choices <= MAX_CHOICES:
             raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
         if self.stream_options is not None and not self.stream:

@@ -12,6 +12,7 @@ import msgspec
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.common import MAX_CHOICES, Int, SamplingFields, refuse_unsupported
 from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
 from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 
@@ -20,7 +21,6 @@ DEFAULT_MAX_NEW_TOKENS = 128
 _SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 # Here by the names that the engine has for them.
 _NAMES = {**_SAMPLING_NAMES, "top_logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
-_GRAMMARS = {"json_schema": GrammarKind.JSON_SCHEMA, "regex": GrammarKind.REGEX, "ebnf": GrammarKind.EBNF}
 _NOT_BUILT = (
     "input_embeds",
     "image_data",
@@ -45,18 +45,13 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
         if not 1 <= self.choices <= MAX_CHOICES:
             raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
         max_tokens = DEFAULT_MAX_NEW_TOKENS if self.max_tokens is None else self.max_tokens
-        params = self.to_sampling(config, max_tokens, logprobs, of_prompt)
-        return msgspec.structs.replace(params, grammar=self._grammar())
+        return self.to_sampling(config, max_tokens, logprobs, of_prompt)
 
-    def _grammar(self) -> Grammar | None:
-        given = [name for name in _GRAMMARS if getattr(self, name) is not None]
-        if not given:
-            return None
-        if len(given) > 1:
-            raise invalid(f"{given[0]} and {given[1]} exclude each other", given[1])
-        source = getattr(self, given[0])
-        text = source if isinstance(source, str) else msgspec.json.encode(source).decode()
-        return Grammar(_GRAMMARS[given[0]], text, given[0])
+    def grammars(self) -> list[Grammar | None]:
+        schema = self.json_schema
+        if isinstance(schema, str):
+            return [Grammar(GrammarKind.JSON_SCHEMA, schema, "json_schema"), *super().grammars()]
+        return [None if schema is None else json_grammar(schema, "json_schema"), *super().grammars()]
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

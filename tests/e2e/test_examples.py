@@ -71,6 +71,11 @@ def test_completions_are_seeded_and_in_order(tiny: RunningServer) -> None:
     assert printed != run_example("completions.py", tiny, "-n", "3", "--max-tokens", "4", "--seed", "7", "One", "Two")
 
 
+def test_structured_output_prints_what_fits(tiny: RunningServer) -> None:
+    printed = run_example("structured_output.py", tiny).decode()
+    assert re.fullmatch(r".{0,40} \((19|20|21)\d\d\), with .+\nabout science: (yes|no)\n", printed, re.DOTALL)
+
+
 def test_the_program_in_the_readme(tiny: RunningServer) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     # A tiny model may never end its answer.

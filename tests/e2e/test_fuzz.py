@@ -29,7 +29,10 @@ LIKELY: dict[str, list[Any]] = {
     "temperature": [0, 0.7],
     "logit_bias": [{"5": 1}, {"5": -100}],
     "tool_choice": ["none"],
-    "response_format": [{"type": "text"}],
+    "response_format": [{"type": "text"}, {"type": "json_object"}],
+    "json_schema": [{"type": "integer"}, "{}"],
+    "regex": ["a+"],
+    "ebnf": ['root ::= "a"'],
 }
 LEAVES = [
     *(None, True, False, 0, 1, -1, 3, 2**31, 2**63 - 1, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320),

@@ -11,12 +11,16 @@ from ramet.frontend.errors import error_body, invalid_json
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.ipc.errors import Failure, RequestError
-from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 
 CONFIG = FrontendConfig(
     host="x", port=1, served_names=("m",), model_path="/m", context_length=100, vocab_size=50, default_sampling={}
 )
 USER = {"role": "user", "content": "hi"}
+
+
+def json_schema(name: str = "n", schema: Any = None) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
 
 def decode(kind: type, fields: dict[str, Any]) -> Any:
@@ -91,8 +95,21 @@ def test_integers_are_good_floats() -> None:
         ({"logit_bias": {"5": -101}}, "logit_bias.5", "invalid_value"),
         ({"stop_token_ids": [50]}, "stop_token_ids", "invalid_value"),
         ({"rid": ""}, "rid", "invalid_value"),
-        ({"regex": "a+"}, "regex", "unsupported_parameter"),
-        ({"ebnf": "a"}, "ebnf", "unsupported_parameter"),
+        ({"regex": "a+", "ebnf": "a"}, "ebnf", "invalid_value"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex", "invalid_value"),
+        ({"response_format": {"type": "structural_tag", "structures": []}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_type"),
+        ({"response_format": {"type": "text", "zap": 1}}, "response_format.zap", "unknown_parameter"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+            "missing_required_parameter",
+        ),
+        *(
+            ({"response_format": json_schema(name=name)}, "response_format.json_schema.name", "invalid_value")
+            for name in ("", "a b", "é", "x" * 65, "a\n")
+        ),
     ],
 )
 @pytest.mark.parametrize("make", [chat, completion])
@@ -126,7 +143,6 @@ def test_refused_by_both(make: Any, fields: dict[str, Any], param: str, code: st
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
@@ -193,6 +209,26 @@ def test_accepted_without_effect() -> None:
     )
     assert request.sampling(CONFIG) == chat().sampling(CONFIG)
     assert completion(best_of=2, n=2).sampling(CONFIG) == completion().sampling(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "source", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}', "response_format"),
+        (
+            {"response_format": json_schema("a-_9" * 16, {"enum": ["é"]})},
+            "json_schema",
+            '{"enum":["é"]}',
+            "response_format",
+        ),
+        ({"response_format": json_schema()}, "json_schema", "{}", "response_format"),
+        ({"regex": "a|b"}, "regex", "a|b", "regex"),
+        ({"ebnf": 'root ::= "a"', "response_format": {"type": "text"}}, "ebnf", 'root ::= "a"', "ebnf"),
+    ],
+)
+@pytest.mark.parametrize("make", [chat, completion])
+def test_grammars(make: Any, fields: dict[str, Any], kind: str, source: str, param: str) -> None:
+    assert make(**fields).sampling(CONFIG).grammar == Grammar(GrammarKind(kind), source, param)
 
 
 def test_defaults_of_the_model_stand_where_the_request_is_silent() -> None:

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from ramet.ipc.errors import FailureKind
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import Admission
+from ramet.ipc.step import Admission, TokenMasks
 from ramet.model_runner.logits import LogitsProcessor
 from ramet.model_runner.noise import gumbel
 from ramet.model_runner.sampler import SampledRow, sample
@@ -69,6 +71,11 @@ def test_noise_is_standard_gumbel_without_correlation():
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.03)
     assert abs(torch.corrcoef(noise).fill_diagonal_(0)).max() < 0.1
     assert torch.isfinite(noise).all()
+
+
+def test_noise_is_finite_for_every_hash():
+    """Here the hash of token 13391 has all of its low bits set, which once was rounded up to infinite noise."""
+    assert torch.isfinite(gumbel([1], [81], 49152, CPU)).all()
 
 
 def test_negative_seeds_are_seeds_too():
@@ -170,10 +177,44 @@ def test_nan_fails_its_own_row_only():
     logits[0, 5] = float("nan")
     logits[1, 6] = 1.0
     bad, good = sample(logits, [row(temperature=0.0), row(temperature=0.0)])
-    assert "NaN" in bad.error and bad.token_id is None
+    assert "NaN" in bad.error.message and bad.error.kind is FailureKind.INTERNAL and bad.token_id is None
     assert good.token_id == 6
 
 
 def test_banning_every_token_is_an_error_of_the_row():
     (result,) = sample(torch.zeros(1, VOCAB), [row(seed=1, logit_bias=dict.fromkeys(range(VOCAB), -100.0))])
-    assert "banned" in result.error
+    assert "banned" in result.error.message and result.error.kind is FailureKind.INVALID_REQUEST
+
+
+def mask(rows: list[int], *allowed: list[int]) -> TokenMasks:
+    bits = np.zeros((len(rows), -(-VOCAB // 32)), dtype=np.uint32)
+    for line, tokens in zip(bits, allowed, strict=True):
+        for token in tokens:
+            line[token // 32] |= np.uint32(1 << token % 32)
+    return TokenMasks(rows, bits)
+
+
+def test_a_mask_bans_in_its_own_row_before_bias_and_leaves_logprobs_raw():
+    logits = logits_with((3, 5.0), (4, 4.0)).repeat(3, 1)
+    expected = logits.log_softmax(-1)[0]
+    rows = [row(temperature=0.0, logprobs=1), row(temperature=0.0), row(temperature=0.0, logit_bias={9: 50.0})]
+    first, free, biased = sample(logits, rows, mask([0, 2], [31, 32, 4, 49], [4, 40]))
+    assert (first.token_id, free.token_id, biased.token_id) == (4, 3, 4)
+    assert first.logprob.logprob == pytest.approx(expected[4].item())
+    assert first.logprob.top_ids == [3]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}, {"presence_penalty": -2.0}])
+def test_draws_stay_inside_the_mask(params):
+    allowed = [0, 31, 32, 33, 49]
+    seen = {
+        sample(torch.zeros(1, VOCAB), [row(position=i, seed=3, **params)], mask([0], allowed))[0].token_id
+        for i in range(200)
+    }
+    assert seen <= set(allowed) and len(seen) > 2
+
+
+def test_a_mask_and_a_ban_that_leave_nothing_are_an_error_of_the_row():
+    one = row(temperature=0.0, min_tokens=3, eos=(7,))
+    (result,) = sample(torch.zeros(1, VOCAB), [one], mask([0], [7]))
+    assert "grammar" in result.error.message

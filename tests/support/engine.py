@@ -10,6 +10,8 @@ from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
+from ramet.scheduler.grammar import compile_grammar, load_tokenizer
+from ramet.scheduler.grammar_pool import GrammarPool
 
 CONTEXT = 256
 
@@ -28,7 +30,7 @@ class InlineEngine:
             "context_length": CONTEXT,
             "eos_ids": (),
         }
-        config = SchedulerConfig(**{**defaults, **scheduler})
+        config = SchedulerConfig(**{**defaults, "tokenizer_dir": str(folder), **scheduler})
         self.runner = ModelRunner(
             RunnerConfig(
                 model_dir=str(folder),
@@ -47,12 +49,17 @@ class InlineEngine:
         )
         self.config = config
         self.core = SchedulerCore(config, self.runner.num_pages)
+        self.grammars = GrammarPool(config, self.runner.vocab_size, lambda: None)
         self.tokens: dict[str, list[int]] = {}
         self.outputs: dict[str, list[TokenOut]] = {}
 
     def add(self, rid: str, prompt: list[int], max_tokens: int, **params) -> None:
         sampling = SamplingParams(**{"temperature": 0.0, "seed": 0, **params, "max_tokens": max_tokens})
-        self.core.add(Generate(rid, prompt, sampling))
+        matcher = None
+        if sampling.grammar is not None:
+            tokenizer = load_tokenizer(self.config.tokenizer_dir, self.runner.vocab_size, list(self.config.eos_ids))
+            matcher = compile_grammar(tokenizer, sampling.grammar)
+        self.core.add(Generate(rid, prompt, sampling), matcher)
 
     def run(self, steps: int | None = None) -> None:
         """So many steps, or until nothing is left to do."""
@@ -60,7 +67,9 @@ class InlineEngine:
             plan = self.core.schedule()
             if plan is None:
                 break
-            self.core.commit(plan, self.runner.execute(plan))
+            constrained = self.core.constrained(plan)
+            masks = self.grammars.fill(constrained) if constrained else None
+            self.core.commit(plan, self.runner.execute(plan, masks))
             for out in self.core.take_outputs():
                 assert out.failure is None, out.failure
                 self.tokens.setdefault(out.rid, []).extend(out.token_ids)

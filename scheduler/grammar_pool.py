@@ -1,0 +1,161 @@
+"""`GrammarPool`: compiles grammars off the scheduling loop, holds requests meanwhile, and fills masks.
+
+Owns llguidance's tokenizer, a bounded cache of compiled grammars (each request gets a copy) and the threads; used by
+the scheduling loop alone. Every grammar is first tried in a process of its own (`scheduler/grammar_checker.py`), since
+a few hostile characters can cost minutes, gigabytes, or more stack than there is. Does not know sockets or torch.
+"""
+
+import collections
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from ramet.ipc.errors import Failure, FailureKind
+from ramet.ipc.messages import Generate
+from ramet.ipc.sampling import Grammar, GrammarKind
+from ramet.ipc.step import TokenMasks
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.grammar import GrammarError, compile_grammar, load_tokenizer, refusal
+from ramet.scheduler.grammar_checker import CPU_LIMIT_S, MEMORY_LIMIT_BYTES
+from ramet.scheduler.request import Request
+
+log = logging.getLogger(__name__)
+
+_CACHED_GRAMMARS = 64
+_MASK_THREADS = 4
+
+
+class _Held(NamedTuple):
+    message: Generate
+    compiled: "Future[LLMatcher]"
+
+
+class GrammarPool:
+    """`on_ready` is called from one thread, always the same, when a grammar was compiled or refused."""
+
+    def __init__(self, config: SchedulerConfig, vocab_size: int, on_ready: Callable[[], None]) -> None:
+        self._tokenizer_dir = config.tokenizer_dir
+        self._vocab_size = vocab_size
+        self._eos_ids = [i for i in config.eos_ids if i < vocab_size]
+        self._on_ready = on_ready
+        self._compiler = ThreadPoolExecutor(1, "grammars")  # one thread: it owns what follows, and keeps the order
+        self._tokenizer: LLTokenizer | None = None
+        self._checker: subprocess.Popen[bytes] | None = None
+        self._fillers = ThreadPoolExecutor(_MASK_THREADS, "masks")
+        self._cache: collections.OrderedDict[tuple[GrammarKind, str], Future[LLMatcher]] = collections.OrderedDict()
+        self._held: list[_Held] = []
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    def hold(self, message: Generate) -> None:
+        """Keep a request until `take_ready` gives it back."""
+        assert message.params.grammar is not None
+        self._held.append(_Held(message, self._compiled(message.params.grammar)))
+
+    def take_held(self, rids: list[str]) -> list[Generate]:
+        """Give up those of the requests that are held."""
+        taken = [held.message for held in self._held if held.message.rid in rids]
+        self._held = [held for held in self._held if held.message.rid not in rids]
+        return taken
+
+    def take_ready(self) -> list[tuple[Generate, LLMatcher | Failure]]:
+        """Requests whose grammar is compiled or refused, each with a matcher of its own or what to answer."""
+        held, self._held = self._held, []
+        ready: list[_Held] = []
+        for each in held:
+            # Asked once: it may become so at any moment.
+            (ready if each.compiled.done() else self._held).append(each)
+        return [(message, self._outcome(message, compiled)) for message, compiled in ready]
+
+    def fill(self, rows: list[tuple[int, Request]]) -> Callable[[], TokenMasks]:
+        """Start to compute the masks of these rows, in threads; the call that is returned waits for them."""
+        bits = np.empty((len(rows), -(-self._vocab_size // 32)), dtype=np.uint32)
+        fills = [self._fillers.submit(self._fill, request, bits[i]) for i, (_, request) in enumerate(rows)]
+
+        def wait() -> TokenMasks:
+            for fill in fills:
+                fill.result()
+            return TokenMasks([row for row, _ in rows], bits)
+
+        return wait
+
+    def close(self) -> None:
+        self._compiler.shutdown()
+        self._fillers.shutdown()
+        self._end_checker()
+
+    def _fill(self, request: Request, bits: np.ndarray) -> None:
+        assert request.matcher is not None
+        request.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # drops the interpreter lock
+        if request.params.ignore_eos:
+            for token in self._eos_ids:
+                bits[token // 32] &= ~np.uint32(1 << token % 32)
+
+    def _outcome(self, message: Generate, compiled: "Future[LLMatcher]") -> LLMatcher | Failure:
+        grammar = message.params.grammar
+        assert grammar is not None
+        error = compiled.exception()
+        if error is None:
+            return compiled.result().deep_copy()
+        if isinstance(error, GrammarError):
+            return refusal(grammar, str(error))
+        log.error("a grammar could not be compiled", exc_info=error)
+        self._cache.pop((grammar.kind, grammar.source), None)  # it may go better the next time
+        return Failure(FailureKind.INTERNAL, f"the grammar could not be compiled: {error}")
+
+    def _compiled(self, grammar: Grammar) -> "Future[LLMatcher]":
+        """From the cache; or under way, with the word of it to follow."""
+        key = (grammar.kind, grammar.source)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        else:
+            self._cache[key] = self._compiler.submit(self._compile, grammar)
+            self._compiler.submit(self._on_ready)
+            if len(self._cache) > _CACHED_GRAMMARS:
+                self._cache.popitem(last=False)
+        return self._cache[key]
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_dir, self._vocab_size, self._eos_ids)
+        self._check(grammar)
+        return compile_grammar(self._tokenizer, grammar)
+
+    def _check(self, grammar: Grammar) -> None:
+        """Let the other process try. If that ends it, the next grammar gets a new one."""
+        if self._checker is None:
+            command = [sys.executable, "-m", "ramet.scheduler.grammar_checker", self._tokenizer_dir]
+            self._checker = subprocess.Popen(
+                [*command, *map(str, (self._vocab_size, *self._eos_ids))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        assert self._checker.stdin is not None and self._checker.stdout is not None
+        try:
+            self._checker.stdin.write(msgspec.json.encode(grammar) + b"\n")
+            self._checker.stdin.flush()
+            answer = self._checker.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            self._end_checker()
+            raise GrammarError(
+                f"too complex: compiling it took more than {CPU_LIMIT_S} s of CPU time or "
+                f"{MEMORY_LIMIT_BYTES // 1024**2} MiB of memory, or it nests too deep"
+            )
+        words = msgspec.json.decode(answer, type=str)
+        if words:
+            raise GrammarError(words)
+
+    def _end_checker(self) -> None:
+        checker, self._checker = self._checker, None
+        if checker is not None:
+            checker.kill()
+            checker.communicate()

@@ -1,0 +1,219 @@
+"""Answers that must match a schema, a regular expression or a grammar, through every process of a real engine."""
+
+import collections
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pydantic
+import pytest
+from support.json_schemas import random_schema
+from support.server import RunningServer, until
+
+pytestmark = pytest.mark.e2e
+
+USER: Any = [{"role": "user", "content": "Describe a person as JSON, with a name and an age."}]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+# Takes all the CPU time that a grammar may have.
+SLOW = {"type": "integer", "multipleOf": 1000003}
+ON_SMOLLM2, SCHEMAS = 40, 300
+
+
+def formatted(schema: dict[str, Any], name: str = "person") -> Any:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=0, le=120)
+
+
+# ---- the 300 schemas ---------------------------------------------------------------------------------------------
+
+
+formats = jsonschema.FormatChecker()
+
+
+@formats.checks("date")
+@formats.checks("time")
+@formats.checks("date-time")
+def _is_time(value: object) -> bool:
+    """Allowing what is documented as allowed: 29 February in any year, and second 60 in any minute."""
+    if not isinstance(value, str):
+        return True
+    tame = re.sub(r"-02-29", "-02-28", re.sub(r"(:\d\d):60", r"\1:59", value))
+    tame = tame if "-" in tame[:5] else f"2000-01-01T{tame}"
+    kind = "date-time" if ":" in tame else "date"
+    return jsonschema.Draft202012Validator.FORMAT_CHECKER.conforms(tame, kind)
+
+
+def try_schemas(server: RunningServer, seeds: range, max_tokens: int) -> collections.Counter[str]:
+    """How the answers ended. What is complete is valid."""
+
+    def ask(seed: int) -> str:
+        schema = random_schema(seed)
+        body = {
+            "model": server.model,
+            "messages": USER,
+            "temperature": 1,
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "response_format": formatted(schema),
+        }
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+        if response.status_code == 400:
+            assert response.json()["error"]["param"] == "response_format", response.text
+            return "refused"
+        assert response.status_code == 200, response.text
+        [choice] = response.json()["choices"]
+        if choice["finish_reason"] == "stop":
+            jsonschema.validate(
+                json.loads(choice["message"]["content"]),
+                schema,
+                jsonschema.Draft202012Validator,
+                format_checker=formats,
+            )
+        return choice["finish_reason"]
+
+    with ThreadPoolExecutor(48) as threads:
+        return collections.Counter(threads.map(ask, seeds))
+
+
+@pytest.mark.smollm2
+def test_schemas_with_smollm2(smollm2: RunningServer) -> None:
+    ended = try_schemas(smollm2, range(ON_SMOLLM2), 100)
+    print(ended)
+    assert ended["stop"] >= 0.6 * ON_SMOLLM2 and not ended["refused"]
+
+
+@pytest.mark.smollm2
+def test_smollm2_fills_in_a_pydantic_model(smollm2: RunningServer) -> None:
+    completion = smollm2.client.chat.completions.parse(
+        model=smollm2.model, messages=USER, response_format=Person, temperature=0, max_tokens=60
+    )
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.choices[0].message.parsed is not None
+    assert 0 <= completion.choices[0].message.parsed.age <= 120
+
+
+def test_schemas_with_the_tiny_model(tiny: RunningServer) -> None:
+    ended = try_schemas(tiny, range(ON_SMOLLM2, SCHEMAS), 250)
+    print(ended)
+    assert ended["stop"] >= 0.6 * (SCHEMAS - ON_SMOLLM2) and not ended["refused"]
+
+
+# ---- the API -----------------------------------------------------------------------------------------------------
+
+
+def test_parse_n_and_seeds(tiny: RunningServer, client: openai.OpenAI) -> None:
+    def parse(**fields: Any) -> list[Person | None]:
+        completion = client.beta.chat.completions.parse(
+            model=tiny.model, messages=USER, response_format=Person, temperature=1, max_tokens=80, **fields
+        )
+        assert {choice.finish_reason for choice in completion.choices} == {"stop"}
+        assert {(choice.model_extra or {})["matched_stop"] for choice in completion.choices} == {None}
+        return [choice.message.parsed for choice in completion.choices]
+
+    four = parse(n=4, seed=7)
+    assert len({person.name for person in four if person}) > 1
+    assert parse(n=4, seed=7) == four
+    assert parse(seed=9) == [four[2]]
+
+
+def test_json_object_streamed_and_whole(tiny: RunningServer, client: openai.OpenAI) -> None:
+    settings: Any = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 3, "max_tokens": 400}
+    whole = client.chat.completions.create(model=tiny.model, messages=USER, **settings).choices[0]
+    chunks = list(client.chat.completions.create(model=tiny.model, messages=USER, stream=True, **settings))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+    assert (whole.message.content or "").startswith("{")
+    if whole.finish_reason == "stop":
+        assert isinstance(json.loads(whole.message.content or ""), dict)
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        ({"regex": "(yes|no)!?[0-9]{3}"}, "(yes|no)!?[0-9]{3}"),
+        ({"ebnf": 'root ::= greeting " " [A-Z] [a-z]{2,4}\ngreeting ::= "hi" | "hello"'}, "(hi|hello) [A-Z][a-z]{2,4}"),
+        ({"ebnf": 'start: NAME ("," NAME){2}\nNAME: /[a-z]{1,4}/'}, "[a-z]{1,4}(,[a-z]{1,4}){2}"),
+        ({"response_format": formatted({"enum": ["a", 1, None]})}, '"a"|1|null'),
+    ],
+    ids=["regex", "gbnf", "lark", "schema"],
+)
+def test_grammars_on_both_endpoints(
+    tiny: RunningServer, client: openai.OpenAI, extra: dict[str, Any], pattern: str
+) -> None:
+    for seed in range(3):
+        settings: Any = {"model": tiny.model, "temperature": 1, "seed": seed, "max_tokens": 40, "extra_body": extra}
+        chat = client.chat.completions.create(messages=USER, **settings).choices[0]
+        text = client.completions.create(prompt="Say", **settings).choices[0]
+        for answer, reason in ((chat.message.content, chat.finish_reason), (text.text, text.finish_reason)):
+            assert reason == "stop"
+            assert re.fullmatch(pattern, answer or "")
+
+
+def test_logprobs_are_the_models_own(tiny: RunningServer, client: openai.OpenAI) -> None:
+    def first(**extra: Any) -> Any:
+        completion = client.chat.completions.create(
+            model=tiny.model, messages=USER, logprobs=True, top_logprobs=20, max_tokens=3, temperature=0, **extra
+        )
+        assert completion.choices[0].logprobs is not None
+        return (completion.choices[0].logprobs.content or [])[0]
+
+    free, bound = first(), first(extra_body={"regex": "[0-9]{3}"})
+    assert bound.token.isdigit()
+    assert bound.logprob < free.logprob
+    assert [top.logprob for top in bound.top_logprobs] == [top.logprob for top in free.top_logprobs]
+
+
+def test_a_bad_schema_fails_alone_while_another_runs(tiny: RunningServer, client: openai.OpenAI) -> None:
+    endless = {"ignore_eos": True}
+    stream = client.completions.create(model=tiny.model, prompt="a", max_tokens=600, stream=True, extra_body=endless)
+    next(iter(stream))
+    for bad in ({"not": {}}, {"type": "zap"}, {"$ref": "#/$defs/no"}, {"type": "string", "format": "regex"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=tiny.model, messages=USER, response_format=formatted(bad), stream=True)
+        assert caught.value.param == "response_format"
+    for extra in ({"regex": "("}, {"ebnf": "root ::= nothing"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=tiny.model, prompt="a", n=2, extra_body=extra)
+        assert caught.value.param == next(iter(extra))
+    assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_slow_grammar_stops_nobody_and_can_be_left(tiny: RunningServer, client: openai.OpenAI) -> None:
+    """Others run meanwhile; who waits for it may go; it is refused in the end."""
+    aborted = tiny.counter("aborted") if "ramet_scheduler_aborted_total" in tiny.metrics() else 0
+    refused: list[openai.BadRequestError] = []
+
+    def wait() -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=tiny.model, messages=USER, response_format=formatted(SLOW))
+        refused.append(caught.value)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    body = {"model": tiny.model, "messages": USER, "response_format": formatted(SLOW)}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{tiny.url}/v1/chat/completions", json=body, timeout=0.5)
+    assert client.completions.create(model=tiny.model, prompt="a", max_tokens=8).choices[0].finish_reason
+    until(lambda: tiny.counter("aborted") == aborted + 1, 10, lambda: "aborted while it is compiled")
+    assert not refused
+    waiting.join(60)
+    assert "5 s of CPU time" in refused[0].message
+    digit = client.completions.create(model=tiny.model, prompt="a", extra_body={"regex": "[0-9]"}).choices[0]
+    assert digit.text.isdigit()

@@ -1,0 +1,311 @@
+"""Grammars: compiled, refused, cached, held; and how requests follow them through the core and a real runner."""
+
+import json
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from llguidance import LLMatcher
+from support.engine import InlineEngine
+
+from ramet.ipc.errors import Failure, FailureKind
+from ramet.ipc.messages import FinishReason, Generate
+from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.grammar import MAX_SOURCE_CHARS
+from ramet.scheduler.grammar_pool import GrammarPool
+
+PROMPT = [5, 77, 130, 8, 250, 91, 4, 33, 60, 12, 200]
+EOS_ID = 2
+
+
+def regex(source: str) -> Grammar:
+    return Grammar(GrammarKind.REGEX, source, "regex")
+
+
+def schema(value: object) -> Grammar:
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(value), "response_format")
+
+
+class Pool:
+    """A pool, and a loop that sleeps until the pool wakes it."""
+
+    def __init__(self, folder: str, vocab_size: int) -> None:
+        self.wakes = 0
+        self._woken = threading.Event()
+        config = SchedulerConfig(
+            page_size=8,
+            max_running=8,
+            max_step_tokens=64,
+            max_prefill_tokens=32,
+            context_length=100,
+            eos_ids=(EOS_ID, 10**6),
+            tokenizer_dir=folder,
+        )
+        self.pool = GrammarPool(config, vocab_size, self._wake)
+
+    def _wake(self) -> None:
+        self.wakes += 1
+        self._woken.set()
+
+    def hold(self, *grammars: Grammar) -> None:
+        for i, grammar in enumerate(grammars):
+            self.pool.hold(Generate(f"r{i}", [1], SamplingParams(max_tokens=9, grammar=grammar)))
+
+    def outcomes(self, *grammars: Grammar) -> dict[str, LLMatcher | Failure]:
+        """What becomes of these, and of what is held already."""
+        self.hold(*grammars)
+        done: dict[str, LLMatcher | Failure] = {}
+        while self.pool.num_held:
+            ready = self.pool.take_ready()
+            done |= {message.rid: made for message, made in ready}
+            if not ready:
+                assert self._woken.wait(30)
+                self._woken.clear()
+        return done
+
+    def outcome(self, grammar: Grammar) -> LLMatcher | Failure:
+        return self.outcomes(grammar)["r0"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(tiny_model("llama") / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model, tokenizer) -> Iterator[Pool]:
+    """The model pads its vocabulary."""
+    pool = Pool(str(tiny_model("llama")), tokenizer.get_vocab_size() + 37)
+    yield pool
+    pool.pool.close()
+
+
+def accepts(matcher: LLMatcher | Failure, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
+    assert isinstance(matcher, LLMatcher), matcher
+    matcher, ids = matcher.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "good", "bad"),
+    [
+        (
+            schema({"type": "object"}),
+            ["{}", '{"a": [1, {"b": null}]}'],
+            ['{"a":1}', "[]", "{ }", "{}\n", '{"a": "\\u0061"}'],
+        ),
+        (
+            schema({"type": "array", "x-guidance": {"whitespace_flexible": True, "item_separator": ";"}}),
+            ["[1, 2]"],
+            ["[1,2]", "[1;2]"],
+        ),
+        (regex("(ab){2}|c?"), ["abab", "c", ""], ["ab", "cc"]),
+        (Grammar(GrammarKind.LARK, 'start: A "!"\nA: /[0-9]+/', "x"), ["12!"], ["!", "12"]),
+        (Grammar(GrammarKind.EBNF, 'start: A "!"\nA: /[0-9]+/', "ebnf"), ["12!"], ["!"]),
+        (
+            Grammar(GrammarKind.EBNF, 'root ::= term ("+" term)* # sums\nterm ::= [0-9]+ | "(" root ")"', "ebnf"),
+            ["1", "(1+22)+3"],
+            ["1+", "()"],
+        ),
+        (
+            Grammar(
+                GrammarKind.EBNF,
+                r'root ::= "\"" [^"\\\n\x7F]{1,3} "\"" | [\u00e8-\u00ea\u0022] | "\u0021\U0001F600"',
+                "ebnf",
+            ),
+            ['"a/b"', "é", '"', "!😀"],
+            ['""', '"\\"', "e"],
+        ),
+    ],
+)
+def test_what_is_allowed(
+    pool: Pool, tokenizer: tokenizers.Tokenizer, grammar: Grammar, good: list[str], bad: list[str]
+):
+    matcher = pool.outcome(grammar)
+    assert [text for text in good if not accepts(matcher, tokenizer, text)] == []
+    assert [text for text in bad if accepts(matcher, tokenizer, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (schema({"not": {}}), "not"),
+        (schema({"type": "string", "format": "json-pointer"}), "json-pointer"),
+        (schema({"oneOf": [{"type": "integer"}, {"type": "number"}], "x-guidance": {"coerce_one_of": True}}), "oneOf"),
+        (schema({"type": "object", "dependentRequired": {}, "x-guidance": {"lenient": True}}), "dependentRequired"),
+        (schema({"$ref": "https://example.com/schema.json"}), "example.com"),
+        (schema({"$ref": "#"}), "NoExtension"),
+        (schema({"minimum": 5, "maximum": 3, "type": "integer"}), "minimum"),
+        (schema({"type": "zap"}), "zap"),
+        (regex("(a"), "unclosed"),
+        (regex("a(?=b)"), "look-ahead"),
+        (regex("x" * (MAX_SOURCE_CHARS + 1)), f"{MAX_SOURCE_CHARS} characters, got {MAX_SOURCE_CHARS + 1}"),
+        (Grammar(GrammarKind.EBNF, "root ::= zap", "ebnf"), "zap"),
+        (Grammar(GrammarKind.EBNF, "root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "ebnf"), "recursion"),
+        (Grammar(GrammarKind.LARK, "start: zap", "tools"), "zap"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_grammar_is_refused_with_the_parameter_and_the_reason(pool: Pool, grammar: Grammar, words: str):
+    failure = pool.outcome(grammar)
+    assert isinstance(failure, Failure)
+    assert (failure.kind, failure.param) == (FailureKind.INVALID_REQUEST, grammar.param)
+    assert failure.message.startswith(f"{grammar.param}: ") and words in failure.message
+
+
+def test_what_would_crash_the_process_is_refused_and_the_next_grammar_compiles(pool: Pool):
+    links = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(4000)}
+    deep = schema({"$defs": {**links, "d4000": {}}, "$ref": "#/$defs/d0"})
+    outcomes = pool.outcomes(deep, regex("after it"))
+    assert "nests too deep" in outcomes["r0"].message
+    assert isinstance(outcomes["r1"], LLMatcher)
+
+
+def test_a_grammar_is_compiled_once_and_each_request_has_its_own_matcher(pool: Pool, tokenizer: tokenizers.Tokenizer):
+    before = pool.wakes
+    first, second = pool.outcomes(regex("once[0-9]"), regex("once[0-9]")).values()
+    third = pool.outcome(regex("once[0-9]"))
+    assert pool.wakes == before + 1
+    first.try_consume_tokens(tokenizer.encode("once").ids)
+    assert all(accepts(matcher, tokenizer, "once1") for matcher in (second, third))
+    assert accepts(first, tokenizer, "1")
+    failures = pool.outcomes(regex("(b"), Grammar(GrammarKind.REGEX, "(b", "another name"))
+    assert [failure.param for failure in failures.values()] == ["regex", "another name"]
+    assert pool.wakes == before + 2
+
+
+def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(pool: Pool):
+    pool.outcomes(regex("oldest"), regex("kept"))
+    for i in range(63):
+        pool.outcomes(regex(f"filler{i}"), regex("kept"))
+    before = pool.wakes
+    pool.outcome(regex("kept"))
+    assert pool.wakes == before
+    pool.outcome(regex("oldest"))
+    assert pool.wakes == before + 1
+
+
+def test_a_held_request_can_be_taken_back(pool: Pool):
+    pool.hold(regex("taken[0-9]"), regex("taken[a-z]"), regex("taken"))
+    assert [message.rid for message in pool.pool.take_held(["r1", "r2", "unknown"])] == ["r1", "r2"]
+    assert pool.pool.num_held == 1
+    assert set(pool.outcomes()) == {"r0"}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_to_be(tmp_path):
+    pool = Pool(str(tmp_path), 100)
+    try:
+        failure = pool.outcome(regex("a"))
+        assert failure.param == "regex" and "tokenizer" in failure.message
+    finally:
+        pool.pool.close()
+
+
+# ---- with a model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_model):
+    torch.set_num_threads(1)
+    engines: list[InlineEngine] = []
+
+    def make(**settings) -> InlineEngine:
+        engines.append(InlineEngine(tiny_model("llama"), eos_ids=(EOS_ID,), **settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.grammars.close()
+
+
+def test_a_constrained_request_is_the_same_alone_among_others_and_after_a_preemption(make_engine, tokenizer):
+    def run(total_tokens: int, others: int) -> tuple[str, int]:
+        engine = make_engine(total_tokens=total_tokens, max_running=24)
+        for i in range(others):
+            engine.add(f"other{i}", [(7 * i + j) % 300 for j in range(5 + i)], 40, ignore_eos=True)
+        engine.add("own", PROMPT, 40, temperature=1.0, seed=1234, grammar=regex("([a-f][0-9]){15}"))
+        engine.run()
+        assert engine.outputs["own"][-1].finish.reason is FinishReason.STOP
+        return tokenizer.decode(engine.tokens["own"]), engine.core.counters.preemptions
+
+    alone, _ = run(1024, 0)
+    among, _ = run(2048, 16)
+    squeezed, preemptions = run(160, 4)
+    assert len(alone) == 30 and alone == among
+    assert preemptions > 0 and alone == squeezed
+
+
+def test_many_constrained_rows_in_one_step(make_engine, tokenizer):
+    engine = make_engine(max_running=16)
+    for i in range(12):
+        engine.add(f"r{i}", PROMPT, 30, temperature=1.0, seed=i, grammar=regex(f"{i}[a-z]{{{i + 1}}}"))
+    engine.run()
+    for i in range(12):
+        text = tokenizer.decode(engine.tokens[f"r{i}"])
+        assert text.startswith(str(i)) and len(text) == len(str(i)) + i + 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "params", "length", "reason", "matched"),
+    [
+        ("a{3}", {}, 3, FinishReason.STOP, None),
+        ("a{3}", {"min_tokens": 20}, 3, FinishReason.STOP, None),
+        ("a{0,30}", {"logit_bias": {EOS_ID: 100}}, 0, FinishReason.STOP, EOS_ID),
+        ("a{4,30}", {"logit_bias": {EOS_ID: 100}}, 4, FinishReason.STOP, EOS_ID),
+        ("a{4,30}", {"logit_bias": {EOS_ID: 100}, "min_tokens": 6}, 6, FinishReason.STOP, EOS_ID),
+        ("a{4,12}", {"logit_bias": {EOS_ID: 100}, "ignore_eos": True}, 12, FinishReason.STOP, None),
+        ("a{3,30}", {"ignore_eos": True}, 20, FinishReason.LENGTH, None),
+        ("b{20}", {}, 20, FinishReason.STOP, None),
+    ],
+)
+def test_the_ways_to_end(make_engine, tokenizer, pattern, params, length, reason, matched):
+    """Only single letters are allowed, so that a token is a letter."""
+    engine = make_engine()
+    letters = [i for i in range(tokenizer.get_vocab_size()) if set(tokenizer.decode([i])) <= set("ab")]
+    bans = {i: -100.0 for i in letters if len(tokenizer.decode([i])) > 1}
+    bias = {**bans, **params.pop("logit_bias", {})}
+    engine.add("r", PROMPT, 20, grammar=regex(pattern), logit_bias=bias, **params)
+    engine.run()
+    assert len(tokenizer.decode(engine.tokens["r"])) == length
+    assert engine.outputs["r"][-1].finish.reason is reason
+    assert engine.outputs["r"][-1].finish.matched == matched
+
+
+def test_a_stop_token_ends_an_unfinished_answer(make_engine, tokenizer):
+    engine, stop = make_engine(), tokenizer.token_to_id("b")
+    engine.add("r", PROMPT, 20, grammar=regex("aab{9}"), stop_token_ids=(stop,))
+    engine.run()
+    assert engine.outputs["r"][-1].finish.matched == stop
+
+
+def test_a_matcher_that_gives_up_and_bans_that_leave_nothing_fail_their_request_alone(make_engine, tokenizer):
+    engine = make_engine()
+    engine.add("broken", PROMPT, 20, grammar=regex("a+"))
+    engine.add("banned", PROMPT, 20, grammar=regex("b+"), logit_bias=dict.fromkeys(range(300), -100.0), min_tokens=1)
+    engine.add("well", PROMPT, 20, grammar=regex("c{5}"))
+    outputs = {}
+    while (plan := engine.core.schedule()) is not None:
+        constrained = engine.core.constrained(plan)
+        for _, request in constrained:
+            if request.rid == "broken" and request.num_generated == 2:
+                request.matcher.consume_token(tokenizer.token_to_id("z"))
+        engine.core.commit(plan, engine.runner.execute(plan, engine.grammars.fill(constrained)))
+        outputs |= {out.rid: out for out in engine.core.take_outputs() if out.failure or out.finish}
+    assert (outputs["broken"].failure.kind, outputs["broken"].failure.param) == (FailureKind.INVALID_REQUEST, "regex")
+    assert "banned" in outputs["banned"].failure.message
+    assert outputs["well"].finish.reason is FinishReason.STOP
+
+
+def test_logprobs_are_of_the_raw_logits(make_engine):
+    engine = make_engine()
+    engine.add("free", PROMPT, 1, logprobs=5)
+    engine.add("bound", PROMPT, 1, logprobs=5, grammar=regex("[0-9]"))
+    engine.run()
+    [free], [bound] = engine.outputs["free"][0].logprobs, engine.outputs["bound"][0].logprobs
+    assert bound.top_ids == free.top_ids
+    assert np.allclose(bound.top_logprobs, free.top_logprobs)
+    assert bound.token_id not in bound.top_ids and bound.logprob < free.top_logprobs[-1]
