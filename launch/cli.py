@@ -31,7 +31,6 @@ _NOT_YET = {
     "is-embedding",
     "kv-cache-dtype",
     "node-rank",
-    "quantization",
     "reasoning-parser",
     "tool-call-parser",
     "watchdog-timeout",

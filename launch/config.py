@@ -61,6 +61,10 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"], _flag("model", "type of weights and KV cache")
     ] = "auto"
+    quantization: Annotated[
+        Literal["int8", "int4"] | None,
+        _flag("model", "round weights on load, to 8 bits by output or 4 by groups of 32 inputs; on a CPU"),
+    ] = None
     context_length: Annotated[
         Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
     ] = None
@@ -194,6 +198,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         attention_backend=args.attention_backend,
         trust_remote_code=args.trust_remote_code,
         seed=args.random_seed,
+        quantization=args.quantization,
     )
     return EngineConfig(
         frontend=_frontend(args, model, runner),

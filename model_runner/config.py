@@ -1,6 +1,7 @@
 """What the model runner needs to know, resolved by the launcher and frozen."""
 
 import enum
+from typing import Literal
 
 import msgspec
 
@@ -18,7 +19,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`model_dir` holds config.json (and safetensors); `weights` is the .gguf file or the folder of weight files.
 
     `dtype` is a torch dtype's name. `max_total_tokens` is the size of the KV pool; None sizes it from
-    `memory_fraction` of the memory that is free once the weights are loaded.
+    `memory_fraction` of the memory that is free once the weights are loaded. `quantization` rounds weights on load.
     """
 
     model_dir: str
@@ -35,3 +36,4 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str = "auto"
     trust_remote_code: bool = False
     seed: int = 0
+    quantization: Literal["int8", "int4"] | None = None

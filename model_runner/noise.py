@@ -18,11 +18,12 @@ _STRIDE = 0x9E3779B1 - (1 << 32)
 
 def gumbel(seeds: list[int], positions: list[int], vocab_size: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise [rows, vocab_size] float32 for rows that draw the token at `positions`."""
-    keys = torch.from_numpy(_row_keys(seeds, positions)).to(device)
+    keys = row_keys(seeds, positions).to(device)
     x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _STRIDE + keys[:, :1]
     x = _mix(x) ^ keys[:, 1:]
     x = _mix(x)
-    # 23 bits, centred so that neither 0 nor 1 occurs: float32 has 24, and the half needs one of them.
+    # 23 bits, centred so that neither 0 nor 1 occurs: with one bit more, the half would round up to 1 in float32, and a
+    # token with infinite noise wins against any logits.
     uniform = ((x & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return uniform.log_().neg_().log_().neg_()
 
@@ -35,10 +36,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 15) & (0xFFFFFFFF >> 15))
 
 
-def _row_keys(seeds: list[int], positions: list[int]) -> np.ndarray:
-    """[rows, 2] int32."""
+def row_keys(seeds: list[int], positions: list[int]) -> Tensor:
+    """What makes a row's noise its own: [rows, 2] int32."""
     keys = [_splitmix64(_splitmix64(s & _MASK64) + p) for s, p in zip(seeds, positions, strict=True)]
-    return np.array(keys, dtype=np.uint64).view(np.int32).reshape(-1, 2)
+    return torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int32).reshape(-1, 2))
 
 
 def _splitmix64(value: int) -> int:

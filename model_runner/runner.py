@@ -19,7 +19,7 @@ from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.memory import size_pool
 from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup
-from ramet.model_runner.sampler import rank_tokens, sample
+from ramet.model_runner.sampler import make_chooser, rank_tokens, sample
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class ModelRunner:
         self.num_pages = size.num_pages
         self.vocab_size = self._model.vocab_size
         self._pool = KVPool(self._model.kv_specs, size.num_pages, config.page_size, dtype, self.device)
+        self._choose = make_chooser(self.device)
         max_pages = -(-config.context_length // config.page_size)
         self._slots = SlotTable(config.max_running, max_pages, self.vocab_size, self.device)
         progress("warming up")
@@ -67,7 +68,7 @@ class ModelRunner:
         if not batch.sampled_rows:
             return []
         logits = self._model.logits(hidden[batch.sampled_at])
-        return sample(logits, batch.sampled_rows, masks() if masks is not None else None)
+        return sample(logits, batch.sampled_rows, self._choose, masks() if masks is not None else None)
 
     def _score_prompt(self, hidden: Tensor, row: Row) -> list[Logprob]:
         """Log-probabilities of the prompt tokens that a row's positions predict: position p predicts token p + 1."""

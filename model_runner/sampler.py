@@ -14,7 +14,9 @@ A row whose choice is NaN, or has no token left, is an error of that row alone.
 """
 
 import dataclasses
+import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,8 +25,12 @@ from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import RowResult, TokenMasks
+from ramet.kernels.cpu.build import KernelUnavailable
+from ramet.kernels.cpu.sampling import ChooseKernel
 from ramet.model_runner.logits import LogitsProcessor, apply_masks
-from ramet.model_runner.noise import gumbel
+from ramet.model_runner.noise import gumbel, row_keys
+
+log = logging.getLogger(__name__)
 
 # Sorting a whole vocabulary for top_p is slow; the first so many nearly always hold the mass that is wanted.
 _TOP_P_FIRST_LOOK = 512
@@ -39,7 +45,21 @@ class SampledRow:
     processor: LogitsProcessor | None
 
 
-def sample(logits: Tensor, rows: list[SampledRow], masks: TokenMasks | None = None) -> list[RowResult]:
+# From logits [R, vocab], which may be overwritten, to the chosen tokens [R] int64 and what they won with [R].
+Chooser = Callable[[Tensor, list[SampledRow]], tuple[Tensor, Tensor]]
+
+
+def make_chooser(device: torch.device) -> Chooser:
+    """The C kernel on a CPU, where it can be built; else plain torch."""
+    if device.type == "cpu":
+        try:
+            return KernelChooser()
+        except KernelUnavailable as error:
+            log.warning("sampling with plain torch, which is slower: %s", error)
+    return choose_plainly
+
+
+def sample(logits: Tensor, rows: list[SampledRow], choose: Chooser, masks: TokenMasks | None = None) -> list[RowResult]:
     """logits: [R, vocab] float32, overwritten. One result per row."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     logprobs = logits[wanted].log_softmax(dim=-1) if wanted else None
@@ -48,19 +68,43 @@ def sample(logits: Tensor, rows: list[SampledRow], masks: TokenMasks | None = No
     for i, row in enumerate(rows):
         if row.processor is not None:
             row.processor.apply(logits[i])
-    random = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if random:
-        drawn = [rows[i] for i in random]
-        noisy = _filter(logits[random] / _column(logits, [r.params.temperature for r in drawn]), drawn)
-        noisy += gumbel(
-            [r.params.seed or 0 for r in drawn], [r.position for r in drawn], logits.shape[1], logits.device
-        )
-        logits[random] = noisy
-    best, tokens = logits.max(dim=-1)
+    tokens, best = choose(logits, rows)
     results = [_result(row, *pair) for row, *pair in zip(rows, tokens.tolist(), best.tolist(), strict=True)]
     if logprobs is not None:
         _attach_logprobs(results, rows, wanted, logprobs)
     return results
+
+
+def choose_plainly(logits: Tensor, rows: list[SampledRow]) -> tuple[Tensor, Tensor]:
+    """Steps 4 to 6 for any device."""
+    for i, row in enumerate(rows):
+        if not row.params.greedy:
+            logits[i] *= 1 / row.params.temperature
+            _filter(logits[i], row.params)
+    random = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if random:
+        seeds, positions = [rows[i].params.seed or 0 for i in random], [rows[i].position for i in random]
+        logits[random] += gumbel(seeds, positions, logits.shape[1], logits.device)
+    best, tokens = logits.max(dim=-1)
+    return tokens, best
+
+
+class KernelChooser:
+    """The same in one pass over the logits; raises KernelUnavailable where it cannot be built."""
+
+    def __init__(self) -> None:
+        self._kernel = ChooseKernel()
+
+    def __call__(self, logits: Tensor, rows: list[SampledRow]) -> tuple[Tensor, Tensor]:
+        params = [row.params for row in rows]
+        return self._kernel(
+            logits,
+            torch.tensor([0.0 if p.greedy else 1 / p.temperature for p in params]),
+            torch.tensor([p.top_p for p in params]),
+            torch.tensor([math.log(p.min_p) if p.min_p else float("-inf") for p in params]),
+            torch.tensor([max(p.top_k, 0) for p in params]),
+            row_keys([p.seed or 0 for p in params], [row.position for row in rows]),
+        )
 
 
 def rank_tokens(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[Logprob]:
@@ -96,24 +140,14 @@ def _attach_logprobs(results: list[RowResult], rows: list[SampledRow], wanted: l
             results[i] = RowResult(results[i].token_id, logprob)
 
 
-def _column(like: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
-
-
-def _filter(logits: Tensor, rows: list[SampledRow]) -> Tensor:
-    """Set to -inf what top-k, top-p and min-p leave out. Each filter is a border below which a row's logits fall."""
-    vocab = logits.shape[1]
-    # Filters are rare enough to go row by row; a row without any costs nothing.
-    for i, row in enumerate(rows):
-        params, line = row.params, logits[i]
-        if 0 < params.top_k < vocab:
-            border = line.topk(params.top_k).values[-1]
-            line.masked_fill_(line < border, float("-inf"))
-        if params.top_p < 1.0:
-            line.masked_fill_(line < _top_p_border(line, params.top_p), float("-inf"))
-        if params.min_p > 0.0:
-            line.masked_fill_(line < line.max() + math.log(params.min_p), float("-inf"))
-    return logits
+def _filter(line: Tensor, params: SamplingParams) -> None:
+    """Set to -inf what top-k, top-p and min-p leave out of one row's scaled logits [vocab]."""
+    if 0 < params.top_k < line.shape[0]:
+        line.masked_fill_(line < line.topk(params.top_k).values[-1], float("-inf"))
+    if params.top_p < 1.0:
+        line.masked_fill_(line < _top_p_border(line, params.top_p), float("-inf"))
+    if params.min_p > 0.0:
+        line.masked_fill_(line < line.max() + math.log(params.min_p), float("-inf"))
 
 
 def _top_p_border(line: Tensor, top_p: float) -> Tensor:

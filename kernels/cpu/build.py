@@ -28,7 +28,9 @@ def load_kernel(name: str) -> ctypes.CDLL:
     """
     source = Path(__file__).with_name(f"{name}.c").read_bytes()
     compiler = os.environ.get("CC", "cc")
-    key = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()])).hexdigest()[:16]
+    # All of the folder's sources, for they include one another.
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]"))]
+    key = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()])).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramet" / "kernels"
     library = cache / f"{name}-{key}.so"
     try:
@@ -44,9 +46,11 @@ def _compile(compiler: str, source: bytes, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, "-shared", "-fPIC", "-x", "c", "-", "-o", str(made), "-lm"]
+        command = [compiler, *_FLAGS, f"-I{Path(__file__).parent}", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made)]
         try:
-            done = subprocess.run(command, input=source, capture_output=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+            done = subprocess.run(
+                [*command, "-lm"], input=source, capture_output=True, timeout=_COMPILE_TIMEOUT_S, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise KernelUnavailable(f"{compiler} did not finish in {_COMPILE_TIMEOUT_S} s") from error
         if done.returncode:

@@ -8,17 +8,11 @@
  * A tile is a few tokens of one row with the heads that share a key/value head; its K and V blocks are widened to
  * float32 once, K transposed so that the scores of 16 keys make one vector. Plain C with GCC's vector extensions.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vector.h"
 
-#define LANES 16
 #define BLOCK 64
 #define TILE_TOKENS 32
 #define ROWS 4 /* (token, head) pairs that a micro-kernel takes at once */
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 typedef struct {
     float *out;         /* [tokens, heads, value_dim] */
@@ -33,27 +27,6 @@ typedef struct {
     int64_t bfloat16; /* 0: the pool is float32 */
     float scale, softcap; /* softcap 0: none */
 } Args;
-
-static vec splat(float x) { return (vec){0} + x; }
-
-/* exp(x) for x <= 0, to about 2 units in the last place: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2. */
-static vec exp_vec(vec x) {
-    const ivec deep = x < splat(-87.0f);
-    x = (vec)(((ivec)x & ~deep) | ((ivec)splat(-87.0f) & deep));
-    const vec t = x * 1.44269504f;
-    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    const vec n = (t + magic) - magic;
-    const vec f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return p * (vec)power;
-}
 
 static vec load16(const void *at, int64_t index, int bfloat16) {
     if (!bfloat16) return *(const vec *)((const float *)at + index);

@@ -6,15 +6,18 @@ goes to `hf_fallback`. Knows formats by name only; `weights/` reads them.
 
 import contextlib
 import dataclasses
+import logging
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PretrainedConfig
 
+from ramet.kernels.cpu.build import KernelUnavailable
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.layers.rope import plain_frequencies
 from ramet.model_runner.models.base import CausalLM
+from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
 from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
 from ramet.model_runner.parallel import TpGroup
@@ -24,6 +27,8 @@ from ramet.model_runner.weights.gguf import ROPE_FACTORS, GGUFSource
 from ramet.model_runner.weights.mapping import Progress, WeightPart, WeightSource, fill
 from ramet.model_runner.weights.pickle import PickleSource
 from ramet.model_runner.weights.safetensors import SafetensorsSource
+
+log = logging.getLogger(__name__)
 
 __all__ = ["WeightsError", "load_model"]
 
@@ -60,7 +65,7 @@ def _read_config(config: RunnerConfig) -> PretrainedConfig:
 
 def _load_native(
     config: RunnerConfig, hf_config: PretrainedConfig, build: SpecBuilder, group: TpGroup, progress: Progress
-) -> Decoder:
+) -> CausalLM:
     spec = build(hf_config, config.context_length)
     with contextlib.ExitStack() as stack:
         source = _open(config, spec)
@@ -78,14 +83,32 @@ def _load_native(
         parts = list(model.weight_parts())
         if source is None:
             fill_randomly(parts, config.seed, progress)
-            model.pack()
-            return model.eval()
+            del parts
+            return _pack(model, config)
         if isinstance(source, GGUFSource):
             source.expect({part.name for part in parts})
         # Some checkpoints store the head although it is the embedding.
         unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
         fill(parts, source, unused, progress)
     del parts  # they hold the plain weights
+    return _pack(model, config)
+
+
+def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
+    """The model in the form that is fastest here, its weights in the layout for it."""
+    bits = {None: 16, "int8": 8, "int4": 4}[config.quantization]
+    why_not = (
+        "it computes dense models in bfloat16 on a CPU, with pages of a multiple of 16 tokens and layers whose sizes "
+        f"are multiples of {32 if bits < 16 else 16}"
+    )
+    if config.attention_backend in ("auto", "cpu") and covers(model, config.page_size, bits):
+        try:
+            return CpuDecoder(model, bits).eval()
+        except KernelUnavailable as error:
+            log.warning("computing with plain torch, which is slower: %s", error)
+            why_not = str(error)
+    if bits < 16:
+        raise WeightsError(f"quantization {config.quantization} needs the C kernel of whole decoders: {why_not}")
     model.pack()
     return model.eval()
 

@@ -11,10 +11,25 @@ from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, TokenMasks
 from ramet.model_runner.logits import LogitsProcessor
 from ramet.model_runner.noise import gumbel
-from ramet.model_runner.sampler import SampledRow, sample
+from ramet.model_runner.sampler import SampledRow, choose_plainly, make_chooser
+from ramet.model_runner.sampler import sample as sample_with
 
 CPU = torch.device("cpu")
 VOCAB = 50
+
+
+CHOOSERS = {"plain": choose_plainly, "chosen for this machine": make_chooser(CPU)}
+choose_token = choose_plainly
+
+
+@pytest.fixture(autouse=True, params=CHOOSERS)
+def chooser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs with the plain way and with the kernel."""
+    monkeypatch.setitem(globals(), "choose_token", CHOOSERS[request.param])
+
+
+def sample(logits: torch.Tensor, rows: list[SampledRow], masks: TokenMasks | None = None) -> list:
+    return sample_with(logits, rows, choose_token, masks)
 
 
 def row(position: int = 0, history: tuple[int, ...] = (), prompt_len: int = 0, eos: tuple[int, ...] = (), **params):
@@ -218,3 +233,24 @@ def test_a_mask_and_a_ban_that_leave_nothing_are_an_error_of_the_row():
     one = row(temperature=0.0, min_tokens=3, eos=(7,))
     (result,) = sample(torch.zeros(1, VOCAB), [one], mask([0], [7]))
     assert "grammar" in result.error.message
+
+
+def test_the_kernel_chooses_what_plain_torch_chooses():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 9001, generator=generator) * 3
+    logits[5, 100:200] = float("-inf")
+    settings = [{"temperature": 0.0}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 50, "min_p": 0.01}]
+    rows = [SampledRow(SamplingParams(seed=i, **settings[i % 4]), 10 * i, None) for i in range(40)]
+    found = [CHOOSERS[name](logits.clone(), rows) for name in CHOOSERS]
+    assert torch.equal(found[0][0], found[1][0])
+    greedy = torch.arange(40) % 4 == 0
+    assert torch.equal(found[0][1][greedy], found[1][1][greedy])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-5)
+
+
+def test_noise_is_finite_where_all_bits_are_ones():
+    """For this seed and token they are; infinite noise would win against any logits."""
+    assert torch.isfinite(gumbel([622], [0], 13070, CPU)).all()
+    logits = torch.zeros(1, 13070)
+    logits[0, 7] = 30.0
+    assert sample(logits, [SampledRow(SamplingParams(seed=622), 0, None)])[0].token_id == 7

@@ -23,7 +23,7 @@ class InlineEngine:
         self, folder: Path, *, total_tokens: int = 1024, max_running: int = 8, dtype: str = "float32", **scheduler
     ) -> None:
         defaults = {
-            "page_size": 8,
+            "page_size": 16,
             "max_running": max_running,
             "max_step_tokens": 64,
             "max_prefill_tokens": 32,

@@ -16,7 +16,7 @@ from ramet.model_runner.models.base import CausalLM
 from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup
 
-PAGE_SIZE = 8
+PAGE_SIZE = 16
 
 
 def runner_config(folder: Path, **changes: Any) -> RunnerConfig:

@@ -1,0 +1,369 @@
+/* A decoder's forward pass as a list of operations, run by one team of threads, for x86 CPUs with AVX512-BF16.
+ *
+ * One call runs the whole list: the threads take tiles of an operation from a shared counter, and meet at a barrier
+ * before the next. So there is one parallel region a step instead of hundreds, and a thread that loses its core for a
+ * moment delays the others by a tile and not by its whole share.
+ *
+ * Every number is added up in an order that depends on its own row alone: a matrix product runs through the inner
+ * dimension from first to last, whatever the number of rows. So a token's result is the same to the last bit alone or
+ * in a batch, in a decode step or in any chunk of a prompt.
+ *
+ * Weights are packed (`decoder.py`): tiles of 32 outputs, in which pairs of inputs lie side by side, as the processor's
+ * dot product wants them. Activations between operations are bfloat16 where a product follows, else float32. The layout
+ * of keys and values in the pool is that of decoder_attention.h; nobody else reads them.
+ */
+#include "decoder_attention.h"
+
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+#define COLUMNS 32       /* outputs in a tile of weights */
+#define PANEL_ROWS 12    /* rows that the micro-kernel takes at once: 24 accumulators of 32 registers */
+#define ROUNDED_ROWS 6   /* the same for products of rounded numbers, which take twice the accumulators */
+#define GROUP 32         /* inputs that share a scale, and in 4-bit weights a scale and a minimum */
+#define CHUNK_ROWS 96    /* rows of a tile of work: their inputs stay in the second-level cache */
+#define SPINS 2000       /* turns at a barrier before the core is offered to others */
+
+enum { NORM, MATMUL, ROPE, ATTENTION, QUANTIZE };
+enum { STORE, ADD, GATED_SILU, GATED_GELU_TANH }; /* what becomes of a product */
+
+typedef struct {
+    int64_t kind;
+    const void *in;
+    void *out;
+    const void *weight; /* NORM: [width]; MATMUL: packed; ROPE: of the norm of heads, [heads + kv_heads, dim] or null */
+    const float *bias;  /* MATMUL: [tiles * 32] or null */
+    const float *table; /* ROPE: [positions, 2, dim], cos and signed sin */
+    void *keys, *values;
+    const void *scales;  /* MATMUL of 8 or 4 bits: see panel_rounded */
+    float *row_scales;   /* written by QUANTIZE, read by the product; [n, inner / 32] */
+    int32_t *group_sums; /* likewise: sums of 32 rounded inputs */
+    int64_t bits;   /* MATMUL: of a weight, 16, 8 or 4 */
+    int64_t width;  /* NORM: of a row; MATMUL: of a row of the output */
+    int64_t inner;  /* MATMUL: of a row of the input, even */
+    int64_t effect; /* MATMUL: what becomes of the product; NORM: STORE bfloat16, or ADD to float32 */
+    int64_t heads, kv_heads, dim, window;
+    float eps, scale, softcap;
+} Op;
+
+/* ---- matrix products ---------------------------------------------------------------------------------------------*/
+
+/* tile [rows][32] = a [rows, 2 * pairs] . w; `rows` is known where this is inlined. */
+static inline __attribute__((always_inline)) void panel(const uint16_t *a, int64_t inner, const uint16_t *w,
+                                                        float *tile, const int rows) {
+    __m512 low[PANEL_ROWS], high[PANEL_ROWS];
+    for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < inner; k += 2, w += 2 * COLUMNS) {
+        const __m512bh w_low = (__m512bh)_mm512_loadu_si512(w), w_high = (__m512bh)_mm512_loadu_si512(w + COLUMNS);
+        _mm_prefetch((const char *)(w + 64 * COLUMNS), _MM_HINT_T0);
+        _mm_prefetch((const char *)(w + 65 * COLUMNS), _MM_HINT_T0);
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * inner + k, sizeof pair);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            low[r] = _mm512_dpbf16_ps(low[r], x, w_low);
+            high[r] = _mm512_dpbf16_ps(high[r], x, w_high);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(tile + r * COLUMNS, low[r]);
+        _mm512_storeu_ps(tile + r * COLUMNS + LANES, high[r]);
+    }
+}
+
+static inline __m512 half_floats(const uint16_t *at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+}
+
+/* The same for weights of 8 or 4 bits, unsigned in memory; `in` holds x / row_scale, signed, by groups of 32 inputs.
+ *
+ * 8 bits: q - 128, times a float of each output, `scales` [tiles * 32]. 4 bits: of each group, scale * q + minimum, which
+ * `scales` has as float16 [tile][group][scale, minimum][32]; a byte holds the weights of inputs k (low half) and k + 4.
+ */
+static inline __attribute__((always_inline)) void panel_rounded(const Op *op, int64_t row, int64_t column_tile,
+                                                                float *tile, const int rows, const int bits) {
+    const int64_t inner = op->inner, groups = inner / GROUP;
+    const int8_t *a = (const int8_t *)op->in + row * inner;
+    const uint8_t *w = (const uint8_t *)op->weight + column_tile * COLUMNS * inner * bits / 8;
+    const uint16_t *grid = (const uint16_t *)op->scales + column_tile * groups * 2 * COLUMNS;
+    const float *row_scales = op->row_scales + row * groups;
+    const int32_t *sums = op->group_sums + row * groups;
+    const __m512i half = _mm512_set1_epi8(15);
+    __m512 low[ROUNDED_ROWS], high[ROUNDED_ROWS];
+    for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g++) {
+        __m512i exact_low[ROUNDED_ROWS], exact_high[ROUNDED_ROWS];
+        for (int r = 0; r < rows; r++)
+            exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? -128 * sums[r * groups + g] : 0);
+        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 8, w += COLUMNS * bits) {
+            __m512i part[2][2]; /* of inputs k..k+3 and k+4..k+7: the first 16 outputs, and the others */
+            for (int i = 0; i < bits / 2; i++) {
+                const __m512i bytes = _mm512_loadu_si512(w + i * 64);
+                _mm_prefetch((const char *)(w + 16 * COLUMNS * bits + i * 64), _MM_HINT_T0);
+                if (bits == 8) part[i / 2][i % 2] = bytes;
+                else {
+                    part[0][i] = _mm512_and_si512(bytes, half);
+                    part[1][i] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), half);
+                }
+            }
+            for (int p = 0; p < 2; p++)
+                for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, a + r * inner + k + 4 * p, sizeof four);
+                    const __m512i x = _mm512_set1_epi32(four);
+                    exact_low[r] = _mm512_dpbusd_epi32(exact_low[r], part[p][0], x);
+                    exact_high[r] = _mm512_dpbusd_epi32(exact_high[r], part[p][1], x);
+                }
+        }
+        for (int r = 0; r < rows; r++) {
+            const __m512 scale = _mm512_set1_ps(row_scales[r * groups + g]);
+            const __m512 sum = scale * (float)sums[r * groups + g];
+            __m512 scale_low = scale, scale_high = scale;
+            if (bits == 4) {
+                scale_low *= half_floats(grid), scale_high *= half_floats(grid + LANES);
+                low[r] = _mm512_fmadd_ps(sum, half_floats(grid + COLUMNS), low[r]);
+                high[r] = _mm512_fmadd_ps(sum, half_floats(grid + COLUMNS + LANES), high[r]);
+            }
+            low[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact_low[r]), scale_low, low[r]);
+            high[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact_high[r]), scale_high, high[r]);
+        }
+        grid += 2 * COLUMNS;
+    }
+    const float *scales = (const float *)op->scales + column_tile * COLUMNS;
+    for (int r = 0; r < rows; r++) {
+        if (bits == 8) low[r] *= _mm512_loadu_ps(scales), high[r] *= _mm512_loadu_ps(scales + LANES);
+        _mm512_storeu_ps(tile + r * COLUMNS, low[r]);
+        _mm512_storeu_ps(tile + r * COLUMNS + LANES, high[r]);
+    }
+}
+
+#define CASE(R) \
+    case R: panel(a, op->inner, w, tile, R); break;
+#define ROUNDED_CASE(R) \
+    case R: \
+        if (op->bits == 8) panel_rounded(op, row, column_tile, tile, R, 8); \
+        else panel_rounded(op, row, column_tile, tile, R, 4); \
+        break;
+/* tile [rows][32]: outputs of one tile of weights for rows row..row+rows-1. */
+static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_tile, float *tile) {
+    const uint16_t *a = (const uint16_t *)op->in + row * op->inner;
+    const uint16_t *w = (const uint16_t *)op->weight + column_tile * COLUMNS * op->inner;
+    if (op->bits == 16) switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    } else switch (rows) {
+        ROUNDED_CASE(1) ROUNDED_CASE(2) ROUNDED_CASE(3) ROUNDED_CASE(4) ROUNDED_CASE(5) ROUNDED_CASE(6)
+    }
+}
+
+/* x * sigmoid(x) with an exponential that cannot overflow. */
+static vec silu(vec x) {
+    const vec magnitude = (vec)((ivec)x & 0x7fffffff), e = exp_vec(-magnitude);
+    const ivec negative = x < splat(0);
+    const vec top = (vec)(((ivec)e & negative) | ((ivec)splat(1) & ~negative));
+    return x * top / (1.0f + e);
+}
+
+/* x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 is x * sigmoid of twice the argument. */
+static vec gelu_tanh(vec x) {
+    const vec u = 1.5957691216f * (x + 0.044715f * x * x * x);
+    const vec magnitude = (vec)((ivec)u & 0x7fffffff), e = exp_vec(-magnitude);
+    const ivec negative = u < splat(0);
+    const vec top = (vec)(((ivec)e & negative) | ((ivec)splat(1) & ~negative));
+    return x * top / (1.0f + e);
+}
+
+static void finish(const Op *op, float *tile, int64_t first_row, int64_t rows, int64_t column_tile) {
+    for (int64_t r = 0; r < rows; r++, tile += COLUMNS) {
+        if (op->bias)
+            for (int c = 0; c < COLUMNS; c++) tile[c] += op->bias[column_tile * COLUMNS + c];
+        if (op->effect >= GATED_SILU) {
+            const vec gate = *(vec *)tile, up = *(vec *)(tile + LANES);
+            const vec made = (op->effect == GATED_SILU ? silu(gate) : gelu_tanh(gate)) * up;
+            store_bfloat16((uint16_t *)op->out + (first_row + r) * op->width + column_tile * LANES, made);
+            continue;
+        }
+        const int64_t left = op->width - column_tile * COLUMNS, columns = left < COLUMNS ? left : COLUMNS;
+        float *out = (float *)op->out + (first_row + r) * op->width + column_tile * COLUMNS;
+        if (op->effect == ADD)
+            for (int64_t c = 0; c < columns; c++) out[c] += tile[c];
+        else
+            memcpy(out, tile, sizeof(float) * columns);
+    }
+}
+
+static int64_t column_tiles(const Op *op) {
+    const int64_t unit = op->effect >= GATED_SILU ? LANES : COLUMNS;
+    return (op->width + unit - 1) / unit;
+}
+
+static void matmul_tile(const Op *op, int64_t n, int64_t index) {
+    const int64_t tiles = column_tiles(op), column_tile = index % tiles, from = index / tiles * CHUNK_ROWS;
+    const int64_t to = from + CHUNK_ROWS < n ? from + CHUNK_ROWS : n;
+    const int64_t most = op->bits < 16 ? ROUNDED_ROWS : PANEL_ROWS;
+    const int64_t panels = (to - from + most - 1) / most, step = (to - from + panels - 1) / panels;
+    float tile[PANEL_ROWS * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t row = from; row < to; row += step) {
+        const int64_t rows = row + step < to ? step : to - row;
+        multiply(op, row, rows, column_tile, tile);
+        finish(op, tile, row, rows, column_tile);
+    }
+}
+
+/* ---- what lies between ---------------------------------------------------------------------------------------------*/
+
+/* 1 / root mean square of a row; the numbers of each lane first, then the lanes. */
+static float inverse_rms(const float *x, int64_t width, float eps) {
+    vec squares = {0};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += squares[lane];
+    for (; i < width; i++) total += x[i] * x[i];
+    return 1.0f / __builtin_sqrtf(total / (float)width + eps);
+}
+
+static void norm_row(const Op *op, int64_t row) {
+    const float *x = (const float *)op->in + row * op->width, *w = op->weight;
+    const float scale = inverse_rms(x, op->width, op->eps);
+    if (op->effect == ADD) {
+        float *out = (float *)op->out + row * op->width;
+        for (int64_t i = 0; i < op->width; i++) out[i] += x[i] * scale * w[i];
+    } else {
+        uint16_t *out = (uint16_t *)op->out + row * op->width;
+        int64_t i = 0;
+        for (; i + LANES <= op->width; i += LANES)
+            store_bfloat16(out + i, *(const vec *)(x + i) * scale * *(const vec *)(w + i));
+        for (; i < op->width; i++) out[i] = to_bfloat16(x[i] * scale * w[i]);
+    }
+}
+
+/* A row of bfloat16 as signed 8-bit numbers, the largest magnitude of each group of 32 at 127. */
+static void quantize_row(const Op *op, int64_t row) {
+    for (int64_t i = 0; i < op->width; i += GROUP) {
+        const int64_t at = row * op->width + i;
+        const __m512 x[2] = {widen((const uint16_t *)op->in + at), widen((const uint16_t *)op->in + at + LANES)};
+        /* Compared as integers, magnitudes keep their order, and a NaN is the largest instead of being lost. */
+        const int32_t bits = _mm512_reduce_max_epi32(
+            _mm512_max_epi32((__m512i)_mm512_abs_ps(x[0]), (__m512i)_mm512_abs_ps(x[1])));
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        const float inverse = top > 0 ? 127.0f / top : 0;
+        int32_t sum = 0;
+        for (int half = 0; half < 2; half++) {
+            const __m512i rounded = _mm512_cvtps_epi32(x[half] * inverse);
+            _mm_storeu_si128((__m128i *)((int8_t *)op->out + at + half * LANES), _mm512_cvtepi32_epi8(rounded));
+            sum += _mm512_reduce_add_epi32(rounded);
+        }
+        op->row_scales[at / GROUP] = top / 127.0f;
+        op->group_sums[at / GROUP] = sum;
+    }
+}
+
+/* One token's queries (scaled), keys and values: norm of the heads, rotation, keys and values into the pool. */
+static void rope_token(const Op *op, const Step *step, int64_t token) {
+    const int64_t dim = op->dim, half = dim / 2, turned = op->heads + op->kv_heads;
+    const float *x = (const float *)op->in + token * (turned + op->kv_heads) * dim;
+    const float *cos = op->table + step->positions[token] * 2 * dim, *sin = cos + dim;
+    uint16_t *query = (uint16_t *)op->out + token * op->heads * dim;
+    float normed[dim], key[dim];
+    for (int64_t head = 0; head < turned; head++, x += dim) {
+        const float *from = x;
+        if (op->weight) {
+            const float scale = inverse_rms(x, dim, op->eps), *w = (const float *)op->weight + head * dim;
+            for (int64_t i = 0; i < dim; i++) normed[i] = x[i] * scale * w[i];
+            from = normed;
+        }
+        for (int64_t i = 0; i < dim; i++) {
+            const float y = from[i] * cos[i] + from[i < half ? i + half : i - half] * sin[i];
+            if (head < op->heads) query[head * dim + i] = to_bfloat16(y * op->scale);
+            else key[i] = y;
+        }
+        if (head >= op->heads) store_key(op->keys, op->kv_heads, head - op->heads, dim, step, token, key);
+    }
+    for (int64_t head = 0; head < op->kv_heads; head++, x += dim)
+        store_value(op->values, op->kv_heads, head, dim, step, token, x);
+}
+
+
+/* ---- the team -----------------------------------------------------------------------------------------------------*/
+
+typedef struct {
+    _Atomic int64_t next; /* tile of work that nobody has taken */
+    char apart[56];
+} Counter;
+
+/* Tiles from..to-1, a part of what is left that shrinks towards the end; 0 if all are taken. */
+static int take(Counter *counter, int64_t tiles, int64_t threads, int64_t *from, int64_t *to) {
+    int64_t at = atomic_load_explicit(&counter->next, memory_order_relaxed);
+    do {
+        if (at >= tiles) return 0;
+        const int64_t share = (tiles - at) / (2 * threads);
+        *from = at, *to = at + (share > 0 ? share : 1);
+    } while (!atomic_compare_exchange_weak_explicit(&counter->next, &at, *to, memory_order_relaxed, memory_order_relaxed));
+    return 1;
+}
+
+/* Returns when `target` arrivals have been counted. */
+static void meet(_Atomic int64_t *arrived, int64_t target) {
+    atomic_fetch_add_explicit(arrived, 1, memory_order_acq_rel);
+    for (int64_t turn = 0; atomic_load_explicit(arrived, memory_order_acquire) < target; turn++) {
+        if (turn < SPINS) _mm_pause();
+        else sched_yield();
+    }
+}
+
+static Heads heads_of(const Op *op) {
+    return (Heads){op->in, op->out, op->keys, op->values, op->heads, op->kv_heads, op->dim, op->window, op->softcap};
+}
+
+static int64_t tiles_in(const Op *op, const Step *step) {
+    switch (op->kind) {
+        case MATMUL: return column_tiles(op) * ((step->n + CHUNK_ROWS - 1) / CHUNK_ROWS);
+        case ATTENTION: return attention_tiles(step) * op->kv_heads;
+        default: return step->n;
+    }
+}
+
+static void run_tile(const Op *op, const Step *step, float *scratch, int64_t index) {
+    switch (op->kind) {
+        case NORM: norm_row(op, index); break;
+        case MATMUL: matmul_tile(op, step->n, index); break;
+        case ROPE: rope_token(op, step, index); break;
+        case QUANTIZE: quantize_row(op, index); break;
+        case ATTENTION: {
+            const Heads heads = heads_of(op);
+            attention_tile(&heads, step, scratch, index);
+        }
+    }
+}
+
+/* Run `count` operations over the tokens of a step. Returns 0, or 1 if there was no memory for the scratch space. */
+int run_ops(const Op *ops, int64_t count, const Step *step) {
+    Counter *counters = calloc(count, sizeof(Counter));
+    int64_t scratch_size = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (ops[i].kind == ATTENTION) {
+            const Heads heads = heads_of(ops + i);
+            const int64_t size = scratch_floats(&heads);
+            scratch_size = size > scratch_size ? size : scratch_size;
+        }
+    float *scratches = aligned_alloc(64, sizeof(float) * (omp_get_max_threads() * scratch_size + LANES));
+    const int failed = !counters || !scratches;
+    _Atomic int64_t arrived = 0;
+#pragma omp parallel if (!failed)
+    if (!failed) {
+        const int64_t threads = omp_get_num_threads();
+        float *scratch = scratches + omp_get_thread_num() * scratch_size;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t tiles = tiles_in(ops + i, step);
+            int64_t from, to;
+            while (take(counters + i, tiles, threads, &from, &to))
+                for (int64_t index = from; index < to; index++) run_tile(ops + i, step, scratch, index);
+            meet(&arrived, (i + 1) * threads);
+        }
+    }
+    free(counters);
+    free(scratches);
+    return failed;
+}

@@ -1,0 +1,124 @@
+"""Python's side of `decoder.c`: packs weights, and passes a list of operations and a step's tables.
+
+An `Op` holds addresses: whoever makes one keeps the tensors alive.
+"""
+
+import ctypes
+import dataclasses
+import mmap
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.cpu.build import KernelUnavailable, load_kernel
+
+NORM, MATMUL, ROPE, ATTENTION, QUANTIZE = range(5)
+STORE, ADD, GATED_SILU, GATED_GELU_TANH = range(4)
+COLUMNS = 32  # outputs in a tile of packed weights
+GROUP = 32  # inputs that share a scale in 4-bit weights
+
+_ADDRESSES = ("in", "out", "weight", "bias", "table", "keys", "values", "scales", "row_scales", "group_sums")
+_SIZES = ("bits", "width", "inner", "effect", "heads", "kv_heads", "dim", "window")
+
+
+class Op(ctypes.Structure):
+    """The struct of the same name in decoder.c, which says what each kind of operation reads."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _ADDRESSES),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "softcap")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("positions", "slots", "block_table", "cu_q", "seq_lens")),
+        *((name, ctypes.c_int64) for name in ("n", "rows", "table_width", "page_size")),
+    ]
+
+
+def op(kind: int, source: Tensor, out: Tensor, **fields: Tensor | float | None) -> Op:
+    """Tensors become addresses; None is a null pointer."""
+    values = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
+    return Op(kind=kind, **{"in": source.data_ptr()}, out=out.data_ptr(), **values)
+
+
+class DecoderKernel:
+    """Raises KernelUnavailable if the kernel cannot be built, or would not run, on this machine."""
+
+    def __init__(self) -> None:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise KernelUnavailable("the CPU has no bfloat16 instructions")
+        self._call = load_kernel("decoder").run_ops
+        self._call.argtypes = [ctypes.POINTER(Op), ctypes.c_int64, ctypes.POINTER(_Step)]
+        self._call.restype = ctypes.c_int
+
+    def run(self, ops: "ctypes.Array[Op]", n: int, tables: Sequence[Tensor] = (), page_size: int = 0) -> None:
+        """`n` tokens; `tables`, for lists with attention: positions [n] and slots [n], int64; block_table [rows,
+        width], cu_q [rows + 1] and seq_lens [rows], int32."""
+        assert all(table.is_contiguous() for table in tables)
+        step = _Step(*(table.data_ptr() for table in tables), n=n, page_size=page_size)
+        if tables:
+            step.rows, step.table_width = tables[2].shape
+        if self._call(ops, len(ops), ctypes.byref(step)):
+            raise MemoryError("no memory for the scratch space of a step")
+
+
+def pack(weight: Tensor, together: int = 2) -> Tensor:
+    """[out, in], `in` a multiple of `together` -> [tiles, in / together, 32, together]; more outputs are zeros."""
+    out_features, in_features = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -out_features % COLUMNS))
+    return padded.view(-1, COLUMNS, in_features // together, together).transpose(1, 2).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A matrix as the kernel wants it, of 16, 8 or 4 bits a weight; decoder.c says what the scales are."""
+
+    bits: int
+    weight: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int) -> "Packed":
+        """weight [out, in] bfloat16; `in` is even, for fewer bits a multiple of 32.
+
+        8 bits: each output by its own scale, symmetric. 4 bits: each 32 inputs of an output by a scale and a minimum,
+        the form of GGUF's Q4_1, so that weights which come from there get their own values back.
+        """
+        if bits == 16:
+            return cls(bits, in_huge_pages(pack(weight)))
+        weight = F.pad(weight.float(), (0, 0, 0, -weight.shape[0] % COLUMNS))
+        if bits == 8:
+            scales = weight.abs().amax(dim=1) / 127
+            rounded = (weight / scales.clamp(min=1e-30)[:, None]).round() + 128
+            return cls(bits, in_huge_pages(pack(rounded.to(torch.uint8), 4)), scales)
+        groups = weight.unflatten(1, (-1, GROUP))
+        least, most = groups.aminmax(dim=2)
+        scales, least = ((most - least) / 15).half(), least.half()
+        rounded = (groups - least.float()[..., None]) / scales.float().clamp(min=1e-30)[..., None]
+        nibbles = pack(rounded.round().clamp(0, 15).to(torch.uint8).flatten(1), 4)  # [tiles, in / 4, 32, 4]
+        halves = torch.stack([scales, least]).unflatten(1, (-1, COLUMNS))  # [2, tiles, 32, groups]
+        return cls(
+            bits, in_huge_pages(nibbles[:, ::2] | nibbles[:, 1::2] << 4), halves.permute(1, 3, 0, 2).contiguous()
+        )
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Two matrices (or biases) of the same shape as one: 16 outputs of the first, 16 of the second, and so on."""
+    half = COLUMNS // 2
+    parts = [part.unflatten(0, (-1, half)) for part in (gate, up)]
+    return torch.stack(parts, dim=1).flatten(0, 2)
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy in memory of 2 MiB pages, where the system has them: weights are read from end to end in each step."""
+    memory = mmap.mmap(-1, max(tensor.nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+    return copy.copy_(tensor)
