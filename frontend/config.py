@@ -1,8 +1,11 @@
 """What the HTTP process needs to know, resolved by the launcher and frozen."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+
+ToolCallForm = Literal["none", "hermes", "llama3", "mistral", "json"]
+ReasoningFamily = Literal["none", "think", "deepseek-r1", "qwen3", "mistral"]
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +23,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     `default_sampling` holds the model's own generation defaults (temperature, top_p, top_k, min_p,
     repetition_penalty), used where a request is silent. An empty `api_keys` accepts any key. `settings` is what
     `/get_server_info` shows, free of secrets. `kv_tokens` is known when the scheduler is ready.
+
+    `marker_ids`: those markers of the two parsers that are tokens of their own; `markers_are_special` if leaving out
+    special tokens would hide one. `template_variables`: what the chat template reads.
     """
 
     host: str
@@ -30,6 +36,11 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     api_keys: tuple[str, ...] = ()
     default_sampling: dict[str, float] = {}
+    tool_call_parser: ToolCallForm = "json"
+    reasoning_parser: ReasoningFamily = "none"
+    marker_ids: dict[str, int] = {}
+    markers_are_special: bool = False
+    template_variables: tuple[str, ...] = ()
     max_queued_requests: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
     drain_timeout_s: float = 30.0

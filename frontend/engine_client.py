@@ -89,18 +89,22 @@ class Generation:
                 await self._changed()
             if self._pending:
                 pending, self._pending = self._pending, {}
-                yield [(index, _merged(deltas)) for index, deltas in pending.items()]
+                yield [(index, merged(deltas)) for index, deltas in pending.items()]
             else:
                 self._raise_error()
                 return
 
     async def whole(self) -> list[TextDelta]:
-        """Each choice as one delta, in order, when all have ended; tokens on the way wake nobody."""
+        """Each choice as one delta, in order, when all have ended."""
+        return [merged(deltas) for deltas in await self.parts()]
+
+    async def parts(self) -> list[list[TextDelta]]:
+        """The deltas of each choice, in order, when all have ended; tokens on the way wake nobody."""
         self._wake_per_delta = False
         while self._open and self._error is None:
             await self._changed()
         self._raise_error()
-        return [_merged(self._pending[index]) for index in sorted(self._pending)]
+        return [self._pending[index] for index in sorted(self._pending)]
 
     def cancel(self) -> None:
         """The client has gone."""
@@ -339,7 +343,8 @@ class EngineClient:
             outbox.close()
 
 
-def _merged(deltas: list[TextDelta]) -> TextDelta:
+def merged(deltas: list[TextDelta]) -> TextDelta:
+    """Deltas of one choice as one."""
     if len(deltas) == 1:
         return deltas[0]
     first, last = deltas[0], deltas[-1]
@@ -355,4 +360,4 @@ def _merged(deltas: list[TextDelta]) -> TextDelta:
     )
 
 
-__all__ = ["DRAINING", "ClientDisconnectedError", "EngineClient", "Generation"]
+__all__ = ["DRAINING", "ClientDisconnectedError", "EngineClient", "Generation", "merged"]

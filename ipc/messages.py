@@ -94,6 +94,7 @@ class Generate(Message, frozen=True):
     """A request ready to run. `params.max_tokens` is set, and fits the context together with the prompt.
 
     `max_tokens_given` tells whether the client asked for that number or it is only the rest of the context.
+    `prompt_tail`: the last characters of a chat's prompt, which the frontend gets back with the first event.
     """
 
     rid: str
@@ -103,6 +104,7 @@ class Generate(Message, frozen=True):
     priority: int = 0
     echo: bool = False
     stream: bool = True
+    prompt_tail: str = ""
 
 
 class Embed(Message, frozen=True):
@@ -163,6 +165,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     stream: bool = True
     prompt_ids: list[int] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
+    prompt_tail: str = ""
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
@@ -197,12 +200,14 @@ class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
     """Facts about the prompt, with the first event of a request.
 
     `tokens` is given when log-probabilities of the prompt were asked; its first `logprob` is NaN: nothing predicts it.
+    `tail`: the last characters of a chat's prompt.
     """
 
     prompt_tokens: int
     cached_tokens: int
     text: str | None = None
     tokens: list[TokenText] | None = None
+    tail: str = ""
 
 
 class TextDelta(msgspec.Struct, frozen=True, array_like=True):

@@ -31,8 +31,6 @@ _NOT_YET = {
     "is-embedding",
     "kv-cache-dtype",
     "node-rank",
-    "reasoning-parser",
-    "tool-call-parser",
     "watchdog-timeout",
 }
 

@@ -11,16 +11,19 @@ import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jinja2
 import msgspec
 from msgspec import Meta
 
 from ramet.detokenizer.config import DetokenizerConfig
-from ramet.frontend.config import FrontendConfig, Tls
+from ramet.frontend.config import FrontendConfig, ReasoningFamily, Tls, ToolCallForm
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
 from ramet.launch.model_source import ResolvedModel
+from ramet.launch.parsers import choose_parsers
 from ramet.launch.placement import parse_cpus
 from ramet.model_runner.config import RunnerConfig
 from ramet.scheduler.config import Policy, SchedulerConfig
+from ramet.tokenizer_worker.chat_template import load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,13 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
     ] = None
     trust_remote_code: Annotated[bool, _flag("model", "run Python code that comes with the model")] = False
+    tool_call_parser: Annotated[
+        Literal["auto"] | ToolCallForm,
+        _flag("model", "form in which the model writes tool calls (as its template says)"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto"] | ReasoningFamily, _flag("model", "tags around the model's reasoning (as its template says)")
+    ] = "auto"
 
     host: Annotated[str, _flag("server", "address to listen on")] = "127.0.0.1"
     port: Annotated[int, _flag("server", "port to listen on", ge=1, le=65535)] = 30000
@@ -175,6 +185,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     """Settle every choice left open. Raises ConfigError if the arguments contradict the model or each other."""
     device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
     defaults = _DEFAULTS[device]
+    template = _read_template(args.chat_template)
     context_length = _context_length(args.context_length, model)
     max_step_tokens = args.chunked_prefill_size or defaults.max_step_tokens
     max_running = args.max_running_requests or min(defaults.max_running, max_step_tokens)
@@ -201,12 +212,12 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         quantization=args.quantization,
     )
     return EngineConfig(
-        frontend=_frontend(args, model, runner),
+        frontend=_frontend(args, model, runner, _parsers(args, model, template)),
         tokenizer=TokenizerConfig(
             tokenizer_dir=model.tokenizer_dir,
             context_length=context_length,
             vocab_size=model.info.vocab_size,
-            chat_template=_read_template(args.chat_template),
+            chat_template=template,
         ),
         detokenizer=DetokenizerConfig(tokenizer_dir=model.tokenizer_dir, stream_interval=args.stream_interval),
         scheduler=SchedulerConfig(
@@ -231,7 +242,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
 _SECRETS = ("api_key", "ssl_keyfile_password")
 
 
-def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig) -> FrontendConfig:
+def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig, parsers: dict[str, Any]) -> FrontendConfig:
     settings = {name: value for name, value in msgspec.to_builtins(args).items() if name not in _SECRETS}
     served_names = args.served_model_name or (model.name,)
     settings |= {
@@ -253,6 +264,7 @@ def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig) -> F
         vocab_size=model.info.vocab_size,
         api_keys=args.api_key,
         default_sampling=model.info.default_sampling,
+        **parsers,
         max_queued_requests=args.max_queued_requests,
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
@@ -287,6 +299,16 @@ def tls(args: ServerArgs) -> Tls | None:
         keyfile_password=args.ssl_keyfile_password,
         ca_certs=args.ssl_ca_certs,
     )
+
+
+def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None) -> dict[str, Any]:
+    try:
+        template = load_chat_template(model.tokenizer_dir, template_source)
+        return choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template is not valid: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _context_length(wanted: int | None, model: ResolvedModel) -> int:

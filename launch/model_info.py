@@ -19,6 +19,14 @@ class ModelInfoError(Exception):
     """A model folder whose JSON files are missing, malformed or lack a needed fact; the message names the file."""
 
 
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token that is always found whole in a text. Those that are not `special` are text themselves."""
+
+    id: int
+    content: str
+    special: bool = False
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`context_length` is None if the config does not tell. `dtype` is that of the published weights.
 
@@ -33,17 +41,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     eos_ids: tuple[int, ...]
     default_sampling: dict[str, float]
-
-
-class _AddedToken(msgspec.Struct):
-    id: int
-    content: str
+    added_tokens: tuple[AddedToken, ...] = ()
 
 
 class _AddedTokens(msgspec.Struct):
     """The one part of tokenizer.json that is needed here; the vocabulary is skipped without being built."""
 
-    added_tokens: list[_AddedToken] = []
+    added_tokens: tuple[AddedToken, ...] = ()
 
 
 def read_model_info(model_dir: Path, tokenizer_dir: Path) -> ModelInfo:
@@ -55,6 +59,7 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path) -> ModelInfo:
     vocab_size = text.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ModelInfoError(f"{model_dir / 'config.json'} has no vocab_size")
+    added_tokens = _added_tokens(tokenizer_dir)
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         architectures=tuple(config.get("architectures") or ()),
@@ -62,8 +67,9 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path) -> ModelInfo:
         context_length=next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None),
         vocab_size=vocab_size,
         dtype=dtype if dtype in _DTYPES else "bfloat16",  # for example float8 weights, which are computed in bfloat16
-        eos_ids=_eos_ids(text, generation, tokenizer_dir),
+        eos_ids=_eos_ids(text, generation, tokenizer_dir, added_tokens),
         default_sampling=_default_sampling(generation),
+        added_tokens=added_tokens,
     )
 
 
@@ -74,28 +80,29 @@ def lacks_facts(model_dir: Path) -> bool:
     return "vocab_size" not in text or not any(key in text for key in _CONTEXT_KEYS)
 
 
-def _eos_ids(text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path) -> tuple[int, ...]:
+def _eos_ids(
+    text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path, added_tokens: tuple[AddedToken, ...]
+) -> tuple[int, ...]:
     """Those of generation_config (else config), and the tokenizer's own: chat models often end turns only with it."""
     given = generation.get("eos_token_id")
     if given is None:
         given = text.get("eos_token_id")
     ids = list(given) if isinstance(given, list) else [given] if given is not None else []
-    ids.extend(_tokenizer_eos(tokenizer_dir))
-    return tuple(dict.fromkeys(ids))
-
-
-def _tokenizer_eos(tokenizer_dir: Path) -> list[int]:
     token = _read_json(tokenizer_dir / "tokenizer_config.json", optional=True).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
+    ids.extend(item.id for item in added_tokens if item.content == token)
+    return tuple(dict.fromkeys(ids))
+
+
+def _added_tokens(tokenizer_dir: Path) -> tuple[AddedToken, ...]:
     path = tokenizer_dir / "tokenizer.json"
-    if token is None or not path.exists():
-        return []
+    if not path.exists():
+        return ()
     try:
-        added = msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
+        return msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
     except msgspec.MsgspecError as error:
         raise ModelInfoError(f"{path} is not a tokenizer: {error}") from error
-    return [item.id for item in added if item.content == token]
 
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:

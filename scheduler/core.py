@@ -328,6 +328,7 @@ class SchedulerCore:
             stream=request.stream,
             prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
+            prompt_tail=request.prompt_tail,
         )
 
     def _finish(self, request: Request, tokens: list[int], got: RowResult, finish: Finish) -> None:

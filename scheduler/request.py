@@ -33,6 +33,7 @@ class Request:
         "priority",
         "prompt_len",
         "prompt_logprobs",
+        "prompt_tail",
         "rid",
         "slot",
         "stop_ids",
@@ -60,6 +61,7 @@ class Request:
         self.arrival = arrival
         self.echo = message.echo
         self.stream = message.stream
+        self.prompt_tail = message.prompt_tail
         self.num_computed = 0
         self.slot: int | None = None
         self.announced = False  # whether the runner has heard of it since it took its slot

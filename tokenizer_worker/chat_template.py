@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ramet.ipc.errors import invalid
+from ramet.tokenizer_worker.tool_prompt import as_plain_messages
 
 
 class ChatTemplate:
-    """Raises jinja2.TemplateSyntaxError if the source is not a template."""
+    """`variables`: what the template reads. Raises jinja2.TemplateSyntaxError if the source is not a template."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -29,6 +31,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._template = environment.from_string(source)
+        self.source = source
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         self._special_tokens = special_tokens
 
     def render(
@@ -39,8 +43,13 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
     ) -> str:
-        """The prompt. Raises `RequestError` with the template's own words if it refuses the conversation."""
+        """The prompt. Raises `RequestError` with the template's own words if it refuses the conversation.
+
+        For a template that does not know tools, they and their calls are put into words (`tool_prompt.py`).
+        """
         try:
+            if "tools" not in self.variables:
+                messages = as_plain_messages(messages, tools)
             text = self._template.render(
                 **{
                     **self._special_tokens,

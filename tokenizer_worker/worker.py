@@ -71,6 +71,9 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
             frontend.send(Failed(_rids(message), failure))
 
 
+# Enough to hold what a template may open an answer with.
+_TAIL_CHARS = 64
+
 _Work = Chat | Completion | Embedding | Tokenize | Detokenize
 
 
@@ -121,10 +124,11 @@ class Encoder:
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
         """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
-        job = message.job
+        job, tail = message.job, ""
         if isinstance(message, Chat):
             # The template writes the special tokens itself.
-            ids = self._encode(self._render(message), add_special_tokens=False)
+            text = self._render(message)
+            ids, tail = self._encode(text, add_special_tokens=False), text[-_TAIL_CHARS:]
         else:
             ids = self._ids(message.prompt)
         params = job.params
@@ -138,6 +142,7 @@ class Encoder:
                 priority=job.priority,
                 echo=job.echo,
                 stream=job.stream,
+                prompt_tail=tail,
             )
             for i, rid in enumerate(job.rids)
         ]

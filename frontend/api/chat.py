@@ -13,13 +13,16 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend import sse
+from ramet.frontend.answer import AnswerReader, whole_message
 from ramet.frontend.api.chunks import ChunkFrame, Usage
 from ramet.frontend.api.models import Models
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import EngineClient, Generation
+from ramet.frontend.engine_client import EngineClient, Generation, merged
 from ramet.frontend.exchange import read_json, send_json, watching
 from ramet.frontend.schemas.chat import ChatRequest
+from ramet.frontend.schemas.tools import ToolUse
 from ramet.ipc.messages import Chat, Finish, TextDelta, TokenText
+from ramet.ipc.sampling import SamplingParams
 
 LOWEST_LOGPROB = -9999.0
 
@@ -42,39 +45,47 @@ class ChatCompletions:
             "created": int(time.time()),
             "model": request.model,
         }
-        with self._submit(request) as generation:
+        params = request.sampling(self._config)
+        tools, reasons = request.tool_use(), request.splits_reasoning(self._config, params)
+        readers: list[AnswerReader] = []
+        if tools is not None or reasons:
+            family = self._config.reasoning_parser if reasons else None
+            readers = [AnswerReader(family, self._config.tool_call_parser, tools) for _ in range(request.choices)]
+        # Tokens of the reasoning are counted as they come.
+        with self._submit(request, params, tools, bool(request.stream) or reasons) as generation:
             async with watching(receive, generation):
                 if request.stream:
                     await generation.started()
-                    await sse.write_events(send, generation, ChatStream(head, request))
+                    await sse.write_events(send, generation, ChatStream(head, request, readers))
                 else:
-                    await send_json(send, _response(head, request, await generation.whole()))
+                    await send_json(send, _response(head, request, await generation.parts(), readers))
 
-    def _submit(self, request: ChatRequest) -> Generation:
+    def _submit(self, request: ChatRequest, params: SamplingParams, tools: ToolUse | None, stream: bool) -> Generation:
         prompt = functools.partial(
             Chat,
             messages=request.template_messages(),
-            template_kwargs=request.chat_template_kwargs or {},
+            tools=tools.shown if tools is not None else None,
+            template_kwargs=request.template_variables(self._config),
             add_generation_prompt=request.opens_answer,
             continue_final_message=bool(request.continue_final_message),
         )
-        params = request.sampling(self._config)
         return self._client.submit(
             [prompt],
             params,
             n=request.choices,
             priority=request.priority or 0,
-            stream=bool(request.stream),
+            stream=stream,
             names=[request.rid],
         )
 
 
 class ChatStream:
-    """Renders the chunks of one response."""
+    """Renders the chunks of one response; `readers`, one a choice, are there if its text is not just content."""
 
-    def __init__(self, head: dict[str, Any], request: ChatRequest) -> None:
+    def __init__(self, head: dict[str, Any], request: ChatRequest, readers: list[AnswerReader]) -> None:
         self._frame = ChunkFrame(head, "chat.completion.chunk", request)
         self._begun: set[int] = set()
+        self._readers = readers
 
     def render(self, index: int, delta: TextDelta) -> bytes:
         self._frame.usage.add(index, delta)
@@ -82,6 +93,8 @@ class ChatStream:
         if index not in self._begun:
             self._begun.add(index)
             events += self._chunk(index, b'{"role":"assistant","content":""}')
+        if self._readers:
+            return events + self._read(index, delta, self._readers[index])
         if delta.text or delta.logprobs:
             content = b'{"content":' + msgspec.json.encode(delta.text) + b"}"
             events += self._chunk(index, content, delta.logprobs)
@@ -89,44 +102,70 @@ class ChatStream:
             events += self._chunk(index, b"{}", finish=delta.finish)
         return events
 
+    def _read(self, index: int, delta: TextDelta, reader: AnswerReader) -> bytes:
+        """A chunk for each thing that is certain now; log-probabilities go with the first, or alone."""
+        found = reader.read(delta)
+        if reader.reasoning_tokens is not None:
+            self._frame.usage.reasoning_tokens[index] = reader.reasoning_tokens
+        if delta.logprobs and not found:
+            found = [{}]
+        logprobs = [delta.logprobs] + [None] * len(found)
+        chunks = [self._chunk(index, msgspec.json.encode(item), logprobs[i]) for i, item in enumerate(found)]
+        if delta.finish is not None:
+            chunks.append(self._chunk(index, b"{}", finish=delta.finish, reason=reader.finish_reason(delta.finish)))
+        return b"".join(chunks)
+
     def end(self) -> bytes:
         return self._frame.last()
 
     def _chunk(
-        self, index: int, content: bytes, logprobs: list[TokenText] | None = None, finish: Finish | None = None
+        self,
+        index: int,
+        content: bytes,
+        logprobs: list[TokenText] | None = None,
+        finish: Finish | None = None,
+        reason: str | None = None,
     ) -> bytes:
+        """`reason` stands in place of that of `finish`."""
         return b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b,"matched_stop":%b}%b' % (
             self._frame.start,
             index,
             content,
             b"null" if logprobs is None else msgspec.json.encode(_logprobs(logprobs)),
-            b"null" if finish is None else msgspec.json.encode(finish.reason),
+            b"null" if finish is None else msgspec.json.encode(reason or finish.reason),
             b"null" if finish is None else msgspec.json.encode(finish.matched),
             self._frame.tail(),
         )
 
 
-def _response(head: dict[str, Any], request: ChatRequest, choices: list[TextDelta]) -> dict[str, Any]:
+def _response(
+    head: dict[str, Any], request: ChatRequest, parts: list[list[TextDelta]], readers: list[AnswerReader]
+) -> dict[str, Any]:
+    """`parts`: the deltas of each choice."""
     usage = Usage(request.choices)
-    for index, choice in enumerate(choices):
-        usage.add(index, choice)
-    return {
-        **head,
-        "object": "chat.completion",
-        "choices": [_choice(index, choice, bool(request.logprobs)) for index, choice in enumerate(choices)],
-        "usage": usage.as_dict(),
-    }
-
-
-def _choice(index: int, choice: TextDelta, with_logprobs: bool) -> dict[str, Any]:
-    assert choice.finish is not None
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": _logprobs(choice.logprobs or []) if with_logprobs else None,
-        "finish_reason": choice.finish.reason,
-        "matched_stop": choice.finish.matched,
-    }
+    choices = []
+    for index, deltas in enumerate(parts):
+        whole = merged(deltas)
+        assert whole.finish is not None
+        usage.add(index, whole)
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
+        reason: str = whole.finish.reason
+        if readers:
+            reader = readers[index]
+            message = whole_message([found for delta in deltas for found in reader.read(delta)])
+            reason = reader.finish_reason(whole.finish)
+            if reader.reasoning_tokens is not None:
+                usage.reasoning_tokens[index] = reader.reasoning_tokens
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": _logprobs(whole.logprobs or []) if request.logprobs else None,
+                "finish_reason": reason,
+                "matched_stop": whole.finish.matched,
+            }
+        )
+    return {**head, "object": "chat.completion", "choices": choices, "usage": usage.as_dict()}
 
 
 def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:

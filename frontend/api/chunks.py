@@ -15,6 +15,8 @@ class Usage:
         self._n = n
         self._prompts: dict[int, PromptInfo] = {}
         self._completions: dict[int, int] = {}
+        # By choice, where reasoning is told apart.
+        self.reasoning_tokens: dict[int, int] = {}
 
     def add(self, index: int, delta: TextDelta) -> None:
         self._completions[index] = delta.completion_tokens
@@ -28,12 +30,15 @@ class Usage:
     def as_dict(self) -> dict[str, Any]:
         prompt = sum(info.prompt_tokens for info in self._prompts.values())
         completion = sum(self._completions.values())
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(info.cached_tokens for info in self._prompts.values())},
         }
+        if self.reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(self.reasoning_tokens.values())}
+        return usage
 
 
 class ChunkFrame:

@@ -1,8 +1,8 @@
 """The body of `POST /v1/chat/completions`, and its conversation in the form chat templates expect.
 
 No-ops, accepted because they cannot change the answer here: `store`, `metadata`, `service_tier`, `user`,
-`safety_identifier`, the `prompt_cache_*` fields (the prefix cache is automatic), and `parallel_tool_calls` (it means
-something only with tools).
+`safety_identifier`, the `prompt_cache_*` fields (the prefix cache is automatic), and without tools
+`parallel_tool_calls`.
 """
 
 from typing import Any, Literal
@@ -11,6 +11,8 @@ import msgspec
 
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.common import GenerationRequest, Int, refuse_unsupported
+from ramet.frontend.schemas.tools import FunctionChoice, FunctionTool, Tool, ToolChoice, ToolUse, function_use, tool_use
+from ramet.frontend.tool_grammar import tool_grammar
 from ramet.ipc.errors import invalid
 from ramet.ipc.sampling import SamplingParams
 
@@ -20,7 +22,6 @@ _NOT_BUILT = (
     "audio",
     "moderation",
     "prediction",
-    "reasoning_effort",
     "verbosity",
     "web_search_options",
 )
@@ -108,16 +109,16 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
-    function_call: str | dict[str, Any] | None = None
+    functions: list[FunctionTool] | None = None
+    function_call: FunctionChoice | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     verbosity: str | None = None
     web_search_options: dict[str, Any] | None = None
     # No-ops.
@@ -132,11 +133,12 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    separate_reasoning: bool | None = None
 
     def check(self) -> None:
         self.check_common()
         refuse_unsupported(self, _NOT_BUILT)
-        self._check_tools()
+        self.tool_use()
         if self.modalities is not None and self.modalities != ["text"]:
             raise _only("modalities", '["text"]')
         if not self.messages:
@@ -148,16 +150,30 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
                 "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
             )
 
-    def _check_tools(self) -> None:
-        # With the choice "none" the model is not shown the tools, which is all that it asks.
-        if self.tools and self.tool_choice != "none":
-            raise _only("tools", '[] or tool_choice "none"')
-        if self.tool_choice not in (None, "none"):
-            raise _only("tool_choice", '"none"')
-        if self.functions and self.function_call != "none":
-            raise _only("functions", '[] or function_call "none"')
-        if self.function_call not in (None, "none"):
-            raise _only("function_call", '"none"')
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the model is shown and may call; with the choice "none", none."""
+        if self.functions or self.function_call not in (None, "none"):
+            if self.tools or self.tool_choice is not None:
+                raise invalid("functions and tools exclude each other", "functions")
+            return function_use(self.functions or [], self.function_call)
+        return tool_use(self.tools or [], self.tool_choice, self.parallel_tool_calls is not False)
+
+    def template_variables(self, config: FrontendConfig) -> dict[str, Any]:
+        """What the template gets beside messages and tools. An effort to reason is honoured if the template reads one;
+        if it can only switch reasoning on and off, "none" and "medium" do that."""
+        given = self.chat_template_kwargs or {}
+        effort = self.reasoning_effort
+        if effort is None:
+            return given
+        if "reasoning_effort" in config.template_variables:
+            return {"reasoning_effort": effort, **given}
+        if "enable_thinking" not in config.template_variables:
+            raise invalid("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
+        if effort not in ("none", "medium"):
+            raise invalid(
+                f'reasoning_effort: this model knows only "none" and "medium", got "{effort}"', "reasoning_effort"
+            )
+        return {"enable_thinking": effort == "medium", **given}
 
     @property
     def opens_answer(self) -> bool:
@@ -174,7 +190,24 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
         if max_tokens is not None and max_tokens < 1:
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise invalid(f"{name} must be at least 1, got {max_tokens}", name)
-        return self.to_sampling(config, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        params = self.to_sampling(config, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        if (use := self.tool_use()) is not None:
+            params = _with_tools(params, use, config)
+        if config.markers_are_special and (use is not None or self.splits_reasoning(config, params)):
+            params = msgspec.structs.replace(params, skip_special_tokens=False)
+        return params
+
+    def splits_reasoning(self, config: FrontendConfig, params: SamplingParams) -> bool:
+        """An answer that follows a grammar from its first token has no room for reasoning."""
+        return config.reasoning_parser != "none" and self.separate_reasoning is not False and params.grammar is None
+
+
+def _with_tools(params: SamplingParams, use: ToolUse, config: FrontendConfig) -> SamplingParams:
+    if config.tool_call_parser == "none":
+        raise invalid("tools: this server was started with --tool-call-parser none", "tools", "unsupported_parameter")
+    if (grammar := params.grammar) is not None:
+        raise invalid(f'{grammar.param} and tools exclude each other, unless tool_choice is "none"', grammar.param)
+    return msgspec.structs.replace(params, grammar=tool_grammar(use, config)) if use.required else params
 
 
 def _only(name: str, values: str) -> Exception:

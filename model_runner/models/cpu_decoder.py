@@ -52,6 +52,7 @@ class CpuDecoder(CausalLM):
         # 4 bits are too few for the head: its error goes straight into the logits.
         self._head = Packed.of(model.head.weight, max(bits, 8))
         self._capacity = 0
+        self._scratch: dict[str, Tensor] = {}
         self._pool: KVPool | None = None
 
     @torch.inference_mode()
@@ -59,13 +60,13 @@ class CpuDecoder(CausalLM):
         n = token_ids.shape[0]
         if n > self._capacity or ctx.kv_pool is not self._pool:
             self._prepare(max(n, self._capacity), ctx.kv_pool)
-        residual = self._buffers["residual"][:n]
+        residual = self._scratch["residual"][:n]
         residual.copy_(self._model.embedding.embed(token_ids))
         if self._model.embedding_scale is not None:
             residual *= self._model.embedding_scale
         tables = (ctx.positions, ctx.slot_mapping, ctx.block_table, ctx.cu_q, ctx.seq_lens)
         self._kernel.run(self._ops, n, tables, ctx.kv_pool.page_size)
-        return self._buffers["normed"][:n]
+        return self._scratch["normed"][:n]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class CpuDecoder(CausalLM):
         def buffer(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(capacity, width, dtype=dtype)
 
-        self._buffers = {
+        self._scratch = {
             "residual": buffer(spec.hidden_size, torch.float32),
             "normed": buffer(spec.hidden_size, torch.bfloat16),
             "qkv": buffer(heads * spec.head_dim, torch.float32),
@@ -115,8 +116,8 @@ class CpuDecoder(CausalLM):
     def _norm(self, norm: RMSNorm, source: str = "residual", out: str = "normed", effect: int = kernel.STORE) -> Op:
         return op(
             kernel.NORM,
-            self._buffers[source],
-            self._buffers[out],
+            self._scratch[source],
+            self._scratch[out],
             weight=norm.weight,
             width=self.spec.hidden_size,
             effect=effect,
@@ -125,7 +126,7 @@ class CpuDecoder(CausalLM):
 
     def _matmul(self, linear: ColumnParallelLinear | RowParallelLinear, source: str, out: str, effect: int) -> list[Op]:
         weight, bias = self._weights[id(linear)], self._biases[id(linear)]
-        return _product(weight, bias, self._buffers[source], self._rounded, self._buffers[out], effect)
+        return _product(weight, bias, self._scratch[source], self._rounded, self._scratch[out], effect)
 
     def _add(self, linear: RowParallelLinear, source: str, post_norm: RMSNorm | None) -> list[Op]:
         """A product that is added to the residual stream, normalised before if the model does so."""
@@ -138,7 +139,7 @@ class CpuDecoder(CausalLM):
 
     def _attention(self, attention: Attention, pool: KVPool) -> list[Op]:
         spec, norm = attention.spec, attention.norm
-        shape = {
+        shape: dict[str, Tensor | float | None] = {
             "keys": pool.keys[spec.layer],
             "values": pool.values[spec.layer],
             "heads": attention.heads,
@@ -147,8 +148,8 @@ class CpuDecoder(CausalLM):
         }
         rope = op(
             kernel.ROPE,
-            self._buffers["qkv"],
-            self._buffers["query"],
+            self._scratch["qkv"],
+            self._scratch["query"],
             weight=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
             scale=spec.scale,
@@ -157,8 +158,8 @@ class CpuDecoder(CausalLM):
         )
         attend = op(
             kernel.ATTENTION,
-            self._buffers["query"],
-            self._buffers["attended"],
+            self._scratch["query"],
+            self._scratch["attended"],
             window=spec.sliding_window or 0,
             softcap=spec.softcap or 0.0,
             **shape,

@@ -11,6 +11,14 @@ import openai
 import pytest
 from support.server import SMOLLM2, RunningServer, tiny_flags
 
+# In the style of Hermes, for a model that is made to think before it answers.
+THINKER = """{% for tool in tools or [] %}{{ tool | tojson }} in <tool_call></tool_call>
+{% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content.split('</think>')[-1] }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+{% if enable_thinking is not defined or enable_thinking %}<think>
+{% endif %}"""
+
 
 class Servers:
     """Keeps the server that was asked for last."""
@@ -47,6 +55,12 @@ def tiny(servers: Servers, tiny_model: Callable[[str], Path]) -> Iterator[Runnin
 def smollm2(servers: Servers, smollm2_gguf: Path) -> Iterator[RunningServer]:
     """A server with SmolLM2-135M-Instruct and nothing else said."""
     yield from _watched(servers, SMOLLM2)
+
+
+@pytest.fixture
+def thinker(servers: Servers, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """The tiny server with a template that knows tools and opens a block of reasoning."""
+    yield from _watched(servers, (*tiny_flags(tiny_model("llama")), "--chat-template", THINKER))
 
 
 @pytest.fixture

@@ -76,6 +76,13 @@ def test_structured_output_prints_what_fits(tiny: RunningServer) -> None:
     assert re.fullmatch(r".{0,40} \((19|20|21)\d\d\), with .+\nabout science: (yes|no)\n", printed, re.DOTALL)
 
 
+def test_tools_prints_the_answer(tiny: RunningServer) -> None:
+    printed = run_example("tools.py", tiny, "--max-tokens", "8", "Any news?")
+    # A model of random weights calls nothing.
+    assert 0 < len(printed.decode().strip()) < 200
+    assert b"get_weather(" not in printed
+
+
 def test_the_program_in_the_readme(tiny: RunningServer) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     # A tiny model may never end its answer.

@@ -45,6 +45,7 @@ def to_engine(make: Any, fields: dict[str, Any]) -> None:
     request.sampling(CONFIG)
     if isinstance(request, ChatRequest):
         request.template_messages()
+        request.template_variables(CONFIG)
     else:
         request.prompts(CONFIG.vocab_size)
 
@@ -139,10 +140,6 @@ def test_refused_by_both(make: Any, fields: dict[str, Any], param: str, code: st
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"functions": [{"name": "f"}]}, "functions"),
-        ({"function_call": {"name": "f"}}, "function_call"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),

@@ -56,7 +56,7 @@ def test_prefixes_are_flags() -> None:
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--tp-size", "2"], "tp_size is 2, but this version supports only 1"),
         (["--dp", "4"], "dp_size is 4, but this version supports only 1"),
-        (["--quantization", "fp8"], "--quantization is not supported by this version"),
+        (["--base-gpu-id", "1"], "--base-gpu-id is not supported by this version"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["model"], "unrecognized arguments: model"),
         (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
