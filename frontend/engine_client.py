@@ -240,8 +240,8 @@ class EngineClient:
     def _send(self, tokenizer: int, message: ToTokenizer) -> None:
         try:
             self._tokenizers[tokenizer].send(message)
-        except (OverflowError, RecursionError) as error:
-            # JSON inside free-form fields may hold integers and depths that msgpack has not.
+        except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
+            # Free-form fields may hold integers and depths that msgpack has not; Python callers, anything.
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
 
     def _admit(self, count: int) -> None:

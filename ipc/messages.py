@@ -42,10 +42,12 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Completion(Message, frozen=True):
-    """A prompt as text (special tokens of the model are added) or as token ids (taken as they are)."""
+    """A prompt as text (special tokens of the model are added) or as token ids (taken as they are). With `suffix` it is
+    a text, and what comes between the two is wanted."""
 
     job: Job
     prompt: str | list[int]
+    suffix: str | None = None
 
 
 class Chat(Message, frozen=True):

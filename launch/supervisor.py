@@ -12,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,8 @@ class Supervisor:
     """Runs an engine: `start()`, then `wait()` until it ends, then `stop()`.
 
     To be used from one thread that lives as long as the engine, since the kernel kills children when the thread that
-    started them ends. Only `request_stop` may be called from elsewhere, such as from a signal handler.
+    started them ends. Only `request_stop` may be called from elsewhere, such as from a signal handler or another
+    thread, and at any time.
     """
 
     def __init__(
@@ -66,12 +68,15 @@ class Supervisor:
         self._stop_requests = 0
         # Runs at the latest when the interpreter ends.
         self._clean_up = weakref.finalize(self, _kill_all, self._children, self.addresses.folder)
-        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
         self._inbox: Inbox[ToLauncher] = Inbox(self.addresses.launcher, ToLauncher)
         self._to_frontend = Outbox(self.addresses.frontend)
 
     def start(self, processes: Iterable[Process]) -> None:
-        """Returns when all are ready. One is named `frontend`; it hears `Ready("engine")` once the others are ready.
+        """Returns when all are ready. The frontend, which may be one of them or live in this process, hears
+        `Ready("engine")` once the others are ready.
 
         Raises EngineFailed or StopRequested, with everything stopped.
         """
@@ -80,7 +85,7 @@ class Supervisor:
                 self._spawn(process)
             self._await_ready(self._children.keys() - {FRONTEND})
             self._to_frontend.send(Ready("engine", self._ready[SCHEDULER].info))
-            self._await_ready({FRONTEND})
+            self._await_ready(self._children.keys() & {FRONTEND})
         except BaseException:
             self.stop()
             raise
@@ -98,7 +103,8 @@ class Supervisor:
     def request_stop(self) -> None:
         """End `start()` or `wait()`; a second time, make `stop()` wait no longer for running requests."""
         self._stop_requests += 1
-        os.write(self._wake_writer, b"!")
+        with contextlib.suppress(OSError):  # closed, since it has stopped; or full, since nobody reads any more
+            self._wake_writer.send(b"!")
 
     def stop(self) -> None:
         """Let the frontend finish its requests within the drain timeout, stop the rest, remove the sockets."""
@@ -112,7 +118,9 @@ class Supervisor:
             self._clean_up()
             self._inbox.close()
             self._to_frontend.close()
-            for descriptor in (*self._pidfds, self._wake_reader, self._wake_writer):
+            self._wake_reader.close()
+            self._wake_writer.close()
+            for descriptor in self._pidfds:
                 os.close(descriptor)
             self._pidfds.clear()
 
@@ -172,13 +180,13 @@ class Supervisor:
     def _poll(self, timeout_s: float | None) -> list[str]:
         """Names of children that died since the last call; returns early, maybe with none, on a stop request."""
         poller = select.poll()
-        for descriptor in (self._wake_reader, *self._pidfds):
+        for descriptor in (self._wake_reader.fileno(), *self._pidfds):
             poller.register(descriptor, select.POLLIN)
         events = poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
         dead = []
         for descriptor, _ in events:
-            if descriptor == self._wake_reader:
-                os.read(descriptor, 64)
+            if descriptor == self._wake_reader.fileno():
+                self._wake_reader.recv(64)
             else:
                 dead.append(self._pidfds.pop(descriptor))
                 os.close(descriptor)

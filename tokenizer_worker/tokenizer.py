@@ -46,6 +46,10 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def token_id(self, spelling: str) -> int | None:
+        """The id of a token of the vocabulary."""
+        return self._tokenizer.token_to_id(spelling)
+
     def spelling(self, token_id: int) -> str:
         """A token as the vocabulary spells it; empty for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or ""

@@ -30,8 +30,10 @@ from ramet.ipc.messages import (
     Tokenized,
     ToTokenizer,
 )
+from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
+from ramet.tokenizer_worker.infill import find_infill
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Encoder:
         self._config = config
         self._tokenizer = Tokenizer(config.tokenizer_dir)
         self._template: ChatTemplate | None = load_chat_template(config.tokenizer_dir, config.chat_template)
+        self._infill = find_infill(self._tokenizer)
 
     def work(self, message: _Work) -> Sequence[Generate | Embed | Tokenized | Detokenized]:
         """What a message becomes: requests for the scheduler, or an answer to the frontend."""
@@ -124,14 +127,15 @@ class Encoder:
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
         """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
-        job, tail = message.job, ""
+        job, params, tail = message.job, message.job.params, ""
         if isinstance(message, Chat):
             # The template writes the special tokens itself.
             text = self._render(message)
             ids, tail = self._encode(text, add_special_tokens=False), text[-_TAIL_CHARS:]
-        else:
+        elif message.suffix is None:
             ids = self._ids(message.prompt)
-        params = job.params
+        else:
+            ids, params = self._between(message, params)
         max_tokens = self._check_lengths(ids, job)
         return [
             Generate(
@@ -146,6 +150,20 @@ class Encoder:
             )
             for i, rid in enumerate(job.rids)
         ]
+
+    def _between(self, message: Completion, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        """Fill in the middle; a token that ends the middle ends the answer."""
+        if self._infill is None:
+            raise invalid(
+                "suffix is not supported by this model: its tokenizer has no fill-in-the-middle tokens",
+                "suffix",
+                "unsupported_parameter",
+            )
+        assert isinstance(message.prompt, str) and message.suffix is not None
+        ids = self._infill.encode(message.prompt, message.suffix)
+        if params.ignore_eos:
+            return ids, params
+        return ids, msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *self._infill.ends))
 
     def _render(self, chat: Chat) -> str:
         if self._template is None:

@@ -1,7 +1,8 @@
 """`POST /v1/completions`: texts or token ids in, their continuations out, whole or as a stream of chunks.
 
-Choice `prompt_i * n + j` is the j-th continuation of prompt `prompt_i`. With `echo` a choice begins with its prompt,
-in a stream in its first chunk; with log-probabilities too, those of the prompt's tokens come first.
+Choice `prompt_i * n + j` is the j-th continuation of prompt `prompt_i`, with `best_of` the j-th best. With `echo` a
+choice begins with its prompt, in a stream in its first chunk; with log-probabilities too, those of the prompt's tokens
+come first.
 """
 
 import functools
@@ -52,9 +53,9 @@ class Completions:
 
     def _submit(self, request: CompletionRequest, prompts: list[str | list[int]]) -> Generation:
         return self._client.submit(
-            [functools.partial(Completion, prompt=prompt) for prompt in prompts],
+            [functools.partial(Completion, prompt=prompt, suffix=request.suffix or None) for prompt in prompts],
             request.sampling(self._config),
-            n=request.choices,
+            n=request.candidates,
             priority=request.priority or 0,
             stream=bool(request.stream),
             names=[request.rid] * len(prompts),
@@ -132,15 +133,28 @@ class CompletionStream:
 def _response(
     head: dict[str, Any], request: CompletionRequest, choices: list[Choice], deltas: list[TextDelta]
 ) -> dict[str, Any]:
-    usage = Usage(request.choices)
-    for choice, delta in zip(choices, deltas, strict=True):
-        usage.add(choice.index, delta)
+    usage = Usage(request.candidates)
+    for index, delta in enumerate(deltas):
+        usage.add(index, delta)
+    if request.candidates > request.choices:
+        deltas = _best(deltas, request.candidates, request.choices)
     return {
         **head,
         "object": "text_completion",
         "choices": [choice.news(delta) for choice, delta in zip(choices, deltas, strict=True)],
         "usage": usage.as_dict(),
     }
+
+
+def _best(deltas: list[TextDelta], candidates: int, n: int) -> list[TextDelta]:
+    """Of each prompt's candidates the n of the highest mean log-probability per token, best first."""
+
+    def mean(delta: TextDelta) -> float:
+        tokens = delta.logprobs or ()
+        return sum(map(_value, tokens)) / max(len(tokens), 1)
+
+    groups = [deltas[first : first + candidates] for first in range(0, len(deltas), candidates)]
+    return [delta for group in groups for delta in sorted(group, key=mean, reverse=True)[:n]]
 
 
 def _top(token: TokenText) -> dict[str, float]:

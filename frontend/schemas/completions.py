@@ -1,15 +1,16 @@
 """The body of `POST /v1/completions`, and its prompt in each of the four forms."""
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.schemas.common import GenerationRequest, Int, check_token_ids, refuse_unsupported
+from ramet.frontend.schemas.common import GenerationRequest, Int, check_token_ids
 from ramet.ipc.errors import RequestError, invalid
 from ramet.ipc.sampling import MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
+MAX_BEST_OF = 20
 
 
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
-    """`check` must pass before the rest is used."""
+    """`check` must pass before the rest is used. An empty `suffix` is none: nothing has to follow the answer."""
 
     prompt: str | list[str | Int | list[Int]]
     best_of: Int | None = None
@@ -19,17 +20,21 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     def check(self) -> None:
         self.check_common()
-        refuse_unsupported(self, ("suffix",))
-        if self.best_of is not None and self.best_of < self.choices:
-            raise invalid(f"best_of must be at least n ({self.choices}), got {self.best_of}", "best_of")
-        if self.best_of is not None and self.best_of > self.choices:
+        if self.best_of is not None and not self.choices <= self.best_of <= MAX_BEST_OF:
             raise invalid(
-                f"best_of above n ({self.choices}) is not supported by this server, got {self.best_of}",
-                "best_of",
-                "unsupported_parameter",
+                f"best_of must be between n ({self.choices}) and {MAX_BEST_OF}, got {self.best_of}", "best_of"
             )
+        if self.stream and (self.best_of or 1) > 1:
+            raise invalid("best_of above 1 is not allowed with stream: the best are known only at the end", "best_of")
+        if self.suffix and self.echo:
+            raise invalid("suffix is not allowed with echo", "suffix")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
             raise invalid(f"logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {self.logprobs}", "logprobs")
+
+    @property
+    def candidates(self) -> int:
+        """How many choices are generated for each prompt; the best n are returned."""
+        return self.choices if self.best_of is None else self.best_of
 
     def prompts(self, vocab_size: int) -> list[str | list[int]]:
         """One text or list of token ids per prompt."""
@@ -41,18 +46,22 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             prompts = [item for item in self.prompt if not isinstance(item, int)]
             if len({type(item) for item in self.prompt}) > 1:
                 raise _bad_prompt("the items of prompt must all be strings, token ids or lists of token ids")
-        if not prompts or not all(prompts):
+        if not prompts or not (all(prompts) or self.suffix):
             raise _bad_prompt("prompt must not be empty")
         for prompt in prompts:
             if not isinstance(prompt, str):
                 check_token_ids(prompt, vocab_size, "prompt")
+                if self.suffix:
+                    raise invalid("suffix needs a prompt that is text, not token ids", "suffix")
         return prompts
 
     def sampling(self, config: FrontendConfig) -> SamplingParams:
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         if max_tokens == 0 and not self.echo:
             raise invalid("max_tokens 0 is only allowed with echo", "max_tokens")
-        return self.to_sampling(config, max_tokens, self.logprobs, self.logprobs if self.echo else None)
+        # The candidates are ranked by their log-probabilities, shown or not.
+        logprobs = 0 if self.logprobs is None and self.candidates > self.choices else self.logprobs
+        return self.to_sampling(config, max_tokens, logprobs, self.logprobs if self.echo else None)
 
 
 def _bad_prompt(message: str) -> RequestError:

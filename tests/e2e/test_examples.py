@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,35 @@ def test_tools_prints_the_answer(tiny: RunningServer) -> None:
     assert b"get_weather(" not in printed
 
 
+def readme_programs() -> list[str]:
+    """The one for a server, and the one without."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(programs) == 2
+    return programs
+
+
 def test_the_program_in_the_readme(tiny: RunningServer) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program = readme_programs()[0]
     # A tiny model may never end its answer.
     program = program.replace("http://127.0.0.1:30000", tiny.url).replace("stream=True", "stream=True, max_tokens=8")
     assert run_python("-c", program) == answer(tiny, "What is the capital of France?").encode()
+
+
+def test_the_programs_without_a_server(tiny: RunningServer, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """They give what the server gives."""
+    path = str(tiny_model("llama"))
+    prompts = [f"{number} prompts" for number in range(20)]
+    (tmp_path / "prompts").write_text("\n".join(prompts))
+    printed = run_python(
+        str(ROOT / "examples" / "offline.py"),
+        *("--model-path", path, "--file", str(tmp_path / "prompts"), "--max-tokens", "4"),
+    )
+    served = tiny.client.completions.create(model=tiny.model, prompt=prompts, temperature=0, max_tokens=4)
+    for prompt, choice in zip(prompts, served.choices, strict=True):
+        assert f"{prompt}|{choice.text} ({choice.finish_reason})".encode() in printed
+    program = readme_programs()[1].replace("Engine()", f"Engine({path!r}, dtype='float32', max_total_tokens=4096)")
+    served = tiny.client.completions.create(
+        model=tiny.model, prompt=["The capital of France is", "Water boils at"], temperature=0, max_tokens=8
+    )
+    lines = "".join(f"{choice.text} {choice.finish_reason}\n" for choice in served.choices)
+    assert run_python("-c", program).startswith(lines.encode())

@@ -1,23 +1,62 @@
-"""The calls of a public notebook on an OpenAI-compatible API (chat and completions), as a user would copy them."""
+"""The cells of a public notebook on an OpenAI-compatible API (chat and completions), as a user would copy them.
 
-from collections.abc import Iterator
+The server too is started, awaited and ended by the notebook's own functions.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import openai
+import psutil
 import pytest
-from support.server import RunningServer
+from support.server import free_port, until
+
+from ramet.launch.shell import execute_shell_command, terminate_process, wait_for_server
 
 pytestmark = pytest.mark.e2e
 
 
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> str:
+    return str(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def port(servers: Any, model: str) -> Iterator[int]:
+    servers.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="nb-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        server_process = execute_shell_command(
+            f"""
+python -m ramet.launch_server --model-path {model} \
+--port {port} --host 0.0.0.0 --log-level warning
+"""
+        )
+        try:
+            wait_for_server(f"http://localhost:{port}", timeout_s=120)
+            tree = psutil.Process(server_process.pid).children(recursive=True)
+            assert len(tree) >= 4
+            yield port
+        finally:
+            terminate_process(server_process)
+        assert not any(map(alive, tree))
+        assert list(Path(folder).iterdir()) == []
+        terminate_process(server_process)  # again does no harm
+
+
 @pytest.fixture
-def notebook(tiny: RunningServer) -> Iterator[openai.Client]:
-    with openai.Client(base_url=f"{tiny.url}/v1", api_key="None") as client:
+def notebook(port: int) -> Iterator[openai.Client]:
+    with openai.Client(base_url=f"http://127.0.0.1:{port}/v1", api_key="None") as client:
         yield client
 
 
-def test_chat(tiny: RunningServer, notebook: openai.Client) -> None:
+def test_chat(model: str, notebook: openai.Client) -> None:
     response = notebook.chat.completions.create(
-        model=tiny.model,
+        model=model,
         messages=[
             {"role": "system", "content": "You are a helpful AI assistant"},
             {"role": "user", "content": "List 3 countries and their capitals."},
@@ -32,14 +71,14 @@ def test_chat(tiny: RunningServer, notebook: openai.Client) -> None:
     assert choice.model_extra is not None
     assert "matched_stop" in choice.model_extra
     assert response.object == "chat.completion"
-    assert response.model == tiny.model
+    assert response.model == model
     assert response.usage
     assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
 
 
-def test_chat_with_parameters_streamed(tiny: RunningServer, notebook: openai.Client) -> None:
+def test_chat_with_parameters_streamed(model: str, notebook: openai.Client) -> None:
     response = notebook.chat.completions.create(
-        model=tiny.model,
+        model=model,
         messages=[
             {"role": "system", "content": "You are a knowledgeable historian who provides concise responses."},
             {"role": "user", "content": "Tell me about ancient Rome"},
@@ -63,9 +102,9 @@ def test_chat_with_parameters_streamed(tiny: RunningServer, notebook: openai.Cli
     assert chunk.choices[0].finish_reason in ("stop", "length")
 
 
-def test_completion(tiny: RunningServer, notebook: openai.Client) -> None:
+def test_completion(model: str, notebook: openai.Client) -> None:
     response = notebook.completions.create(
-        model=tiny.model,
+        model=model,
         prompt="List 3 countries and their capitals.",
         temperature=0,
         max_tokens=64,
@@ -80,9 +119,9 @@ def test_completion(tiny: RunningServer, notebook: openai.Client) -> None:
     assert 0 < response.usage.completion_tokens <= 64
 
 
-def test_completion_with_parameters_streamed(tiny: RunningServer, notebook: openai.Client) -> None:
+def test_completion_with_parameters_streamed(model: str, notebook: openai.Client) -> None:
     response = notebook.completions.create(
-        model=tiny.model,
+        model=model,
         prompt="Write a short story about a space explorer.",
         temperature=0.7,
         max_tokens=150,
@@ -99,3 +138,44 @@ def test_completion_with_parameters_streamed(tiny: RunningServer, notebook: open
         text += chunk.choices[0].text or ""
     assert text
     assert chunk.choices[0].finish_reason in ("stop", "length")
+
+
+# ---- what the notebook's functions do besides ---------------------------------------------------------------------
+
+
+def test_a_command_of_several_lines_in_a_raw_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the shell joins the lines, not Python; and the kernel's own environment need not be on the path."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    command = r"""
+python -c 'import sys; print(sys.argv[1:], sys.executable)' \
+  "a b" \
+  7 > $OUT
+"""
+    with execute_shell_command(command) as process:
+        assert process.wait(20) == 0
+    assert (tmp_path / "out").read_text() == f"['a b', '7'] {Path(sys.executable).with_name('python')}\n"
+
+
+def test_what_ignores_signals_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramet.launch.shell._DRAIN_S", 0.3)
+    monkeypatch.setattr("ramet.launch.shell._EXIT_S", 0.3)
+    process = execute_shell_command("trap '' TERM; sleep 1000 & sleep 1000; true")
+    until(lambda: len(psutil.Process(process.pid).children()) == 2, 10, lambda: "two children")
+    tree = psutil.Process(process.pid).children()
+    terminate_process(process)
+    assert process.returncode is not None
+    until(lambda: not any(map(alive, tree)), 5, lambda: f"dead: {tree}")
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_server_that_does_not_come() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(TimeoutError, match=f"no server was ready at {url} within 0.3 s"):
+        wait_for_server(url, timeout_s=0.3)

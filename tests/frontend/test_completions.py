@@ -58,6 +58,38 @@ def test_indices_over_prompts_and_choices(engine: ScriptedEngine, client: openai
     assert [c.text for c in answer.choices] == ["[1, 2]0", "[3]0"]
 
 
+def test_the_best_of_several(engine: ScriptedEngine, client: openai.OpenAI) -> None:
+    """Ranked by the mean, so that a long answer is as good as a short one."""
+    values = [[-1.0], [-0.5, -0.3], [-2.0], [-0.2, -0.3, -0.4, -0.3]]
+
+    def script(engine: ScriptedEngine, request: Request) -> None:
+        for rid, own in zip(request.job.rids, values, strict=True):
+            tokens = [token("x", value) for value in own]
+            engine.deltas(TextDelta(rid, f"{request.prompt}{own}", len(own), PromptInfo(4, 0), tokens, LENGTH))
+
+    engine.script = script
+    answer = client.completions.create(model=MODEL, prompt=["a", "b"], n=2, best_of=4)
+    best = [values[3], values[1]]
+    assert [(c.index, c.text) for c in answer.choices] == list(enumerate(f"{p}{own}" for p in "ab" for own in best))
+    assert all(choice.logprobs is None for choice in answer.choices)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 16)
+    assert engine.job().job.params.logprobs == 0
+    answer = client.completions.create(model=MODEL, prompt="a", best_of=4, logprobs=1)
+    assert answer.choices[0].logprobs.token_logprobs == values[3]
+
+
+def test_suffix(engine: ScriptedEngine, client: openai.OpenAI) -> None:
+    engine.script = says("mid")
+    assert client.completions.create(model=MODEL, prompt="a", suffix="z").choices[0].text == "mid"
+    client.completions.create(model=MODEL, prompt="", suffix="z")
+    client.completions.create(model=MODEL, prompt="a", suffix="")
+    assert [(job.prompt, job.suffix) for job in (engine.job(), engine.job(), engine.job())] == [
+        ("a", "z"),
+        ("", "z"),
+        ("a", None),
+    ]
+
+
 def test_stream(engine: ScriptedEngine, client: openai.OpenAI) -> None:
     engine.script = says("a", "", "b")
     options = {"include_usage": True}

@@ -171,8 +171,10 @@ def test_refused_by_chat(fields: dict[str, Any], param: str) -> None:
         ({"max_tokens": -1, "echo": True}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"suffix": "x", "echo": True}, "suffix"),
+        ({"suffix": "x", "prompt": [1]}, "suffix"),
+        ({"best_of": 21}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"messages": []}, "messages"),
     ],
@@ -205,7 +207,8 @@ def test_accepted_without_effect() -> None:
         response_format={"type": "text"},
     )
     assert request.sampling(CONFIG) == chat().sampling(CONFIG)
-    assert completion(best_of=2, n=2).sampling(CONFIG) == completion().sampling(CONFIG)
+    assert completion(best_of=2, n=2, suffix="").sampling(CONFIG) == completion().sampling(CONFIG)
+    assert completion(best_of=1, stream=True).sampling(CONFIG) == completion().sampling(CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class RunningServer:
     """`with RunningServer("--model-path", …) as server:` is ready inside the block, and gone after it."""
 
     def __init__(self, *flags: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = flags
         self._home = Path(tempfile.mkdtemp(prefix="e2e-"))  # short: the path of a socket is limited to 107 bytes
@@ -187,7 +187,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], st
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
