@@ -20,8 +20,12 @@ SMALL: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 6144, "max_queu
 
 def children() -> dict[str, psutil.Process]:
     """The processes of this process's engines, by name."""
-    lines = [(child.cmdline(), child) for child in psutil.Process().children()]
-    return {line[-1]: child for line, child in lines if "ramet.launch.child" in line}
+    found = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, or reaped meanwhile
+            if "ramet.launch.child" in (line := child.cmdline()):
+                found[line[-1]] = child
+    return found
 
 
 @contextlib.contextmanager
