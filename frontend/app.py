@@ -23,6 +23,7 @@ import ramet
 from ramet.frontend import errors
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
+from ramet.frontend.api.embeddings import Embeddings, Rerank, Score
 from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.models import Models
 from ramet.frontend.api.server import AbortRequest, Server
@@ -35,9 +36,10 @@ from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import Endpoint, document
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from ramet.ipc.errors import RequestError
+from ramet.ipc.errors import RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,20 @@ log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
+# What only one kind of server can answer.
+_GENERATING = {"/v1/chat/completions", "/v1/completions", "/generate"}
+_EMBEDDING = {"/v1/embeddings", "/v1/score", "/v1/rerank"}
+
+
 def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) -> ASGIApp:
     table = endpoints(config, client, metrics)
     routes = [
         Route(path, endpoint.handler, methods=list(endpoint.methods)) for endpoint in table for path in endpoint.paths
+    ]
+    others = _GENERATING if config.is_embedding else _EMBEDDING
+    routes = [
+        Route(route.path, OtherKind(config.is_embedding), methods=route.methods) if route.path in others else route
+        for route in routes
     ]
     app: ASGIApp = Starlette(
         routes=routes,
@@ -82,6 +94,7 @@ def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
     chat = ChatCompletions(config, client, models)
     completions = Completions(config, client, models)
     generate = NativeGenerate(config, client)
+    shared = (config, client, models)
 
     async def describe(_request: Request) -> Response:
         return json_response(description)
@@ -90,6 +103,9 @@ def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
     table = [
         Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, events),
         Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, events),
+        Endpoint("Embeddings of texts or token ids", post, ("/v1/embeddings",), Embeddings(*shared), EmbeddingRequest),
+        Endpoint("How alike texts are", post, ("/v1/score",), Score(*shared), ScoreRequest),
+        Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), Rerank(*shared), RerankRequest),
         Endpoint("The models served", get, ("/v1/models",), models.list),
         Endpoint("One model", get, ("/v1/models/{model:path}",), models.retrieve),
         Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, events),
@@ -108,6 +124,20 @@ def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
     ]
     description = document(table, ramet.__version__, keyed=bool(config.api_keys))
     return table
+
+
+class OtherKind:
+    """Stands for an endpoint that this server cannot have: a server either generates or embeds."""
+
+    def __init__(self, is_embedding: bool) -> None:
+        self._is_embedding = is_embedding
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_embedding:
+            here, wanted = "embeds (--is-embedding, or a model that only embeds)", "generates: without --is-embedding"
+        else:
+            here, wanted = "generates text", "embeds: with --is-embedding"
+        raise invalid(f"this server {here}; for {scope['path']}, start one that {wanted}", code="unsupported_endpoint")
 
 
 class Envelope:

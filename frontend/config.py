@@ -26,6 +26,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `marker_ids`: those markers of the two parsers that are tokens of their own; `markers_are_special` if leaving out
     special tokens would hide one. `template_variables`: what the chat template reads.
+
+    A server either generates or embeds (`is_embedding`). `embedding_size` is that of its vectors, known when the
+    scheduler is ready; they may be cut to one of `dimensions` (any length if empty), unless that is None.
     """
 
     host: str
@@ -50,3 +53,6 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     tls: Tls | None = None
     settings: dict[str, Any] = {}
     kv_tokens: int = 0
+    is_embedding: bool = False
+    embedding_size: int = 0
+    dimensions: tuple[int, ...] | None = None

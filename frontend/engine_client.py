@@ -15,7 +15,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 
 import msgspec
@@ -165,6 +165,7 @@ class EngineClient:
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
         self._questions: dict[str, _Question] = {}
+        self._asking = 0  # calls of `ask_all`; each may have many questions
         self._down: Failure | None = None
         self._draining = False
 
@@ -226,16 +227,26 @@ class EngineClient:
     async def ask(self, make: Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]) -> Answer:
         """Send what `make` makes of a request id, and wait for its answer. Raises `RequestError` if it is not admitted
         or fails. Cancelling the task that waits aborts the request."""
+        [answer] = await self.ask_all([make])
+        return answer
+
+    async def ask_all(
+        self, makes: Sequence[Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]]
+    ) -> list[Answer]:
+        """Several questions of one request, which is admitted as one: the answers in order, or the first failure."""
         self._admit(1)
-        rid = uuid.uuid4().hex
-        question = _Question(asyncio.get_running_loop().create_future(), next(self._turns))
-        self._questions[rid] = question
+        self._asking += 1
+        asked: dict[str, _Question] = {}
         try:
-            self._send(question.tokenizer, make(rid))
-            return await question.answer
+            for make in makes:
+                rid = uuid.uuid4().hex
+                question = _Question(asyncio.get_running_loop().create_future(), next(self._turns))
+                self._questions[rid] = asked[rid] = question
+                self._send(question.tokenizer, make(rid))
+            return await asyncio.gather(*[question.answer for question in asked.values()])
         finally:
-            if self._questions.pop(rid, None) is not None:
-                self._tokenizers[question.tokenizer].send(Abort([rid]))
+            self._asking -= 1
+            self._send_aborts((rid, it.tokenizer) for rid, it in asked.items() if self._questions.pop(rid, None))
 
     def _send(self, tokenizer: int, message: ToTokenizer) -> None:
         try:
@@ -249,18 +260,22 @@ class EngineClient:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
         if count > self._max_live:
             raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
-        if self.live + count > self._max_live:
+        admitted = len(self._live) + self._asking
+        if admitted + count > self._max_live:
             raise RequestError(
                 FailureKind.QUEUE_FULL,
-                f"the queue is full: {self.live} of at most {self._max_live} requests are waiting or running",
+                f"the queue is full: {admitted} of at most {self._max_live} requests are waiting or running",
             )
 
     def abort(self, rids: set[str]) -> None:
         """Tell the engine to drop these of the requests that are live; their events are not waited for."""
+        self._send_aborts((rid, live.tokenizer) for rid in rids if (live := self._live.pop(rid, None)) is not None)
+
+    def _send_aborts(self, dropped: Iterable[tuple[str, int]]) -> None:
+        """`dropped`: each id with its tokenizer worker."""
         by_tokenizer: dict[int, list[str]] = collections.defaultdict(list)
-        for rid in rids:
-            if (live := self._live.pop(rid, None)) is not None:
-                by_tokenizer[live.tokenizer].append(rid)
+        for rid, worker in dropped:
+            by_tokenizer[worker].append(rid)
         for tokenizer, group in by_tokenizer.items():
             self._tokenizers[tokenizer].send(Abort(group))
 

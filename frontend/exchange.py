@@ -6,8 +6,8 @@ closed connection into an `Abort`, in a stream as well as while a whole answer i
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.datastructures import Headers
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend.engine_client import ClientDisconnectedError, Generation
+from ramet.frontend.engine_client import ClientDisconnectedError
 from ramet.frontend.errors import invalid_json
 
 T = TypeVar("T")
@@ -58,20 +58,37 @@ def _too_large(max_bytes: int, size: str) -> HTTPException:
     return HTTPException(413, f"the body must be at most {max_bytes} bytes, got {size}")
 
 
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """Cancels the generation as soon as the client is gone. The body must have been read before."""
+async def watching(receive: Receive, work: _Cancellable) -> AsyncIterator[None]:
+    """Cancels the work (a generation, a task) as soon as the client is gone. The body must have been read before."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        generation.cancel()
+        work.cancel()
 
     task = asyncio.create_task(watch())
     try:
         yield
     finally:
         task.cancel()
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. As soon as the client is gone, cancels it and raises `ClientDisconnectedError`."""
+    task = asyncio.ensure_future(work)
+    async with watching(receive, task):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise ClientDisconnectedError from None
 
 
 def json_response(value: Any) -> Response:

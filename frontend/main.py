@@ -100,7 +100,12 @@ async def _run(config: FrontendConfig, addresses: Addresses, launcher: Outbox, l
         if engine_ready.done():
             info = engine_ready.result().info
             length = int(info.get("context_length", config.context_length))
-            config = msgspec.structs.replace(config, context_length=length, kv_tokens=int(info.get("kv_tokens", 0)))
+            config = msgspec.structs.replace(
+                config,
+                context_length=length,
+                kv_tokens=int(info.get("kv_tokens", 0)),
+                embedding_size=int(info.get("embedding_size", 0)),
+            )
             await _serve(config, addresses, inbox, launcher, listener, stopping)
         else:
             engine_ready.cancel()

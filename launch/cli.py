@@ -28,7 +28,6 @@ _NOT_YET = {
     "disable-overlap-schedule",
     "dist-init-addr",
     "file-storage-path",
-    "is-embedding",
     "kv-cache-dtype",
     "node-rank",
     "watchdog-timeout",

@@ -72,6 +72,9 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
     ] = None
     trust_remote_code: Annotated[bool, _flag("model", "run Python code that comes with the model")] = False
+    is_embedding: Annotated[
+        bool, _flag("model", "embed instead of generating; automatic for encoders and sentence-transformers models")
+    ] = False
     tool_call_parser: Annotated[
         Literal["auto"] | ToolCallForm,
         _flag("model", "form in which the model writes tool calls (as its template says)"),
@@ -186,7 +189,8 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
     defaults = _DEFAULTS[device]
     template = _read_template(args.chat_template)
-    context_length = _context_length(args.context_length, model)
+    is_embedding = _is_embedding(args, model)
+    context_length = _context_length(args.context_length, model, is_embedding)
     max_step_tokens = args.chunked_prefill_size or defaults.max_step_tokens
     max_running = args.max_running_requests or min(defaults.max_running, max_step_tokens)
     if max_running > max_step_tokens:
@@ -194,11 +198,14 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             f"max_running_requests ({max_running}) is above chunked_prefill_size ({max_step_tokens}): "
             "each running request needs a token of every step"
         )
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = _log("dtype", _choose_dtype(model.info.dtype, device, is_embedding))
     runner = RunnerConfig(
         model_dir=model.model_dir,
         weights=model.weights,
         load_format=model.load_format,
-        dtype=args.dtype if args.dtype != "auto" else _log("dtype", _choose_dtype(model.info.dtype, device)),
+        dtype=dtype,
         device=device,
         page_size=args.page_size,
         max_running=max_running,
@@ -212,12 +219,13 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         quantization=args.quantization,
     )
     return EngineConfig(
-        frontend=_frontend(args, model, runner, _parsers(args, model, template)),
+        frontend=_frontend(args, model, runner, is_embedding, _parsers(args, model, template)),
         tokenizer=TokenizerConfig(
             tokenizer_dir=model.tokenizer_dir,
             context_length=context_length,
             vocab_size=model.info.vocab_size,
             chat_template=template,
+            lowercase=is_embedding and model.info.embedding.lowercase,
         ),
         detokenizer=DetokenizerConfig(tokenizer_dir=model.tokenizer_dir, stream_interval=args.stream_interval),
         scheduler=SchedulerConfig(
@@ -242,12 +250,15 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
 _SECRETS = ("api_key", "ssl_keyfile_password")
 
 
-def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig, parsers: dict[str, Any]) -> FrontendConfig:
+def _frontend(
+    args: ServerArgs, model: ResolvedModel, runner: RunnerConfig, is_embedding: bool, parsers: dict[str, Any]
+) -> FrontendConfig:
     settings = {name: value for name, value in msgspec.to_builtins(args).items() if name not in _SECRETS}
     served_names = args.served_model_name or (model.name,)
     settings |= {
         "model_path": model.name,
         "served_model_name": served_names,
+        "is_embedding": is_embedding,
         "device": runner.device,
         "dtype": runner.dtype,
         "context_length": runner.context_length,
@@ -273,6 +284,8 @@ def _frontend(args: ServerArgs, model: ResolvedModel, runner: RunnerConfig, pars
         cors_allow_origins=args.cors_allow_origins,
         tls=tls(args),
         settings=settings,
+        is_embedding=is_embedding,
+        dimensions=model.info.embedding.dimensions,
     )
 
 
@@ -311,21 +324,37 @@ def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None
         raise ConfigError(str(error)) from error
 
 
-def _context_length(wanted: int | None, model: ResolvedModel) -> int:
+def _is_embedding(args: ServerArgs, model: ResolvedModel) -> bool:
+    reason = model.info.embedding.reason
+    wanted = args.is_embedding or reason is not None
+    if wanted and not args.is_embedding:
+        logger.info("is_embedding: True, because %s (automatic)", reason)
+    for name in ("max_total_tokens", "mem_fraction_static", "quantization"):
+        if wanted and getattr(args, name) is not None:
+            raise ConfigError(f"{name} is not for servers that embed: they have no KV cache and do not quantise")
+    return wanted
+
+
+def _context_length(wanted: int | None, model: ResolvedModel, is_embedding: bool) -> int:
+    """Longer inputs than an embedding model was trained on, up to its positions, only if the user wants them."""
     largest = model.info.context_length
     if largest is None:
         if wanted is None:
             raise ConfigError("the model's config.json does not say how long its context is: give --context-length")
         return wanted
     if wanted is None:
-        return _log("context_length", largest)
+        trained = model.info.embedding.max_tokens if is_embedding else None
+        return _log("context_length", min(largest, trained or largest))
     if wanted > largest:
         raise ConfigError(f"context_length {wanted} is above the {largest} tokens that the model was made for")
     return wanted
 
 
-def _choose_dtype(model_dtype: str, device: str) -> str:
-    """The model's own dtype on CUDA. A CPU computes half types well only with bfloat16 instructions."""
+def _choose_dtype(model_dtype: str, device: str, is_embedding: bool) -> str:
+    """The model's own dtype on CUDA. A CPU computes half types well only with bfloat16 instructions, whose rounding
+    would show in embeddings."""
+    if is_embedding and device == "cpu":
+        return "float32"
     if device == "cuda" or model_dtype == "float32":
         return model_dtype
     return "bfloat16" if cpu_has_bfloat16() else "float32"

@@ -9,9 +9,14 @@ from typing import Any
 
 import msgspec
 
+from ramet.launch.embedding_info import EmbeddingInfo, read_embedding_info
+from ramet.model_runner.config import ENCODER_TYPES
+
 # Where architectures keep the longest context; the first one present counts.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Their position embeddings begin with rows that no token uses.
+_OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -42,6 +47,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     default_sampling: dict[str, float]
     added_tokens: tuple[AddedToken, ...] = ()
+    embedding: EmbeddingInfo = EmbeddingInfo()
 
 
 class _AddedTokens(msgspec.Struct):
@@ -50,8 +56,8 @@ class _AddedTokens(msgspec.Struct):
     added_tokens: tuple[AddedToken, ...] = ()
 
 
-def read_model_info(model_dir: Path, tokenizer_dir: Path) -> ModelInfo:
-    """Raises ModelInfoError."""
+def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> ModelInfo:
+    """`source` is the model's own folder or .gguf file. Raises ModelInfoError."""
     config = _read_json(model_dir / "config.json")
     generation = _read_json(model_dir / "generation_config.json", optional=True)
     # A multimodal config nests the language model's; its own keys are only a fallback.
@@ -59,17 +65,26 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path) -> ModelInfo:
     vocab_size = text.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ModelInfoError(f"{model_dir / 'config.json'} has no vocab_size")
+    model_type = str(config.get("model_type", ""))
+    context_length = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
+    if context_length is not None and model_type in _OFFSET_POSITIONS:
+        context_length -= text.get("pad_token_id", 1) + 1
+    try:
+        embedding = read_embedding_info(source, text, model_type in ENCODER_TYPES)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ModelInfoError(f"cannot read the sentence-transformers files in {source}: {error}") from error
     added_tokens = _added_tokens(tokenizer_dir)
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         architectures=tuple(config.get("architectures") or ()),
-        model_type=str(config.get("model_type", "")),
-        context_length=next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None),
+        model_type=model_type,
+        context_length=context_length,
         vocab_size=vocab_size,
         dtype=dtype if dtype in _DTYPES else "bfloat16",  # for example float8 weights, which are computed in bfloat16
         eos_ids=_eos_ids(text, generation, tokenizer_dir, added_tokens),
         default_sampling=_default_sampling(generation),
         added_tokens=added_tokens,
+        embedding=embedding,
     )
 
 

@@ -70,7 +70,7 @@ def resolve_model(
         if tokenizer_path is not None:
             source = _locate(tokenizer_path, request, "dummy")
         tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, request)
-        info = read_model_info(model_dir, tokenizer_dir)
+        info = read_model_info(model_dir, tokenizer_dir, weights)
     except (HubError, WheelError, PrepareError, ModelInfoError) as error:
         raise ModelUnavailable(str(error)) from error
     return ResolvedModel(
@@ -179,10 +179,11 @@ def _whole(folder: Path | None, load_format: str) -> Path | None:
 
 
 def _inside_wheel(folder: Path) -> Path:
-    """The place of the model in what a wheel or a snapshot unpacked to."""
+    """The place of the model in what a wheel or a snapshot unpacked to. Folders inside it may hold configs too."""
     if (folder / "config.json").exists():
         return folder
-    folders = [path.parent for path in folder.rglob("config.json")]
+    configs = {path.parent for path in folder.rglob("config.json")}
+    folders = [path for path in configs if configs.isdisjoint(path.parents)]
     found = folders or list(folder.rglob("*.gguf"))
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"

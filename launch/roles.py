@@ -18,8 +18,9 @@ def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process
         placement = computing(config.cpus, config.num_threads, os.environ) if name == SCHEDULER else light()
         return Process(name, target, [msgspec.to_builtins(value) for value in (*arguments, addresses)], placement)
 
+    scheduler = "embedding_worker" if config.frontend.is_embedding else "worker"
     return [
-        process(SCHEDULER, "ramet.scheduler.worker:run", config.scheduler, config.runner),
+        process(SCHEDULER, f"ramet.scheduler.{scheduler}:run", config.scheduler, config.runner),
         process(FRONTEND, "ramet.frontend.main:run", config.frontend),
         process("detokenizer", "ramet.detokenizer.worker:run", config.detokenizer),
         *(

@@ -75,10 +75,13 @@ def print_ready(config: EngineConfig) -> None:
     url = f"{scheme}://[{host}]:{frontend.port}" if ":" in host else f"{scheme}://{host}:{frontend.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_keys else ""
     name = frontend.served_names[0]
+    path, fields = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+    if frontend.is_embedding:
+        path, fields = "embeddings", '"input": "Hello!"'
     sys.stdout.write(
         f"\nServing {name} at {url}/v1 - try:\n\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
-        f"""    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'\n\n"""
+        f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} \\\n"
+        f"""    -d '{{"model": "{name}", {fields}}}'\n\n"""
     )
     sys.stdout.flush()
 

@@ -15,6 +15,10 @@ class LoadFormat(enum.StrEnum):
     PICKLE = "pickle"
 
 
+# The `model_type`s of encoders: models that embed and cannot generate.
+ENCODER_TYPES = frozenset({"bert", "camembert", "distilbert", "roberta", "xlm-roberta"})
+
+
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`model_dir` holds config.json (and safetensors); `weights` is the .gguf file or the folder of weight files.
 

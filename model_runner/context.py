@@ -1,5 +1,6 @@
-"""`ForwardContext`: what a model may read during one forward pass, passed explicitly down to each attention layer.
+"""What a model may read during one forward pass, passed explicitly down to each attention layer.
 
+`ForwardContext` attends over pages, `SequencesContext` (for embeddings) over whole sequences that are kept nowhere.
 N is the number of tokens in the step, R the number of rows (requests). Models know this module, not the batch that
 fills it.
 """
@@ -7,11 +8,14 @@ fills it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.model_runner.kv_pool import KVPool
+from ramet.model_runner.weights.errors import WeightsError
 
 if TYPE_CHECKING:
     from ramet.model_runner.attention.base import AttentionBackend
@@ -29,6 +33,18 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+
+
+class AttentionContext(Protocol):
+    """What native models need of a context. positions: [N] int64, each token's position in its request."""
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [N, heads, key_dim], key [N, kv_heads, key_dim], value [N, kv_heads, value_dim], rope applied; query
+        and key may be of higher precision than value. Returns [N, heads, value_dim] in value's dtype."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +69,44 @@ class ForwardContext:
     backend: AttentionBackend
 
     def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store this step's key and value, then attend causally over each row's whole context.
-
-        query [N, heads, key_dim], key [N, kv_heads, key_dim], value [N, kv_heads, value_dim], rope applied; query and
-        key may be of higher precision than the pool. Returns [N, heads, value_dim] in value's dtype.
-        """
+        """Store this step's key and value, then attend causally over each row's whole context."""
         self.kv_pool.store(spec.layer, self.slot_mapping, key, value)
         return self.backend.forward(spec, query, self).to(value.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequencesContext:
+    """A step of whole sequences, one after the other. lengths: [R], tokens of each."""
+
+    positions: Tensor
+    lengths: list[int]
+    causal: bool
+
+    def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Each sequence by itself and in memory of its own, so that its bits cannot depend on the others."""
+        if spec.softcap is not None:
+            raise WeightsError("a softcap in attention is not supported for embeddings")
+        # [N, heads, dim] -> per sequence [1, heads, length, dim]
+        parts = [tensor.to(value.dtype).split(self.lengths) for tensor in (query, key, value)]
+        attended = []
+        for sequence in zip(*parts, strict=True):
+            mask = self._window(len(sequence[0]), spec.sliding_window)
+            q, k, v = (part.transpose(0, 1)[None].contiguous() for part in sequence)
+            result = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=self.causal and mask is None,
+                scale=spec.scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            attended.append(result[0].transpose(0, 1))
+        return torch.cat(attended)
+
+    def _window(self, length: int, window: int | None) -> Tensor | None:
+        """[length, length] bool, what each token sees; None if the window is wider than the sequence."""
+        if window is None or length <= window:
+            return None
+        ones = torch.ones(length, length, dtype=torch.bool, device=self.positions.device)
+        return ones.tril().triu(1 - window) if self.causal else ones.tril(window - 1).triu(1 - window)

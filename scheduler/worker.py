@@ -37,7 +37,7 @@ from ramet.scheduler.grammar_pool import GrammarPool
 log = logging.getLogger(__name__)
 
 NAME = "scheduler-0"
-_STATS_INTERVAL_S = 1.0
+STATS_INTERVAL_S = 1.0
 
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
@@ -115,8 +115,8 @@ class Worker:
                 case FlushCache():
                     self._frontend.send(Flushed(message.rid, self._core.kv.flush()))
                 case Embed():
-                    failure = Failure(FailureKind.INVALID_REQUEST, "this server generates text: it does not embed")
-                    self._frontend.send(Failed([message.rid], failure))
+                    words = "this server generates text: to embed, start one with --is-embedding"
+                    self._frontend.send(Failed([message.rid], Failure(FailureKind.INVALID_REQUEST, words)))
             timeout_s = 0.0
         for request, made in self._grammars.take_ready():
             if isinstance(made, Failure):
@@ -143,7 +143,7 @@ class Worker:
     def _report(self) -> None:
         """Counters to the frontend: once a second under load, and when the last request has ended."""
         now = time.monotonic()
-        if self._core.has_work and now - self._stats_sent_s < _STATS_INTERVAL_S:
+        if self._core.has_work and now - self._stats_sent_s < STATS_INTERVAL_S:
             return
         self._stats_sent_s = now
         counters, kv = self._core.counters, self._core.kv

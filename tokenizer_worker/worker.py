@@ -96,8 +96,11 @@ class Encoder:
         """What a message becomes: requests for the scheduler, or an answer to the frontend."""
         match message:
             case Embedding():
-                ids = self._ids(message.prompt)
-                self._check_ids(ids)
+                ids = message.prompt
+                if isinstance(ids, str):
+                    text = ids.lower() if self._config.lowercase else ids
+                    ids = self._encode(text, add_special_tokens=True, param="input")
+                self._check_ids(ids, "input")
                 if len(ids) > self._config.context_length:
                     context = self._config.context_length
                     raise _too_long(f"the input has {len(ids)} tokens, the context of this model {context}", "input")
@@ -119,10 +122,11 @@ class Encoder:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         return self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool, param: str | None = None) -> list[int]:
         limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
         if len(text) > limit:
-            raise _too_long(f"the prompt has {len(text)} characters, at most {limit} are tokenized here", None)
+            what = param or "prompt"
+            raise _too_long(f"the {what} has {len(text)} characters, at most {limit} are tokenized here", param)
         return self._tokenizer.encode(text, add_special_tokens)
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
@@ -188,12 +192,12 @@ class Encoder:
             )
         return context - prompt_len if wanted is None else wanted
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _check_ids(self, ids: list[int], param: str = "prompt") -> None:
         if not ids:
-            raise invalid("the prompt is empty: it has no tokens", "prompt")
+            raise invalid(f"the {param} is empty: it has no tokens", param)
         outside = next((i for i in ids if not 0 <= i < self._config.vocab_size), None)
         if outside is not None:
-            raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", "prompt")
+            raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", param)
 
 
 def _too_long(message: str, param: str | None) -> RequestError:

@@ -15,7 +15,7 @@ from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.exchange import json_response, read_json
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import invalid
-from ramet.ipc.messages import Completion, FlushCache, Flushed
+from ramet.ipc.messages import Completion, Embedding, FlushCache, Flushed
 from ramet.ipc.sampling import SamplingParams
 
 
@@ -43,7 +43,7 @@ class Server:
                 "model_path": config.model_path,
                 "tokenizer_path": config.settings.get("tokenizer_path") or config.model_path,
                 "served_model_names": config.served_names,
-                "is_generation": not config.settings.get("is_embedding"),
+                "is_generation": not config.is_embedding,
                 "preferred_sampling_params": config.default_sampling or None,
                 "max_model_len": config.context_length,
                 "vocab_size": config.vocab_size,
@@ -66,7 +66,10 @@ class Server:
         )
 
     async def health_generate(self, _http: Request) -> Response:
-        """Computes one token of a one-token prompt."""
+        """Computes one token of a one-token prompt, or its embedding."""
+        if self._config.is_embedding:
+            await self._client.ask(lambda rid: Embedding(rid, [0]))
+            return json_response({"status": "ok"})
         params = SamplingParams(max_tokens=1, temperature=0.0)
         with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
             await generation.whole()

@@ -156,6 +156,26 @@ def _unsupported(name: str) -> Exception:
     return invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
 
 
+def as_prompts(
+    value: str | list[str | int | list[int]], param: str, vocab_size: int, may_be_empty: bool = False
+) -> list[str | list[int]]:
+    """One text or list of token ids per prompt, from each of the four forms. Raises `RequestError`."""
+    if isinstance(value, str):
+        prompts: list[str | list[int]] = [value]
+    elif value and all(isinstance(item, int) for item in value):
+        prompts = [[item for item in value if isinstance(item, int)]]
+    else:
+        prompts = [item for item in value if not isinstance(item, int)]
+        if len({type(item) for item in value}) > 1:
+            raise invalid(f"the items of {param} must all be strings, token ids or lists of token ids", param)
+    if not prompts or not (may_be_empty or all(prompts)):
+        raise invalid(f"{param} must not be empty", param)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            check_token_ids(prompt, vocab_size, param)
+    return prompts
+
+
 def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
     for token_id in ids:
         if not 0 <= token_id < vocab_size:

@@ -1,8 +1,8 @@
 """The body of `POST /v1/completions`, and its prompt in each of the four forms."""
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.schemas.common import GenerationRequest, Int, check_token_ids
-from ramet.ipc.errors import RequestError, invalid
+from ramet.frontend.schemas.common import GenerationRequest, Int, as_prompts
+from ramet.ipc.errors import invalid
 from ramet.ipc.sampling import MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
@@ -38,21 +38,9 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     def prompts(self, vocab_size: int) -> list[str | list[int]]:
         """One text or list of token ids per prompt."""
-        if isinstance(self.prompt, str):
-            prompts: list[str | list[int]] = [self.prompt]
-        elif self.prompt and all(isinstance(item, int) for item in self.prompt):
-            prompts = [[item for item in self.prompt if isinstance(item, int)]]
-        else:
-            prompts = [item for item in self.prompt if not isinstance(item, int)]
-            if len({type(item) for item in self.prompt}) > 1:
-                raise _bad_prompt("the items of prompt must all be strings, token ids or lists of token ids")
-        if not prompts or not (all(prompts) or self.suffix):
-            raise _bad_prompt("prompt must not be empty")
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                check_token_ids(prompt, vocab_size, "prompt")
-                if self.suffix:
-                    raise invalid("suffix needs a prompt that is text, not token ids", "suffix")
+        prompts = as_prompts(self.prompt, "prompt", vocab_size, may_be_empty=bool(self.suffix))
+        if self.suffix and not all(isinstance(prompt, str) for prompt in prompts):
+            raise invalid("suffix needs a prompt that is text, not token ids", "suffix")
         return prompts
 
     def sampling(self, config: FrontendConfig) -> SamplingParams:
@@ -62,7 +50,3 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
         # The candidates are ranked by their log-probabilities, shown or not.
         logprobs = 0 if self.logprobs is None and self.candidates > self.choices else self.logprobs
         return self.to_sampling(config, max_tokens, logprobs, self.logprobs if self.echo else None)
-
-
-def _bad_prompt(message: str) -> RequestError:
-    return invalid(message, "prompt")

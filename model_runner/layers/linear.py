@@ -19,8 +19,9 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
-# From so many rows on, torch's CPU products give a row the same bits however many rows there are (seen with oneDNN and
-# MKL); with fewer they may add in another order.
+# On a CPU a product gives a row the same bits however many rows there are, but for those left over from blocks of so
+# many, which may be added up in another order (seen with oneDNN and MKL). In float32 several threads share out the
+# rows, so that any number that is not a multiple may leave some over; in half types only fewer than this do.
 _INVARIANT_ROWS = 4
 
 
@@ -43,8 +44,9 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """hidden [N, in] -> [N, out]; the weight may be packed. On a CPU a row's result does not depend on N: what a
     request is answered must not depend on who else is in the batch."""
     rows = hidden.shape[0]
-    if rows < _INVARIANT_ROWS and hidden.device.type == "cpu":
-        return linear(F.pad(hidden, (0, 0, 0, _INVARIANT_ROWS - rows)), weight, bias)[:rows]
+    lacking = -rows % _INVARIANT_ROWS
+    if lacking and hidden.device.type == "cpu" and (rows < _INVARIANT_ROWS or hidden.dtype is torch.float32):
+        return linear(F.pad(hidden, (0, 0, 0, lacking)), weight, bias)[:rows]
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return F.linear(hidden, weight, bias)

@@ -12,10 +12,27 @@ from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.mapping import WeightPart
 
+# torch shares larger element-wise work out among threads, at places that depend on the size of the whole.
+_ONE_THREAD_ELEMENTS = 16384
+
+
+def _in_blocks(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function` of [N, features]. In float32 on a CPU the last elements of a thread's share, which do not fill a
+    vector register, are computed by another formula than the rest; whole rows go to one thread, so that the bits of a
+    row do not depend on N."""
+    if hidden.device.type != "cpu" or hidden.dtype is not torch.float32 or hidden.numel() < _ONE_THREAD_ELEMENTS:
+        return function(hidden)
+    rows = max(1, (_ONE_THREAD_ELEMENTS - 1) // hidden.shape[1])
+    return torch.cat([function(block) for block in hidden.split(rows)])
+
+
+_tanh_gelu = partial(_in_blocks, partial(F.gelu, approximate="tanh"))
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": partial(_in_blocks, F.silu),
+    "gelu": lambda hidden: F.gelu(hidden.contiguous()),  # another formula again if it is not
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": F.relu,
 }
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, 2019), weights and computation in float32.
+"""RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), weights and computation in float32.
 
 With an offset (Gemma: 1) the checkpoint stores weight - offset; rounding 1 + w to bfloat16 would lose most of w.
 """
@@ -49,3 +49,20 @@ class QKNorm(nn.Module):
         shape = (self.weight.shape[1],)
         yield WeightPart(f"{prefix}q_norm.weight", self.weight[: self.num_heads], shape, offset=self.offset)
         yield WeightPart(f"{prefix}k_norm.weight", self.weight[self.num_heads :], shape, offset=self.offset)
+
+
+class LayerNorm(nn.Module):
+    """Over the last dimension, float32 in and out."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(size, dtype=torch.float32)
+        self.bias = empty_parameter(size, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            yield WeightPart(f"{prefix}.{name}", parameter, tuple(parameter.shape))

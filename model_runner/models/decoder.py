@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ramet.model_runner.context import AttentionSpec, ForwardContext
+from ramet.model_runner.context import AttentionContext, AttentionSpec
 from ramet.model_runner.kv_pool import KVSpec
 from ramet.model_runner.layers.embedding import VocabMatrix
 from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack, pack_weight
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         scale = spec.attention_scale if spec.attention_scale is not None else dim**-0.5
         self.spec = AttentionSpec(index, scale, layer.sliding_window, spec.attention_softcap)
 
-    def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: ForwardContext) -> Tensor:
+    def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: AttentionContext) -> Tensor:
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))
         rotated_heads = self.heads + self.kv_heads
         query_key, value = heads[:, :rotated_heads].float(), heads[:, rotated_heads:]
@@ -137,7 +137,7 @@ class DecoderLayer(nn.Module):
         self.attention_post_norm = norm(torch.float32) if spec.post_norms else None
         self.mlp_post_norm = norm(torch.float32) if spec.post_norms else None
 
-    def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: ForwardContext) -> Tensor:
+    def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: AttentionContext) -> Tensor:
         output = self.attention(self.attention_norm(hidden), ropes, ctx)
         if self.attention_post_norm is not None:
             output = self.attention_post_norm(output)
@@ -183,7 +183,7 @@ class Decoder(CausalLM):
         self.kv_specs = [KVSpec(kv_heads, spec.head_dim, spec.head_dim) for _ in spec.layers]
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
         hidden = self.embedding.embed(token_ids).float()
         if self.embedding_scale is not None:
             hidden = hidden * self.embedding_scale

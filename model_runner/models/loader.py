@@ -1,4 +1,4 @@
-"""`load_model`: from a `RunnerConfig` to a model with its weights on the device.
+"""`load_model`, `load_embedder`: from a `RunnerConfig` to a model with its weights on the device.
 
 A native architecture is built empty and then filled part by part, so that weights are never held twice; any other
 goes to `hf_fallback`. Knows formats by name only; `weights/` reads them.
@@ -17,6 +17,7 @@ from ramet.kernels.cpu.build import KernelUnavailable
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.layers.rope import plain_frequencies
 from ramet.model_runner.models.base import CausalLM
+from ramet.model_runner.models.bert import ENCODERS, Encoder, EncoderSpec
 from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
 from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
@@ -30,7 +31,11 @@ from ramet.model_runner.weights.safetensors import SafetensorsSource
 
 log = logging.getLogger(__name__)
 
-__all__ = ["WeightsError", "load_model"]
+__all__ = ["WeightsError", "load_embedder", "load_model"]
+
+# Classes of an encoder's checkpoint that hold the encoder, and what only their heads need.
+_ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")
+_HEADS = ("pooler.", "cls.", "lm_head.", "vocab_", "embeddings.position_ids")
 
 
 @torch.no_grad()
@@ -40,10 +45,6 @@ def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> Caus
     Raises WeightsError, with words for the user, if the model cannot be run as its config asks.
     """
     hf_config = _read_config(config)
-    method = getattr(hf_config, "quantization_config", None)
-    if method is not None and config.load_format is not LoadFormat.GGUF:
-        name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
-        raise WeightsError(f"the checkpoint is quantised ({name}); quantised safetensors are not supported")
     build = NATIVE.get(architecture_of(hf_config))
     if build is None:
         # Imported when needed: transformers' modelling code takes two seconds to import.
@@ -53,6 +54,25 @@ def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> Caus
     return _load_native(config, hf_config, build, group, progress)
 
 
+@torch.no_grad()
+def load_embedder(config: RunnerConfig, group: TpGroup, progress: Progress) -> Encoder | CausalLM:
+    """An encoder, or a decoder without its head. Raises WeightsError as `load_model` does."""
+    hf_config = _read_config(config)
+    architecture = (hf_config.architectures or [f"{hf_config.model_type} Model"])[0]
+    if hf_config.model_type in ENCODERS:
+        if not architecture.endswith(_ENCODER_CLASSES) or architecture.endswith("LMHeadModel"):
+            raise WeightsError(f"{architecture} does not embed: {', '.join(_ENCODER_CLASSES)} classes do")
+        return _load_encoder(config, ENCODERS[hf_config.model_type](hf_config), group, progress)
+    # Published without a head, a decoder has the name of its body.
+    build = NATIVE.get(architecture) or NATIVE.get(f"{architecture.removesuffix('Model')}ForCausalLM")
+    if build is None:
+        raise WeightsError(
+            f"{architecture} is not supported for embeddings; supported are the models {', '.join(ENCODERS)}, and "
+            f"{', '.join(NATIVE)}"
+        )
+    return _load_native(config, hf_config, build, group, progress, headless=True)
+
+
 def _read_config(config: RunnerConfig) -> PretrainedConfig:
     try:
         found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
@@ -60,21 +80,48 @@ def _read_config(config: RunnerConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error}") from error
+    method = getattr(found, "quantization_config", None)
+    if method is not None and config.load_format is not LoadFormat.GGUF:
+        name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
+        raise WeightsError(f"the checkpoint is quantised ({name}); quantised safetensors are not supported")
     return found
 
 
+def _load_encoder(config: RunnerConfig, spec: EncoderSpec, group: TpGroup, progress: Progress) -> Encoder:
+    with torch.device(config.device):
+        model = Encoder(spec, group, getattr(torch, config.dtype))
+    with contextlib.ExitStack() as stack:
+        source = _open(config, spec.num_layers, spec.hidden_size // spec.num_heads)
+        if source is None:
+            fill_randomly(list(model.weight_parts("")), config.seed, progress)
+            return model.eval()
+        stack.callback(source.close)
+        names = source.names()
+        prefix = spec.prefix if any(name.startswith(spec.prefix) for name in names) else ""
+        unused = {name for name in names if name.removeprefix(prefix).startswith(_HEADS)}
+        fill(model.weight_parts(prefix), source, unused, progress)
+    return model.eval()
+
+
 def _load_native(
-    config: RunnerConfig, hf_config: PretrainedConfig, build: SpecBuilder, group: TpGroup, progress: Progress
+    config: RunnerConfig,
+    hf_config: PretrainedConfig,
+    build: SpecBuilder,
+    group: TpGroup,
+    progress: Progress,
+    headless: bool = False,
 ) -> CausalLM:
     spec = build(hf_config, config.context_length)
     with contextlib.ExitStack() as stack:
-        source = _open(config, spec)
+        source = _open(config, len(spec.layers), spec.head_dim)
         if source is not None:
             stack.callback(source.close)
         if isinstance(source, GGUFSource):
             spec = _as_in_gguf(spec, hf_config, source)
         elif source is not None and spec.tied_embeddings:
             spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source))
+        if headless:
+            spec = dataclasses.replace(spec, tied_embeddings=True)  # no memory for a head
         try:
             with torch.device(config.device):
                 model = Decoder(spec, config.context_length, group, getattr(torch, config.dtype))
@@ -84,14 +131,17 @@ def _load_native(
         if source is None:
             fill_randomly(parts, config.seed, progress)
             del parts
-            return _pack(model, config)
+            return model.eval() if headless else _pack(model, config)
         if isinstance(source, GGUFSource):
             source.expect({part.name for part in parts})
+        elif headless and not any(name.startswith("model.") for name in source.names()):
+            parts = [dataclasses.replace(part, name=part.name.removeprefix("model.")) for part in parts]
         # Some checkpoints store the head although it is the embedding.
         unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
+        unused |= {"output.weight"} if headless else set()  # the head in a GGUF file
         fill(parts, source, unused, progress)
     del parts  # they hold the plain weights
-    return _pack(model, config)
+    return model.eval() if headless else _pack(model, config)
 
 
 def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
@@ -113,14 +163,14 @@ def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
     return model.eval()
 
 
-def _open(config: RunnerConfig, spec: DecoderSpec) -> WeightSource | None:
+def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource | None:
     """The checkpoint; None for random weights."""
     path = Path(config.weights)
     match config.load_format:
         case LoadFormat.SAFETENSORS:
             return SafetensorsSource(path)
         case LoadFormat.GGUF:
-            return GGUFSource(path, len(spec.layers), spec.head_dim)
+            return GGUFSource(path, num_layers, head_dim)
         case LoadFormat.PICKLE:
             return PickleSource(path)
         case LoadFormat.DUMMY:

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from support.server import SMOLLM2, RunningServer, tiny_flags
+from support.server import MINILM, SMOLLM2, RunningServer, tiny_flags
+from support.tiny_embedders import make_tiny_embedder
 
 # In the style of Hermes, for a model that is made to think before it answers.
 THINKER = """{% for tool in tools or [] %}{{ tool | tojson }} in <tool_call></tool_call>
@@ -55,6 +56,21 @@ def tiny(servers: Servers, tiny_model: Callable[[str], Path]) -> Iterator[Runnin
 def smollm2(servers: Servers, smollm2_gguf: Path) -> Iterator[RunningServer]:
     """A server with SmolLM2-135M-Instruct and nothing else said."""
     yield from _watched(servers, SMOLLM2)
+
+
+@pytest.fixture
+def minilm_server(servers: Servers, minilm: Path) -> Iterator[RunningServer]:
+    """A server with all-MiniLM-L6-v2 and nothing else said."""
+    yield from _watched(servers, MINILM)
+
+
+@pytest.fixture
+def tiny_embedder(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that embeds with the body of a tiny Qwen3, a Matryoshka model."""
+    folder = tmp_path_factory.getbasetemp() / "tiny-embedder"
+    if not folder.exists():
+        make_tiny_embedder("qwen3", folder, matryoshka_dimensions=[16, 32])
+    yield from _watched(servers, ("--model-path", str(folder), "--is-embedding"))
 
 
 @pytest.fixture

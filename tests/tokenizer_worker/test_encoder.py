@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from ramet.ipc.errors import FailureKind, RequestError
-from ramet.ipc.messages import Chat, Completion, Job
+from ramet.ipc.messages import Chat, Completion, Embed, Embedding, Job
 from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.worker import Encoder
@@ -96,6 +96,30 @@ def test_empty_prompt_is_refused(make_encoder, prompt):
 def test_token_id_outside_the_vocabulary_is_named(make_encoder, token_id):
     message = refusal(make_encoder(), Completion(job(), [5, token_id])).failure.message
     assert str(token_id) in message and "512" in message
+
+
+def test_a_text_to_embed(make_encoder, folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    [embed] = make_encoder().work(Embedding("r", "Paris and ROME", 3))
+    assert embed == Embed("r", tokenizer("Paris and ROME").input_ids, 3)
+    [embed] = make_encoder(lowercase=True).work(Embedding("r", "Paris and ROME"))
+    assert embed.prompt_ids == tokenizer("paris and rome").input_ids
+    assert make_encoder(lowercase=True).work(Embedding("r", [7] * CONTEXT)) == [Embed("r", [7] * CONTEXT)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([7] * 65, "the input has 65 tokens, the context of this model 64"),
+        ([], "the input is empty"),
+        ("x" * 10_000, "the input has 10000 characters, at most 8192"),
+        ([512], "token id 512 is outside the vocabulary of 512"),
+    ],
+)
+def test_what_cannot_be_embedded_names_the_input(make_encoder, prompt, words):
+    with pytest.raises(RequestError, match=words) as caught:
+        make_encoder().work(Embedding("r", prompt))
+    assert caught.value.failure.param == "input"
 
 
 def test_model_without_template_refuses_chats(make_encoder, folder, tmp_path):

@@ -52,6 +52,15 @@ def test_metaspace_spelling(tmp_path):
     assert [tokenizer.token_bytes(i) for i in tokenizer.encode("ab a", False)] == [b" a", b"b", b" a"]
 
 
+def test_word_piece_spelling(tmp_path):
+    raw = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "eat": 1, "##ing": 2, "bread": 3}))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(str(tmp_path))
+    ids = tokenizer.encode("eating bread", False)
+    assert [tokenizer.token_bytes(i) for i in ids] == [b" eat", b"ing", b" bread"]
+
+
 @pytest.mark.parametrize("content", [None, "{}", json.dumps({"model": {"type": "?"}})])
 def test_unusable_file_is_named(tmp_path, content):
     if content is not None:

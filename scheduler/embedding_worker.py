@@ -1,0 +1,153 @@
+"""The scheduler process of a server that embeds: the loop around `EmbeddingQueue` and the model.
+
+Takes messages, runs a step, answers the frontend directly; blocks on its inbox when there is no work. A prompt that
+breaks a step fails alone: the others of that step are run again by themselves.
+"""
+
+import bisect
+import logging
+import time
+
+from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.errors import Failure, FailureKind
+from ramet.ipc.messages import (
+    STEP_BUCKETS_S,
+    Abort,
+    Embed,
+    Embedded,
+    Failed,
+    Fatal,
+    FlushCache,
+    Flushed,
+    Generate,
+    Progress,
+    Ready,
+    Stats,
+    ToScheduler,
+)
+from ramet.model_runner.config import RunnerConfig
+from ramet.model_runner.embedder import Embedder
+from ramet.model_runner.weights.errors import WeightsError
+from ramet.scheduler.config import SchedulerConfig
+from ramet.scheduler.embedding import EmbeddingQueue
+from ramet.scheduler.worker import NAME, STATS_INTERVAL_S
+
+log = logging.getLogger(__name__)
+
+_NO_GENERATION = Failure(
+    FailureKind.INVALID_REQUEST, "this server embeds: to generate text, start one without --is-embedding"
+)
+
+
+def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
+    """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
+    launcher = Outbox(addresses.launcher)
+    inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+    try:
+        embedder = Embedder(runner_config, lambda text: launcher.send(Progress(NAME, text)))
+    except (WeightsError, ValueError) as error:
+        log.debug("set-up failed", exc_info=True)
+        launcher.send(Fatal(NAME, str(error)))
+        launcher.close()
+        raise SystemExit(1) from error
+    launcher.send(Ready(NAME, {"context_length": config.context_length, "embedding_size": embedder.embedding_size}))
+    queue = EmbeddingQueue(config.max_step_tokens, config.max_running)
+    EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend)).loop()
+
+
+class EmbeddingWorker:
+    """The loop's state: the queue, the model, and the way to the frontend."""
+
+    def __init__(
+        self, queue: EmbeddingQueue, embedder: Embedder, inbox: "Inbox[ToScheduler]", frontend: Outbox
+    ) -> None:
+        self._queue = queue
+        self._embedder = embedder
+        self._inbox = inbox
+        self._frontend = frontend
+        self._step_seconds = 0.0
+        self._step_counts = [0] * (len(STEP_BUCKETS_S) + 1)
+        self._stats_sent_s = 0.0
+
+    def loop(self) -> None:
+        while True:
+            self.take_messages()
+            self.step()
+
+    def take_messages(self) -> None:
+        """Everything that has come; waits for something if there is no work."""
+        timeout_s = 0.0 if self._queue else None
+        while (message := self._inbox.receive(timeout_s)) is not None:
+            match message:
+                case Embed():
+                    self._queue.add(message)
+                case Abort():
+                    self._queue.abort(message.rids)
+                case FlushCache():
+                    self._frontend.send(Flushed(message.rid, 0))
+                case Generate():
+                    self._frontend.send(Failed([message.rid], _NO_GENERATION))
+            timeout_s = 0.0
+
+    def step(self) -> None:
+        """Counters are sent before the answers that they count, so that who has an answer finds it counted."""
+        step = self._queue.take_step()
+        if time.monotonic() - self._stats_sent_s > STATS_INTERVAL_S:
+            self._report(len(step))
+        answers: list[Embedded | Failed] = []
+        if step:
+            started = time.perf_counter()
+            answers = self._embed(step)
+            seconds = time.perf_counter() - started
+            self._step_seconds += seconds
+            self._step_counts[bisect.bisect_left(STEP_BUCKETS_S, seconds)] += 1
+        if not self._queue:
+            self._report(0)
+        for answer in answers:
+            self._frontend.send(answer)
+
+    def _embed(self, step: list[Embed]) -> list[Embedded | Failed]:
+        try:
+            vectors = self._embedder.execute([message.prompt_ids for message in step])
+        # Whatever goes wrong ends one request, not the server.
+        except Exception as error:
+            if len(step) > 1:
+                log.warning("a step of %d prompts failed (%s): they are run one by one", len(step), error)
+                return [answer for message in step for answer in self._embed([message])]
+            log.exception("a prompt of %d tokens could not be embedded", len(step[0].prompt_ids))
+            return [self._failed(step[0], f"the model step failed: {error}")]
+        return [self._answer(message, vector) for message, vector in zip(step, vectors, strict=True)]
+
+    def _answer(self, message: Embed, vector: bytes | None) -> Embedded | Failed:
+        if vector is None:
+            return self._failed(message, "the embedding is not finite")
+        self._queue.finish(message)
+        return Embedded(message.rid, len(message.prompt_ids), vector)
+
+    def _failed(self, message: Embed, words: str) -> Failed:
+        self._queue.fail()
+        return Failed([message.rid], Failure(FailureKind.INTERNAL, words))
+
+    def _report(self, running: int) -> None:
+        """Counters to the frontend: once a second under load, and when nothing waits any more."""
+        self._stats_sent_s = time.monotonic()
+        counters = self._queue.counters
+        self._frontend.send(
+            Stats(
+                running=running,
+                waiting=len(self._queue),
+                pages_total=0,
+                pages_free=0,
+                pages_cached=0,
+                step_counts=self._step_counts,
+                step_seconds=self._step_seconds,
+                prompt_tokens=counters.prompt_tokens,
+                cached_tokens=0,
+                computed_tokens=counters.computed_tokens,
+                generated_tokens=0,
+                finished=counters.finished,
+                aborted=counters.aborted,
+                failed=counters.failed,
+                preemptions=0,
+            )
+        )
