@@ -1,7 +1,8 @@
 """The command line: `ramet serve`, `launch_server` and `python -m ramet.launch_server` are the same command.
 
-Flags are made from the fields of `ServerArgs`, and a configuration file (`--config`) holds the same names; the command
-line wins. Exit codes: 0 a clean stop, 1 a failure with a message, 2 wrong usage. Never imports torch or transformers.
+Flags are made from the fields of structs like `ServerArgs`, and a configuration file (`--config`) holds the same
+names; the command line wins. Exit codes: 0 a clean stop, 1 a failure with a message, 2 wrong usage. Never imports torch
+or transformers.
 """
 
 import argparse
@@ -19,6 +20,9 @@ import ramet
 from ramet.launch.config import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+# By name: what runs it (arguments, program name), and what the help says of it.
+Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
 # Flags people type by habit from other servers, whose meaning this version does not have yet.
 _NOT_YET = {
@@ -39,11 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="ramet", description="Serve large language models over the OpenAI API.")
     parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, words) in _COMMANDS.items():
-        commands.add_parser(name, help=words, add_help=False).set_defaults(run=run)
+    run_command(parser, _COMMANDS, arguments)
+
+
+def run_command(parser: argparse.ArgumentParser, commands: Commands, arguments: list[str]) -> None:
+    """Run the command that the first argument names, with the others."""
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (run, words) in commands.items():
+        choices.add_parser(name, help=words, add_help=False).set_defaults(run=run)
     known = parser.parse_args(arguments[:1])
-    known.run(arguments[1:], f"ramet {arguments[0]}")
+    known.run(arguments[1:], f"{parser.prog} {arguments[0]}")
 
 
 def launch_server(argv: Sequence[str] | None = None) -> None:
@@ -57,14 +66,31 @@ def _serve(argv: list[str], program: str) -> None:
     sys.exit(serve(parse_args(argv, program)))
 
 
-_COMMANDS: dict[str, tuple[Callable[[list[str], str], None], str]] = {
+def _bench(argv: list[str], program: str) -> None:
+    from ramet.launch.bench.cli import bench
+
+    bench(argv, program)
+
+
+_COMMANDS: Commands = {
     "serve": (_serve, "start a server (the same as launch_server)"),
+    "bench": (_bench, "measure a server, the engine or its steps"),
 }
 
 
 def parse_args(argv: Sequence[str], program: str = "launch_server") -> ServerArgs:
     """Exits with code 2 and a message for what is not understood."""
-    parser = _parser(program)
+    (args,) = parse_structs(argv, program, "Serve a language model over the OpenAI API.", ServerArgs)
+    assert isinstance(args, ServerArgs)
+    return args
+
+
+def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: type[msgspec.Struct]) -> list[Any]:
+    """One object of each kind from the flags and the configuration file; no two have a field of the same name.
+
+    Exits with code 2 and a message for what is not understood.
+    """
+    parser = _parser(program, description, kinds)
     namespace, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         name = argument.removeprefix("--").partition("=")[0]
@@ -75,7 +101,11 @@ def parse_args(argv: Sequence[str], program: str = "launch_server") -> ServerArg
     given = vars(namespace)
     path = given.pop("config", None)
     try:
-        return msgspec.convert({**(read_config_file(Path(path)) if path else {}), **given}, ServerArgs, strict=False)
+        settings = {**(read_config_file(Path(path)) if path else {}), **given}
+        # The last kind also gets the names that nobody has, and refuses them.
+        owner = {field.name: kind for kind in kinds for field in msgspec.structs.fields(kind)}
+        shares = [{name: x for name, x in settings.items() if owner.get(name, kinds[-1]) is kind} for kind in kinds]
+        return [msgspec.convert(share, kind, strict=False) for share, kind in zip(shares, kinds, strict=True)]
     except msgspec.ValidationError as error:
         return _usage_error(parser, error, given)
 
@@ -107,17 +137,17 @@ def _usage_error(parser: argparse.ArgumentParser, error: msgspec.ValidationError
     parser.error(words)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
-        usage="%(prog)s [--model-path MODEL] [options]",
-        description="Serve a language model over the OpenAI API.",
+        usage="%(prog)s [--model-path MODEL] [options]" if ServerArgs in kinds else "%(prog)s [options]",
+        description=description,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings")
     groups: dict[str, Any] = {}
-    hints = typing.get_type_hints(ServerArgs, include_extras=True)
-    for field in msgspec.structs.fields(ServerArgs):
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+    for field in (field for kind in kinds for field in msgspec.structs.fields(kind)):
         kind, *_, meta = typing.get_args(hints[field.name])
         name = meta.extra_json_schema["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))

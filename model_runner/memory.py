@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _CPU_TOKENS = 65_536
 
 
-class PoolTooLarge(Exception):
+class PoolTooLarge(ValueError):
     """The memory that is free does not hold what was asked; the message has the numbers."""
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ramet.launch.cli import parse_args
+from ramet.launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/api.md"]
+PAGES += ["docs/benchmarking.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
@@ -34,8 +35,9 @@ def test_paths_are_found_in_the_text() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
+    for command in (["serve"], ["bench", "serve"], ["bench", "offline"], ["bench", "step"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
     known = set(FLAG.findall(capsys.readouterr().out))
     assert "--model-path" in known
     flags = set(FLAG.findall(OTHER_PROGRAMS.sub("", (ROOT / page).read_text())))
