@@ -148,6 +148,27 @@ typedef struct {
     int64_t stride, first, count, group, position; /* `position`: of row 0; `group` rows share one */
 } Block;
 
+/* Where the keys and values of the 16 tokens from `position` on begin, for one head of one row. */
+static inline void locate(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t position,
+                          const uint16_t **keys, const uint16_t **values) {
+    const int64_t size = step->page_size, offset = position % size;
+    const int64_t page = step->block_table[row * step->table_width + position / size];
+    *keys = h->keys + (page * h->kv_heads + kv) * size * h->dim + 2 * offset;
+    *values = h->values + ((page * h->kv_heads + kv) * size + offset) * h->dim;
+}
+
+/* Pages lie scattered, and the processor cannot guess the next one. (Of pages of 16 tokens; of larger ones it can.) */
+static void fetch_ahead(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t from, int64_t end) {
+    for (int64_t position = from; position < end && position < from + BLOCK; position += LANES) {
+        const uint16_t *keys, *values;
+        locate(h, step, row, kv, position, &keys, &values);
+        for (int64_t i = 0; i < LANES * h->dim; i += 32) {
+            _mm_prefetch((const char *)(keys + i), _MM_HINT_T1);
+            _mm_prefetch((const char *)(values + i), _MM_HINT_T1);
+        }
+    }
+}
+
 /* Rows i..i+rows-1 of a tile over one block of keys. */
 static inline __attribute__((always_inline)) void attend_rows(const Block *b, int64_t i, const int rows) {
     const int64_t dim = b->heads->dim, window = b->heads->window;
@@ -213,13 +234,9 @@ static void attend(const Heads *h, const Step *step, float *scratch, int64_t row
     b.first = h->window && start >= h->window ? (start - h->window + 1) / BLOCK * BLOCK : 0;
     for (; b.first < end; b.first += BLOCK) {
         b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
-        for (int64_t i = 0; i < PARTS; i++) {
-            /* Parts beyond the end are masked; they only must be readable. */
-            const int64_t position = b.first + (i * LANES < b.count ? i * LANES : 0), offset = position % size;
-            const int64_t page = step->block_table[row * step->table_width + position / size];
-            b.keys[i] = h->keys + (page * h->kv_heads + kv) * size * dim + 2 * offset;
-            b.values[i] = h->values + ((page * h->kv_heads + kv) * size + offset) * dim;
-        }
+        fetch_ahead(h, step, row, kv, b.first + BLOCK, end);
+        for (int64_t i = 0; i < PARTS; i++) /* parts beyond the end are masked; they only must be readable */
+            locate(h, step, row, kv, b.first + (i * LANES < b.count ? i * LANES : 0), b.keys + i, b.values + i);
         attend_block(&b, rows);
     }
     for (int64_t i = 0; i < rows; i++) {
