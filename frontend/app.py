@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,24 +22,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import ramet
 from ramet.frontend import errors
+from ramet.frontend.api.batches import BatchesApi
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
 from ramet.frontend.api.embeddings import Embeddings, Rerank, Score
+from ramet.frontend.api.files import BINARY, Files, UploadForm
 from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.models import Models
 from ramet.frontend.api.server import AbortRequest, Server
 from ramet.frontend.api.tokenize import Tokens
+from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import ClientDisconnectedError, EngineClient
 from ramet.frontend.exchange import json_response
 from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import Endpoint, document
+from ramet.frontend.schemas.batches import BatchRequest
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from ramet.frontend.store import Store, StoreError
 from ramet.ipc.errors import RequestError, invalid
 
 log = logging.getLogger(__name__)
@@ -52,15 +58,19 @@ _GENERATING = {"/v1/chat/completions", "/v1/completions", "/generate"}
 _EMBEDDING = {"/v1/embeddings", "/v1/score", "/v1/rerank"}
 
 
-def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) -> ASGIApp:
-    table = endpoints(config, client, metrics)
-    routes = [
-        Route(path, endpoint.handler, methods=list(endpoint.methods)) for endpoint in table for path in endpoint.paths
-    ]
+def build_app(
+    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+) -> ASGIApp:
+    table = endpoints(config, client, metrics, store, worker)
+    by_path: dict[str, dict[str, Any]] = {}
+    for row in table:
+        for path in row.paths:
+            by_path.setdefault(path, {}).update(dict.fromkeys(row.methods, row.handler))
+    # One route for each path: of several, a 405 would name only the first one's methods.
     others = _GENERATING if config.is_embedding else _EMBEDDING
     routes = [
-        Route(route.path, OtherKind(config.is_embedding), methods=route.methods) if route.path in others else route
-        for route in routes
+        Route(path, OtherKind(config.is_embedding) if path in others else _handler(by_method), methods=list(by_method))
+        for path, by_method in by_path.items()
     ]
     app: ASGIApp = Starlette(
         routes=routes,
@@ -68,6 +78,7 @@ def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
             RequestError: errors.on_request_error,
             errors.ModelNotFoundError: errors.on_model_not_found,
             ClientDisconnectedError: errors.on_disconnect,
+            StoreError: errors.on_store_error,
             HTTPException: errors.on_http_error,
             Exception: errors.on_bug,
         },
@@ -85,7 +96,20 @@ def build_app(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
     return Envelope(app, routes, metrics, config.log_requests)
 
 
-def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) -> list[Endpoint]:
+def _handler(by_method: dict[str, Any]) -> Any:
+    if len(handlers := set(by_method.values())) == 1:
+        return handlers.pop()
+
+    async def choose(request: Request) -> Response:
+        response: Response = await by_method["GET" if request.method == "HEAD" else request.method](request)
+        return response
+
+    return choose
+
+
+def endpoints(
+    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
     models = Models(config)
     health = Health(client, metrics)
@@ -94,6 +118,8 @@ def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
     chat = ChatCompletions(config, client, models)
     completions = Completions(config, client, models)
     generate = NativeGenerate(config, client)
+    files = Files(config, store, worker.notify)
+    batches = BatchesApi(config, store, worker)
     shared = (config, client, models)
 
     async def describe(_request: Request) -> Response:
@@ -108,6 +134,15 @@ def endpoints(config: FrontendConfig, client: EngineClient, metrics: Metrics) ->
         Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), Rerank(*shared), RerankRequest),
         Endpoint("The models served", get, ("/v1/models",), models.list),
         Endpoint("One model", get, ("/v1/models/{model:path}",), models.retrieve),
+        Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media="multipart/form-data"),
+        Endpoint("The files", get, ("/v1/files",), files.list),
+        Endpoint("One file", get, ("/v1/files/{file_id}",), files.retrieve),
+        Endpoint("A file deleted", ("DELETE",), ("/v1/files/{file_id}",), files.delete),
+        Endpoint("The content of a file", get, ("/v1/files/{file_id}/content",), files.content, None, (BINARY,)),
+        Endpoint("A batch of requests", post, ("/v1/batches",), batches.create, BatchRequest),
+        Endpoint("The batches", get, ("/v1/batches",), batches.list),
+        Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve),
+        Endpoint("A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel),
         Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, events),
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),

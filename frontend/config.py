@@ -23,6 +23,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     `default_sampling` holds the model's own generation defaults (temperature, top_p, top_k, min_p,
     repetition_penalty), used where a request is silent. An empty `api_keys` accepts any key. `settings` is what
     `/get_server_info` shows, free of secrets. `kv_tokens` is known when the scheduler is ready.
+    `batch_window` is how many lines of a batch are in the engine at the same time, at most. Without a
+    `file_storage_path` files and batches are refused.
 
     `marker_ids`: those markers of the two parsers that are tokens of their own; `markers_are_special` if leaving out
     special tokens would hide one. `template_variables`: what the chat template reads.
@@ -47,6 +49,12 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_requests: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
     drain_timeout_s: float = 30.0
+    file_storage_path: str = ""
+    max_file_bytes: int = 512 * 2**20
+    max_storage_bytes: int | None = None
+    batch_window: int = 80
+    max_batch_lines: int = 50_000
+    completion_window_s: int = 24 * 3600
     log_level: str = "info"
     log_requests: bool = False
     cors_allow_origins: tuple[str, ...] = ()

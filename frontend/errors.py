@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ramet.frontend.store import ConflictError, FullError, MissingError, StoreError, UnusableError
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 
 # nginx's number: no status of HTTP says it, and clients must not try again by themselves, as they do after a 5xx.
@@ -25,6 +26,14 @@ FAILURES: dict[FailureKind, tuple[int, str, str]] = {
     FailureKind.ENGINE_DOWN: (503, "server_error", "engine_down"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
     FailureKind.ABORTED: (CLIENT_CLOSED_REQUEST, "request_aborted", "aborted"),
+}
+
+# What the store refuses -> (status, type, code)
+STORE_FAILURES: dict[type[StoreError], tuple[int, str, str]] = {
+    MissingError: (404, "invalid_request_error", "not_found"),
+    ConflictError: (409, "invalid_request_error", "conflict"),
+    FullError: (413, "invalid_request_error", "storage_full"),
+    UnusableError: (503, "server_error", "storage_unusable"),
 }
 
 # What HTTP itself refuses, before any request exists: status -> code.
@@ -86,6 +95,12 @@ async def on_request_error(_request: Request, error: Exception) -> Response:
 
 async def on_model_not_found(_request: Request, error: Exception) -> Response:
     return _response(404, _body(str(error), "invalid_request_error", "model", "model_not_found"))
+
+
+async def on_store_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    status, kind, code = STORE_FAILURES[type(error)]
+    return _response(status, _body(str(error), kind, None, code))
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:

@@ -12,11 +12,13 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.engine_client import ClientDisconnectedError
 from ramet.frontend.errors import invalid_json
+from ramet.ipc.errors import invalid
 
 T = TypeVar("T")
 
@@ -100,3 +102,13 @@ async def send_json(send: Send, value: Any) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query string as a struct. Raises `RequestError` for what is unknown or out of range."""
+    try:
+        return msgspec.convert(dict(request.query_params), kind, strict=False)
+    except msgspec.ValidationError as error:
+        failure = invalid_json(error).failure
+        got = request.query_params.get(failure.param or "")
+        raise invalid(f"{failure.message}, got {got!r}", failure.param, failure.code) from None

@@ -1,8 +1,9 @@
 """The frontend process: from a bound port to a drained exit.
 
-1. Bind the port, so that one in use is known before a model is loaded; nothing listens yet.
+1. Bind the port and lock the file store, so that one in use is known before a model is loaded; nothing listens yet.
 2. Wait for the launcher's word that the engine is ready. Then listen, serve, and say so.
-3. SIGTERM: new requests get 503; those in flight have `drain_timeout_s` to end, the rest fail; exit with 0.
+3. SIGTERM: new requests get 503, and no more lines of batches are sent; what is in flight has `drain_timeout_s` to
+   end, the rest fails; exit with 0.
 
 SIGINT is the launcher's to handle: a terminal sends it to every process of the group.
 """
@@ -24,9 +25,11 @@ import uvloop
 from starlette.types import ASGIApp
 
 from ramet.frontend.app import build_app
+from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
+from ramet.frontend.store import Store, UnusableError
 from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
 from ramet.ipc.messages import Fatal, Ready, ToFrontend
 
@@ -57,13 +60,20 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("ramet").setLevel(config.log_level.upper())
     launcher = Outbox(addresses.launcher)
+    store = Store(config.file_storage_path, config.max_storage_bytes)
     try:
+        if store.exists:
+            store.open()
         with _bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(config, addresses, launcher, listener))
+            runner.run(_run(config, addresses, store, launcher, listener))
     except _PortError as error:
         launcher.send(Fatal(NAME, f"cannot listen on {config.host}:{config.port}: {error}"))
         sys.exit(1)
+    except UnusableError as error:
+        launcher.send(Fatal(NAME, str(error)))
+        sys.exit(1)
     finally:
+        store.close()
         launcher.close()
 
 
@@ -89,7 +99,9 @@ def _listen(listener: socket.socket) -> None:
         raise _PortError(error) from error
 
 
-async def _run(config: FrontendConfig, addresses: Addresses, launcher: Outbox, listener: socket.socket) -> None:
+async def _run(
+    config: FrontendConfig, addresses: Addresses, store: Store, launcher: Outbox, listener: socket.socket
+) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopping = asyncio.create_task(stop.wait())
@@ -106,7 +118,7 @@ async def _run(config: FrontendConfig, addresses: Addresses, launcher: Outbox, l
                 kv_tokens=int(info.get("kv_tokens", 0)),
                 embedding_size=int(info.get("embedding_size", 0)),
             )
-            await _serve(config, addresses, inbox, launcher, listener, stopping)
+            await _serve(config, addresses, inbox, store, launcher, listener, stopping)
         else:
             engine_ready.cancel()
     finally:
@@ -124,24 +136,30 @@ async def _serve(
     config: FrontendConfig,
     addresses: Addresses,
     inbox: AsyncInbox[ToFrontend],
+    store: Store,
     launcher: Outbox,
     listener: socket.socket,
     stopping: asyncio.Task[bool],
 ) -> None:
     metrics = Metrics()
     client = EngineClient(addresses, config.max_queued_requests, metrics)
-    server = _Server(_uvicorn_config(config, build_app(config, client, metrics)))
+    worker = BatchWorker(config, store, client, metrics)
+    app = build_app(config, client, metrics, store, worker)
+    server = _Server(_uvicorn_config(config, app))
     _listen(listener)
     receiving = asyncio.create_task(client.receive(inbox))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    batching = asyncio.create_task(worker.run(app))
     launcher.send(Ready(NAME, {"port": listener.getsockname()[1]}))
     # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    await asyncio.wait({stopping, receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, receiving, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
+    worker.stop()  # a batch goes on where it was when the server is started again
     left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
     # Readers that are slow may use up what is left of the time.
     server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
     server.should_exit = True
     await serving
+    await batching
     client.close()
     if receiving.done():
         receiving.result()

@@ -4,6 +4,7 @@ Latencies are taken where an event reaches this process, before any client is sl
 `ramet_`; times are in seconds. The registry is this object's own, not the library's global one.
 """
 
+import time
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -56,6 +57,29 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"ramet_scheduler_{field}", help_text, value=getattr(stats, field))
 
 
+class BatchMetrics:
+    """Of the batches; ages are taken when the page is asked for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lines = Counter("ramet_batch_lines", "Lines of batches settled", ["outcome"], registry=registry)
+        self.in_flight = Gauge("ramet_batch_lines_in_flight", "Lines of batches in the engine", registry=registry)
+        self._batches = Gauge("ramet_batches", "Batches in the store", ["state"], registry=registry)
+        self._oldest_at: int | None = None
+        age = Gauge("ramet_batch_oldest_age_seconds", "Age of the oldest batch that has not ended", registry=registry)
+        age.set_function(lambda: 0.0 if self._oldest_at is None else time.time() - self._oldest_at)
+
+    def add_lines(self, completed: int, failed: int) -> None:
+        self._lines.labels("completed").inc(completed)
+        self._lines.labels("failed").inc(failed)
+
+    def show(self, states: dict[str, int], oldest_at: int | None) -> None:
+        """`oldest_at`: Unix time at which the oldest batch that has not ended was made."""
+        self._oldest_at = oldest_at
+        self._batches.clear()
+        for state, count in states.items():
+            self._batches.labels(state).set(count)
+
+
 class Metrics:
     """The measures of one frontend process."""
 
@@ -89,6 +113,8 @@ class Metrics:
             "ramet_prompt_tokens", "Prompt tokens of requests that started; once for n choices", registry=self.registry
         )
         self.generation_tokens = Counter("ramet_generation_tokens", "Tokens generated", registry=self.registry)
+
+        self.batches = BatchMetrics(self.registry)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

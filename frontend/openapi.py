@@ -29,7 +29,7 @@ _ERRORS = {
 
 class Endpoint(msgspec.Struct, frozen=True):
     """One operation under each of `paths`. `handler` is an ASGI application or a function of a `Request`, `body` the
-    struct of its JSON body, `answers` the media types of a good answer. An `open` one needs no key."""
+    struct of its body, of type `media`, `answers` the media types of a good answer. An `open` one needs no key."""
 
     summary: str
     methods: tuple[str, ...]
@@ -38,6 +38,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     body: type[msgspec.Struct] | None = None
     answers: tuple[str, ...] = ("application/json",)
     open: bool = False
+    media: str = "application/json"
 
 
 def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
         if "model" in endpoint.body.__struct_fields__:
             statuses.add(404)
         schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["requestBody"] = {"required": True, "content": {endpoint.media: {"schema": schema}}}
     if keyed and not endpoint.open:
         statuses.add(401)
         operation["security"] = [{"key": []}]

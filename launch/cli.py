@@ -31,10 +31,22 @@ _NOT_YET = {
     "disable-cuda-graph",
     "disable-overlap-schedule",
     "dist-init-addr",
-    "file-storage-path",
     "kv-cache-dtype",
     "node-rank",
     "watchdog-timeout",
+}
+
+
+# Flags that mean nothing where nobody is served.
+_FOR_CLIENTS = {
+    "api_key",
+    "cors_allow_origins",
+    "file_storage_path",
+    "host",
+    "max_file_size",
+    "max_storage_size",
+    "port",
+    "ssl_certfile",
 }
 
 
@@ -72,8 +84,29 @@ def _bench(argv: list[str], program: str) -> None:
     bench(argv, program)
 
 
+def _batch(argv: list[str], program: str) -> None:
+    from ramet.launch.batch_run import run_batch
+
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s run INPUT -o OUTPUT [options of launch_server]",
+        description="Run the lines of a batch file without a server; the same command goes on after a stop.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=["run"], help="run a batch")
+    parser.add_argument("input", type=Path, help="JSONL file, as for POST /v1/batches")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file for the results")
+    known, rest = parser.parse_known_args(argv)
+    args = parse_args(rest, program)
+    for field in msgspec.structs.fields(ServerArgs):
+        if field.name in _FOR_CLIENTS and getattr(args, field.name) != field.default:
+            parser.error(f"--{field.encode_name.replace('_', '-')} means nothing here: nobody is served")
+    sys.exit(run_batch(args, known.input, known.output))
+
+
 _COMMANDS: Commands = {
     "serve": (_serve, "start a server (the same as launch_server)"),
+    "batch": (_batch, "run a batch file without a server"),
     "bench": (_bench, "measure a server, the engine or its steps"),
 }
 

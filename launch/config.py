@@ -6,6 +6,7 @@ Reads no weights, starts nothing, imports no torch.
 """
 
 import logging
+import os
 import re
 import ssl
 from pathlib import Path
@@ -104,6 +105,15 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     drain_timeout: Annotated[
         float, _flag("server", "seconds that running requests get to finish on SIGTERM or SIGINT", ge=0)
     ] = 30.0
+    file_storage_path: Annotated[
+        str | None, _flag("server", "folder of uploaded files and batches (~/.local/share/ramet/PORT)")
+    ] = None
+    max_file_size: Annotated[
+        str | int, _flag("server", "largest upload, as --max-body-size; input of a batch: at most 200MiB")
+    ] = "512MiB"
+    max_storage_size: Annotated[
+        str | int | None, _flag("server", "most that all uploaded files may take, as --max-body-size (no limit)")
+    ] = None
     start_timeout: Annotated[float, _flag("server", "seconds until every process must be ready", gt=0)] = 900.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _flag("engine", "where the model runs")] = "auto"
@@ -146,15 +156,17 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ValueError(f"{name} is {getattr(self, name)}, but this version supports only 1")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)
-        parse_size(self.max_body_size)
+        for name in ("max_body_size", "max_file_size", "max_storage_size"):
+            if (size := getattr(self, name)) is not None:
+                parse_size(size, name)
 
 
-def parse_size(given: str | int) -> int:
+def parse_size(given: str | int, name: str = "size") -> int:
     """Bytes of `1000`, `64MB` or `32MiB`. Raises ValueError."""
     found = re.fullmatch(r"(\d+) *(?:([kmg])(i?)b)?", str(given).lower())
     size = int(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2] or " ") if found else 0
     if size < 1:
-        raise ValueError(f"max_body_size {given!r} is not a number of bytes such as 1000000, 64MB or 32MiB")
+        raise ValueError(f"{name} {given!r} is not a number of bytes such as 1000000, 64MB or 32MiB")
     return size
 
 
@@ -278,6 +290,11 @@ def _frontend(
         **parsers,
         max_queued_requests=args.max_queued_requests,
         drain_timeout_s=args.drain_timeout,
+        file_storage_path=args.file_storage_path or default_storage(args.port),
+        max_file_bytes=parse_size(args.max_file_size),
+        max_storage_bytes=parse_size(args.max_storage_size) if args.max_storage_size is not None else None,
+        # A quarter more than run at the same time, so that the scheduler always has one to start.
+        batch_window=max(1, min(runner.max_running * 5 // 4, args.max_queued_requests // 2)),
         log_level=args.log_level,
         log_requests=args.log_requests,
         max_body_bytes=parse_size(args.max_body_size),
@@ -287,6 +304,12 @@ def _frontend(
         is_embedding=is_embedding,
         dimensions=model.info.embedding.dimensions,
     )
+
+
+def default_storage(port: int) -> str:
+    """A folder in `$XDG_DATA_HOME`; one for each port, because two servers cannot share it."""
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return f"{base}/ramet/{port}"
 
 
 def tls(args: ServerArgs) -> Tls | None:

@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
+from ramet.frontend.store import StoreError
 from ramet.launch.child import Process
 from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve, tls
 from ramet.launch.logs import set_up_logging
@@ -19,36 +21,55 @@ from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
 
 logger = logging.getLogger(__name__)
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 def serve(args: ServerArgs) -> int:
-    set_up_logging("launcher", args.log_level)
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
+    def start() -> int:
         check_port(args.host, args.port)
         tls(args)  # a bad file is known before the model is fetched
-        model = resolve_model(
-            args.model_path,
-            tokenizer_path=args.tokenizer_path,
-            revision=args.revision,
-            load_format=args.load_format,
-            trust_remote_code=args.trust_remote_code,
-        )
-        config = resolve(args, model)
-        supervisor = Supervisor(
-            num_tokenizers=config.num_tokenizers,
-            drain_timeout_s=args.drain_timeout,
-            start_timeout_s=args.start_timeout,
-            log_level=args.log_level,
-        )
+        if args.file_storage_path is not None:
+            Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = configure(args)
+        supervisor = make_supervisor(args, config)
         run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))
-    except (ModelUnavailable, ConfigError, EngineFailed, OSError) as error:
+        return 0
+
+    return reporting_errors(args.log_level, start)
+
+
+def reporting_errors(log_level: str, action: Callable[[], int]) -> int:
+    """The exit code of `action`, or that of what it raises, said in words."""
+    set_up_logging("launcher", log_level)
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
+        return action()
+    except (ModelUnavailable, ConfigError, EngineFailed, StoreError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        return _INTERRUPTED
-    return 0
+        return INTERRUPTED
+
+
+def configure(args: ServerArgs) -> EngineConfig:
+    """Find the model and settle what was left open. Raises ModelUnavailable and ConfigError."""
+    model = resolve_model(
+        args.model_path,
+        tokenizer_path=args.tokenizer_path,
+        revision=args.revision,
+        load_format=args.load_format,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return resolve(args, model)
+
+
+def make_supervisor(args: ServerArgs, config: EngineConfig) -> Supervisor:
+    return Supervisor(
+        num_tokenizers=config.num_tokenizers,
+        drain_timeout_s=args.drain_timeout,
+        start_timeout_s=args.start_timeout,
+        log_level=args.log_level,
+    )
 
 
 def run(supervisor: Supervisor, processes: list[Process], on_ready: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 import transformers
+from support.batches import checked_results, create, wait
 from support.server import RunningServer, until
 
 pytestmark = pytest.mark.e2e
@@ -262,3 +263,17 @@ def test_a_server_that_generates_says_how_to_start_one_that_embeds(tiny: Running
     assert "--is-embedding" in error["message"]
     with pytest.raises(openai.BadRequestError, match="--is-embedding"):
         tiny.client.embeddings.create(model=tiny.model, input="a")
+
+
+def test_a_batch(tiny_embedder: RunningServer) -> None:
+    client, model = tiny_embedder.client, tiny_embedder.model
+    bodies = [{"model": model, "input": f"text {i}", "encoding_format": "float"} for i in range(20)]
+    entries = [
+        {"custom_id": f"{i}", "method": "POST", "url": EMBEDDINGS, "body": body} for i, body in enumerate(bodies)
+    ]
+    batch = wait(client, create(client, entries, endpoint=EMBEDDINGS).id)
+    output, errors = checked_results(client, batch)
+    assert (len(output), errors) == (20, {})
+    [online] = embed(tiny_embedder, input="text 7")
+    answer = output["7"]["response"]["body"]
+    np.testing.assert_allclose(answer["data"][0]["embedding"], online, atol=1e-6)

@@ -72,6 +72,13 @@ def test_completions_are_seeded_and_in_order(tiny: RunningServer) -> None:
     assert printed != run_example("completions.py", tiny, "-n", "3", "--max-tokens", "4", "--seed", "7", "One", "Two")
 
 
+def test_batch_answers_in_the_order_of_the_questions(tiny: RunningServer) -> None:
+    questions = ("Who are you?", "And I?")
+    printed = run_example("batch.py", tiny, "--max-tokens", "8", *questions)
+    answers = "".join(f"> {question}\n{answer(tiny, question)}\n" for question in questions)
+    assert printed == f"completed: 2 of 2 lines\n{answers}".encode()
+
+
 def test_structured_output_prints_what_fits(tiny: RunningServer) -> None:
     printed = run_example("structured_output.py", tiny).decode()
     assert re.fullmatch(r".{0,40} \((19|20|21)\d\d\), with .+\nabout science: (yes|no)\n", printed, re.DOTALL)

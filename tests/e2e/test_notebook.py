@@ -1,10 +1,12 @@
-"""The cells of a public notebook on an OpenAI-compatible API (chat and completions), as a user would copy them.
+"""The cells of a public notebook on an OpenAI-compatible API (chat, completions, batches), as users copy them.
 
 The server too is started, awaited and ended by the notebook's own functions.
 """
 
+import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ def model(tiny_model: Callable[[str], Path]) -> str:
 def port(servers: Any, model: str) -> Iterator[int]:
     servers.close()
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="nb-") as folder, pytest.MonkeyPatch.context() as patch:
+    folders = tempfile.TemporaryDirectory(prefix="nb-"), tempfile.TemporaryDirectory()
+    with folders[0] as folder, folders[1] as data, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
+        patch.setenv("XDG_DATA_HOME", data)
         server_process = execute_shell_command(
             f"""
 python -m ramet.launch_server --model-path {model} \
@@ -138,6 +142,78 @@ def test_completion_with_parameters_streamed(model: str, notebook: openai.Client
         text += chunk.choices[0].text or ""
     assert text
     assert chunk.choices[0].finish_reason in ("stop", "length")
+
+
+# Its waits are of seconds; only they are shortened here.
+PAUSE_S = 0.1
+
+
+def start_batch(notebook: openai.Client, folder: Path, bodies: list[dict[str, Any]]) -> Any:
+    """Requests are written to a file, uploaded, and made a batch. Their urls lack the /v1."""
+    path = folder / "batch_requests.jsonl"
+    with path.open("w") as file:
+        for i, body in enumerate(bodies):
+            request = {"custom_id": f"request-{i}", "method": "POST", "url": "/chat/completions", "body": body}
+            file.write(json.dumps(request) + "\n")
+    with path.open("rb") as file:
+        uploaded = notebook.files.create(file=file, purpose="batch")
+    return notebook.batches.create(input_file_id=uploaded.id, endpoint="/v1/chat/completions", completion_window="24h")
+
+
+def stories(model: str, count: int) -> list[dict[str, Any]]:
+    question = {"role": "user", "content": "Write a detailed story about topic. Make it very long."}
+    return [
+        {
+            "model": model,
+            "messages": [{"role": "system", "content": f"{i}: You are a helpful AI assistant"}, question],
+            "max_tokens": 500,
+        }
+        for i in range(count)
+    ]
+
+
+def test_batch(model: str, notebook: openai.Client, tmp_path: Path) -> None:
+    questions = ("Tell me a joke about programming", "What is Python?")
+    bodies = [{"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 50} for text in questions]
+    batch = start_batch(notebook, tmp_path, bodies)
+    while batch.status not in ["completed", "failed", "cancelled"]:
+        time.sleep(PAUSE_S)
+        batch = notebook.batches.retrieve(batch.id)
+    assert batch.status == "completed"
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (2, 2, 0)
+    text = notebook.files.content(batch.output_file_id).read().decode("utf-8")
+    results = [json.loads(line) for line in text.split("\n") if line.strip() != ""]
+    assert {result["custom_id"] for result in results} == {"request-0", "request-1"}
+    assert all(result["response"]["body"]["choices"][0]["message"]["content"] for result in results)
+    assert notebook.files.delete(batch.output_file_id).deleted
+
+
+def test_batch_that_is_watched(model: str, notebook: openai.Client, tmp_path: Path) -> None:
+    batch = start_batch(notebook, tmp_path, stories(model, 100))
+    assert batch.status == "validating"
+    for _ in range(5):
+        time.sleep(PAUSE_S)
+        details = notebook.batches.retrieve(batch_id=batch.id)
+        assert (details.id, details.input_file_id) == (batch.id, batch.input_file_id)
+        assert details.status in ("validating", "in_progress", "completed")
+        counts = details.request_counts
+        assert counts.completed + counts.failed <= counts.total in (0, 100)
+    if details.status != "completed":
+        notebook.batches.cancel(batch.id)
+        while notebook.batches.retrieve(batch.id).status == "cancelling":
+            time.sleep(PAUSE_S)
+
+
+def test_batch_that_is_cancelled(model: str, notebook: openai.Client, tmp_path: Path) -> None:
+    batch = start_batch(notebook, tmp_path, stories(model, 500))
+    time.sleep(PAUSE_S)
+    cancelled = notebook.batches.cancel(batch_id=batch.id)
+    assert cancelled.status == "cancelling"
+    while cancelled.status not in ["failed", "cancelled"]:
+        time.sleep(PAUSE_S)
+        cancelled = notebook.batches.retrieve(batch.id)
+    assert cancelled.status == "cancelled"
+    assert notebook.files.delete(batch.input_file_id).deleted
 
 
 # ---- what the notebook's functions do besides ---------------------------------------------------------------------

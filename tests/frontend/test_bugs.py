@@ -12,9 +12,11 @@ from support.scripted_engine import MODEL
 
 from ramet.frontend import sse
 from ramet.frontend.app import build_app
+from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.metrics import Metrics
+from ramet.frontend.store import Store
 from ramet.ipc.channel import Addresses
 from ramet.ipc.messages import Completion, Job, PromptInfo, TextBatch, TextDelta
 from ramet.ipc.sampling import SamplingParams
@@ -38,11 +40,13 @@ def test_endpoint_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFix
             raise ZeroDivisionError("secret detail")
 
     config = FrontendConfig(
-        host="x", port=1, served_names=(MODEL,), model_path="/m", context_length=9, vocab_size=9, api_keys=()
+        host="x", port=1, served_names=(MODEL,), model_path="/m", context_length=9, vocab_size=9, file_storage_path="/s"
     )
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(config, client, Broken()), raise_app_exceptions=False)
+        store, metrics = Store("/s"), Broken()
+        app = build_app(config, client, metrics, store, BatchWorker(config, store, client, metrics))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
             return await http.get("/metrics", headers={"x-request-id": "r1"})
 

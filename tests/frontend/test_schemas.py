@@ -14,7 +14,7 @@ from ramet.ipc.errors import Failure, RequestError
 from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 
 CONFIG = FrontendConfig(
-    host="x", port=1, served_names=("m",), model_path="/m", context_length=100, vocab_size=50, default_sampling={}
+    host="x", port=1, served_names=("m",), model_path="/m", context_length=100, vocab_size=50, file_storage_path="/s"
 )
 USER = {"role": "user", "content": "hi"}
 

@@ -57,6 +57,7 @@ class ScriptedEngine:
     """`with ScriptedEngine() as engine:` runs until the block ends; `engine.url` is where the frontend serves."""
 
     def __init__(self, *, tokenizers: int = 1, start: bool = True, **config: Any) -> None:
+        self._addresses = Addresses(tempfile.mkdtemp(prefix="ramet-test-"), tokenizers)
         defaults: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": 0,
@@ -64,6 +65,7 @@ class ScriptedEngine:
             "model_path": "/models/tiny",
             "context_length": 512,
             "vocab_size": 1000,
+            "file_storage_path": f"{self._addresses.folder}/store",
         }
         self.config = FrontendConfig(**{**defaults, **config})
         self.jobs: queue.Queue[Request] = queue.Queue()
@@ -75,7 +77,6 @@ class ScriptedEngine:
         self._start = start
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._addresses = Addresses(tempfile.mkdtemp(prefix="ramet-test-"), tokenizers)
 
     def __enter__(self) -> "ScriptedEngine":
         folder = self._addresses

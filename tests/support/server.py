@@ -60,7 +60,12 @@ class RunningServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self._sockets)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "TMPDIR": str(self._sockets),
+                    "XDG_DATA_HOME": str(self._home / "data"),
+                },
             )
         try:
             until(self._answers, START_S, lambda: f"ready; the log:\n{self.log()}")
@@ -141,6 +146,10 @@ class RunningServer:
         """With the same flags, on the same port."""
         assert self.stop() == 0
         self.assert_nothing_left()
+        self.start_again()
+
+    def start_again(self) -> None:
+        """After its end, with the same flags, on the same port."""
         self._start()
 
     def exit_code(self, timeout_s: float = STOP_S) -> int:

@@ -1,0 +1,233 @@
+"""`/v1/files`: upload (multipart, streamed to disk), list, retrieve, content, delete.
+
+An upload takes the memory of one piece of it, whatever its size; each limit is checked while the body is being read.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated, Any, BinaryIO, Literal, get_args
+
+import msgspec
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import ClientDisconnectedError
+from ramet.frontend.exchange import json_response, read_query
+from ramet.frontend.schemas.batches import ExpiresAfter
+from ramet.frontend.store import File, Store, Upload
+from ramet.ipc.errors import invalid
+
+Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+PURPOSES: tuple[str, ...] = get_args(Purpose)
+MAX_BATCH_INPUT_BYTES = 200 * 2**20
+
+_MAX_FIELD_BYTES = 1024
+_PIECE_BYTES = 1 << 20
+# What the form adds to the file: fields, headers, boundaries.
+_FORM_BYTES = 1 << 20
+_FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
+
+
+BINARY = "application/octet-stream"
+
+
+class UploadForm(msgspec.Struct):
+    """What an upload is made of; for the description of the API alone, since it is never in memory as a whole."""
+
+    file: Any
+    purpose: Purpose
+    expires_after: ExpiresAfter | None = None
+
+
+class FileListQuery(msgspec.Struct, forbid_unknown_fields=True):
+    purpose: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+
+
+class Files:
+    def __init__(self, config: FrontendConfig, store: Store, changed: Callable[[], None]) -> None:
+        """`changed` is called when something new may expire."""
+        self._config = config
+        self._store = store
+        self._changed = changed
+
+    async def create(self, request: Request) -> Response:
+        form = Form(request.headers.get("content-type", ""))
+        largest = self._config.max_file_bytes + _FORM_BYTES
+        if int(request.headers.get("content-length", "0")) > largest:
+            raise _too_large(self._config.max_file_bytes, "a longer body")
+        upload = await self._store.call(Upload, self._store)
+        try:
+            file = await self._receive(request, form, upload)
+        except BaseException:
+            await self._store.call(upload.discard)
+            raise
+        self._changed()
+        return json_response(file)
+
+    async def _receive(self, request: Request, form: "Form", upload: Upload) -> File:
+        try:
+            async for chunk in request.stream():
+                form.feed(chunk)
+                self._check_size(form)
+                if len(form.pending) >= _PIECE_BYTES:
+                    await self._store.call(upload.write, form.take())
+        except ClientDisconnect:
+            raise ClientDisconnectedError from None
+        form.finish()
+        self._check_size(form)  # the purpose may have come after the file
+        purpose, expires_after_s = form.checked_fields()
+        await self._store.call(upload.write, form.take())
+        return await self._store.call(self._store.add, upload, form.filename, purpose, expires_after_s)
+
+    def _check_size(self, form: "Form") -> None:
+        largest = self._config.max_file_bytes
+        if form.fields.get("purpose") == b"batch":
+            largest = min(largest, MAX_BATCH_INPUT_BYTES)
+        if form.file_bytes > largest:
+            raise _too_large(largest, f"at least {form.file_bytes} bytes")
+
+    async def list(self, request: Request) -> Response:
+        query = read_query(request, FileListQuery)
+        descending = query.order == "desc"
+        files = await self._store.call(self._store.page, query.purpose, query.after, query.limit + 1, descending)
+        return list_response(files, query.limit)
+
+    async def retrieve(self, request: Request) -> Response:
+        return json_response(await self._store.call(self._store.get, request.path_params["file_id"]))
+
+    async def content(self, request: Request) -> Response:
+        file, content = await self._store.call(self._store.open_content, request.path_params["file_id"])
+        headers = {"content-length": str(file.bytes)}
+        return StreamingResponse(self._pieces(content), 200, headers, BINARY)
+
+    async def _pieces(self, content: BinaryIO) -> AsyncIterator[bytes]:
+        with content:
+            while piece := await self._store.call(content.read, _PIECE_BYTES):
+                yield piece
+
+    async def delete(self, request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        await self._store.call(self._store.delete, file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
+
+
+class Form:
+    """The form of an upload, fed piece by piece. What it raises is a RequestError or HTTPException."""
+
+    def __init__(self, content_type: str) -> None:
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data":
+            raise HTTPException(415, f"content-type must be multipart/form-data, got {kind.decode() or 'none'!r}")
+        if not options.get(b"boundary"):
+            raise invalid("the multipart body has no boundary", code="invalid_multipart")
+        self.fields: dict[str, bytes] = {}
+        self.filename = ""
+        self.file_bytes = 0
+        self.pending = bytearray()
+        self._seen: list[str] = []
+        self._header = self._value = b""
+        self._ended = False
+        callbacks: Any = {
+            "on_part_begin": lambda: self._seen.append(""),
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": lambda: setattr(self, "_ended", True),
+        }
+        with _form_errors():
+            self._parser = MultipartParser(options[b"boundary"], callbacks)
+
+    def feed(self, chunk: bytes) -> None:
+        with _form_errors():
+            self._parser.write(chunk)
+
+    def finish(self) -> None:
+        if not self._ended:
+            raise invalid("the multipart body ends before its last boundary", code="invalid_multipart")
+        for name in ("file", "purpose"):
+            if name not in self._seen:
+                raise invalid(f"missing required parameter: {name!r}", name, "missing_required_parameter")
+
+    def take(self) -> bytes:
+        """What came of the file since the last time."""
+        piece, self.pending = bytes(self.pending), bytearray()
+        return piece
+
+    def checked_fields(self) -> tuple[str, int | None]:
+        """Purpose, and seconds until the file expires."""
+        fields = {name: value.decode(errors="replace") for name, value in self.fields.items()}
+        purpose = fields["purpose"]
+        if purpose not in PURPOSES:
+            raise invalid(f"purpose must be one of {', '.join(PURPOSES)}, got {purpose!r}", "purpose")
+        anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+        if anchor is None and seconds is None:
+            return purpose, None
+        if not (seconds or "").isdecimal():
+            raise invalid(f"expires_after.seconds must be an integer, got {seconds!r}", "expires_after.seconds")
+        expiry = ExpiresAfter(anchor or "", int(seconds or 0))
+        expiry.check("expires_after")
+        return purpose, expiry.seconds
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value.decode("latin-1"))
+            self._seen[-1] = options.get(b"name", b"").decode(errors="replace")
+            if self._seen[-1] == "file":
+                given = options.get(b"filename", b"file").decode(errors="replace")
+                self.filename = given.replace("\\", "/").rpartition("/")[2] or "file"
+        self._header = self._value = b""
+
+    def _on_headers_finished(self) -> None:
+        name = self._seen[-1]
+        if name not in _FIELDS | {"file"}:
+            raise invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
+        if self._seen.count(name) > 1:
+            raise invalid(f"{name} is given more than once", name)
+        if name != "file":
+            self.fields[name] = b""
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        name = self._seen[-1]
+        if name == "file":
+            self.pending += data[start:end]
+            self.file_bytes += end - start
+            return
+        self.fields[name] = self.fields.get(name, b"") + data[start:end]
+        if len(self.fields[name]) > _MAX_FIELD_BYTES:
+            raise invalid(f"{name} must be at most {_MAX_FIELD_BYTES} bytes", name)
+
+
+def list_response(entries: list[Any], limit: int) -> Response:
+    """A page of a list, from one entry more than the page holds, if there are so many."""
+    page = entries[:limit]
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    has_more = len(entries) > limit
+    return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
+
+
+def _too_large(largest: int, got: str) -> HTTPException:
+    return HTTPException(413, f"the file must be at most {largest} bytes, got {got}")
+
+
+@contextlib.contextmanager
+def _form_errors() -> Iterator[None]:
+    try:
+        yield
+    except FormParserError as error:
+        raise invalid(f"the multipart body is malformed: {error}", code="invalid_multipart") from error

@@ -1,0 +1,204 @@
+"""One batch on disk while it runs: hands out lines, appends results, and finds out after a crash what is left to do.
+
+In the batch's folder: `input`; `index`, where each line stands, in the order of running (a line is named by its
+position there); `output` and `errors`, the results so far; `taken`, the positions handed out.
+
+Results on disk are the truth: a line is settled when its result is in one of the parts, whose torn end, if a crash
+left one, is cut off at opening. So nothing is lost, nothing is there twice, and counts are counted. `taken` serves one
+purpose, not to die for ever of one line: a line that was running when its server died for the `_ALONE`th time runs
+alone, and one that was at `MAX_ATTEMPTS` deaths, or failures of the engine, is reported. Memory: two bytes a line and
+its index entry.
+"""
+
+import collections
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from ramet.frontend.batch_input import INDEX_ENTRY, Line
+from ramet.frontend.schemas.batches import RequestCounts
+from ramet.frontend.store import fsync_folder
+
+INPUT, INDEX, OUTPUT, ERRORS, TAKEN = "input", "index", "output", "errors", "taken"
+MAX_ATTEMPTS = 5
+
+_ALONE = 3
+_POSITION = struct.Struct("<I")
+_POSITION_DIGITS = 8
+
+
+class BatchLine(msgspec.Struct, frozen=True, gc=False):
+    position: int
+    custom_id: str
+    body: bytes
+
+
+class _Result(msgspec.Struct):
+    """What is read back of a result."""
+
+    id: str
+
+
+class BatchJob:
+    def __init__(self, folder: Path, batch_id: str) -> None:
+        """Opens and repairs; `folder` has an input and an index."""
+        self._id = batch_id.removeprefix("batch_")
+        self._index = (folder / INDEX).read_bytes()
+        self.total = len(self._index) // INDEX_ENTRY.size
+        self._settled = bytearray(self.total)
+        self._attempts = bytearray(self.total)
+        self._input = (folder / INPUT).open("rb")
+        self._output = (folder / OUTPUT).open("a+b", buffering=0)
+        self._errors = (folder / ERRORS).open("a+b", buffering=0)
+        self._taken = (folder / TAKEN).open("a+b", buffering=0)
+        fsync_folder(folder)
+        self._completed = self._recover(self._output)
+        self._failed = self._recover(self._errors)
+        self._count_attempts()
+        left = (position for position in range(self.total) if self._attempts[position] and not self._settled[position])
+        self._again = collections.deque(sorted(left, key=lambda position: self._attempts[position]))
+        self._fresh = self._untouched()
+        self._running = 0
+        self._has_suspect = False
+
+    @property
+    def counts(self) -> RequestCounts:
+        return RequestCounts(self.total, self._completed, self._failed)
+
+    @property
+    def is_done(self) -> bool:
+        return self._completed + self._failed == self.total
+
+    def take(self, most: int) -> list[BatchLine]:
+        """The next lines to run. None while a line runs that must be alone; none left once nothing runs either."""
+        lines: list[BatchLine] = []
+        while len(lines) < most and not self._has_suspect:
+            position = self._again.popleft() if self._again else next(self._fresh, None)
+            if position is None:
+                break
+            if self._attempts[position] >= _ALONE:
+                if lines or self._running:
+                    self._again.appendleft(position)
+                    break
+                if self._attempts[position] >= MAX_ATTEMPTS:
+                    self._give_up(position)
+                    continue
+                self._has_suspect = True
+            self._attempts[position] += 1
+            lines.append(self._read(position))
+        # Not synced: a power cut is not the fault of a line.
+        self._taken.write(b"".join([_POSITION.pack(line.position) for line in lines]))
+        self._running += len(lines)
+        return lines
+
+    def retry(self, line: BatchLine) -> bool:
+        """The engine failed under this line: hand it out again. False, and nothing done, if it has had its chances."""
+        if self._attempts[line.position] >= MAX_ATTEMPTS:
+            return False
+        self._again.append(line.position)
+        self._end_run()
+        return True
+
+    def append(self, results: Iterable[tuple[BatchLine, int, str, bytes]]) -> None:
+        """Make results durable: for each line status, request id and body of the answer."""
+        output: list[bytes] = []
+        errors: list[bytes] = []
+        for line, status, request_id, body in results:
+            response = {"status_code": status, "request_id": request_id, "body": msgspec.Raw(body)}
+            (output if status == 200 else errors).append(self._result(line, response, None))
+            self._settled[line.position] = 1
+            self._end_run()
+        self._completed += len(output)
+        self._write(self._output, output)
+        self._add_errors(errors)
+
+    def expire(self, most: int) -> bool:
+        """Report so many of the lines that are left as expired; False when none is left."""
+        left = (position for position in range(self.total) if not self._settled[position])
+        positions = [position for position, _ in zip(left, range(most), strict=False)]
+        error = {"code": "batch_expired", "message": "the batch expired before this line was run"}
+        self._add_errors([self._result(self._read(position), None, error) for position in positions])
+        for position in positions:
+            self._settled[position] = 1
+        return bool(positions)
+
+    def close(self, *, in_peace: bool) -> None:
+        """`in_peace`: the lines that run now were stopped, and did not see their engine die."""
+        if in_peace:
+            self._taken.truncate(0)
+        for file in (self._input, self._output, self._errors, self._taken):
+            file.close()
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def _recover(self, part: BinaryIO) -> int:
+        """Count the results in a part, and cut it where they end."""
+        decoder = msgspec.json.Decoder(_Result)
+        whole = count = 0
+        part.seek(0)
+        with open(part.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                try:
+                    position = int(decoder.decode(line).id[-_POSITION_DIGITS:], 16)
+                except (msgspec.MsgspecError, ValueError):
+                    break
+                if not line.endswith(b"\n") or position >= self.total:
+                    break
+                self._settled[position] = 1
+                whole += len(line)
+                count += 1
+        part.truncate(whole)
+        return count
+
+    def _count_attempts(self) -> None:
+        self._taken.seek(0)
+        data = self._taken.read()
+        for (position,) in _POSITION.iter_unpack(data[: len(data) // _POSITION.size * _POSITION.size]):
+            self._attempts[position] = min(self._attempts[position] + 1, MAX_ATTEMPTS)
+
+    def _untouched(self) -> Iterator[int]:
+        for position in range(self.total):
+            if not self._settled[position] and not self._attempts[position]:
+                yield position
+
+    def _read(self, position: int) -> BatchLine:
+        offset, length = INDEX_ENTRY.unpack_from(self._index, position * INDEX_ENTRY.size)
+        line = msgspec.json.decode(os.pread(self._input.fileno(), length, offset), type=Line)
+        return BatchLine(position, line.custom_id, bytes(line.body))
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def _give_up(self, position: int) -> None:
+        message = f"the engine died {self._attempts[position]} times while it ran this line"
+        self._add_errors([self._result(self._read(position), None, {"code": "engine_died", "message": message})])
+        self._settled[position] = 1
+
+    def _result(self, line: BatchLine, response: dict[str, object] | None, error: dict[str, str] | None) -> bytes:
+        result = {
+            "id": f"batch_req_{self._id}{line.position:0{_POSITION_DIGITS}x}",
+            "custom_id": line.custom_id,
+            "response": response,
+            "error": error,
+        }
+        # Only between its tokens can JSON hold a line break.
+        return msgspec.json.encode(result).replace(b"\n", b"") + b"\n"
+
+    def _add_errors(self, lines: list[bytes]) -> None:
+        self._failed += len(lines)
+        self._write(self._errors, lines)
+
+    def _write(self, part: BinaryIO, lines: list[bytes]) -> None:
+        if not lines:
+            return
+        rest = memoryview(b"".join(lines))
+        while rest:
+            rest = rest[part.write(rest) :]
+        os.fdatasync(part.fileno())
+
+    def _end_run(self) -> None:
+        self._running -= 1
+        self._has_suspect = False

@@ -1,0 +1,354 @@
+"""Runs batches: checks their input, keeps a window of their lines in the engine, and ends them.
+
+Two loops. The clerk checks new batches and ends those that have stopped; the feeder runs the lines of one batch at a
+time, the oldest. A line is sent to the application in this process, as a client would send it, so that checks and
+answers are those of the endpoint; only its priority is lowered. Results are counted and shown once they are on disk.
+
+Whatever raises, the state on disk stays right, and the loops begin anew from it: a batch whose model is not served
+waits, and so does all when the disk is full.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message
+
+from ramet.frontend.batch_input import InputCheck
+from ramet.frontend.batch_job import INDEX, INPUT, BatchJob, BatchLine
+from ramet.frontend.batch_store import Batches
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.metrics import Metrics
+from ramet.frontend.schemas.batches import Batch, RequestCounts
+from ramet.frontend.store import Store
+
+log = logging.getLogger(__name__)
+
+# Added to the priority of a line: it yields to every interactive request that names none.
+PRIORITY = 100
+
+_FLUSH_S = 0.2
+_STEP_LINES = 500
+_TROUBLE_S = 10.0
+_BACKOFF_S = 1.0
+_IDLE_S = 3600.0
+
+Answer = tuple[int, str, bytes]
+
+
+class BatchWorker:
+    """`run` it once; `notify` it when a batch or file was made, or a batch cancelled; `stop` it before the drain."""
+
+    def __init__(self, config: FrontendConfig, store: Store, client: EngineClient, metrics: Metrics) -> None:
+        self.batches = Batches(store)
+        self._config = config
+        self._store = store
+        self._client = client
+        self._metrics = metrics
+        self._app: ASGIApp
+        self._clerk, self._feeder = asyncio.Event(), asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._news = False
+        self._active = ""
+        self._window = float(config.batch_window)
+        self._answers: list[tuple[BatchLine, Answer | None]] = []
+
+    async def run(self, app: ASGIApp) -> None:
+        """Returns after `stop`, when the lines in the engine have ended."""
+        self._app = app
+        for batch in await self._unfinished():
+            log.info("batch %s: %s, goes on", batch.id, batch.status)
+            if batch.model is not None and not self._serves(batch.model):
+                log.warning("batch %s: waits for a server of its model %r", batch.id, batch.model)
+        await asyncio.gather(self._loop(self._clerk, self._tidy), self._loop(self._feeder, self._feed))
+
+    def notify(self) -> None:
+        self._news = True
+        self._clerk.set()
+        self._feeder.set()
+
+    def stop(self) -> None:
+        """Send no more lines."""
+        self._stopping.set()
+        self.notify()
+
+    async def _loop(self, woken: asyncio.Event, turn: Callable[[], Awaitable[float]]) -> None:
+        """`turn` does what there is to do, and returns after how many seconds there may be more."""
+        while not self._stopping.is_set():
+            woken.clear()
+            try:
+                pause_s = await turn()
+            except Exception:
+                log.exception("the batches are in trouble; trying again in %g s", _TROUBLE_S)
+                pause_s = _TROUBLE_S
+            await _wait(woken, pause_s)
+
+    # ---- the clerk --------------------------------------------------------------------------------------------------
+
+    async def _tidy(self) -> float:
+        unfinished = await self._unfinished()
+        now = time.time()
+        for batch in unfinished:
+            if batch.status == "validating":
+                await self._guarded(batch, self._check)
+            elif batch.id != self._active and (batch.status != "in_progress" or batch.expires_at <= now):
+                await self._guarded(batch, self._end)
+        if not self._store.exists:
+            return _IDLE_S
+        next_at = await self._store.call(self._store.expire)
+        await self._observe()
+        deadlines = [batch.expires_at for batch in unfinished if batch.expires_at > now]
+        return max(0.1, min([*deadlines, next_at or now + _IDLE_S, now + _IDLE_S]) - now)
+
+    async def _check(self, batch: Batch) -> None:
+        folder = self.batches.folder(batch.id)
+        check = await self._store.call(
+            InputCheck,
+            folder / INPUT,
+            batch.endpoint,
+            self._serves,
+            self._config.max_batch_lines,
+            self._config.max_body_bytes,
+        )
+        with contextlib.closing(check):
+            while not await self._store.call(check.step, _STEP_LINES):
+                if self._stopping.is_set():
+                    return
+
+            def conclude() -> None:
+                if self.batches.get(batch.id).status != "validating":
+                    return  # cancelled
+                if check.errors:
+                    errors = {"object": "list", "data": check.errors}
+                    self.batches.move(batch.id, "validating", "failed", errors=errors)
+                    return
+                check.write_index(folder / INDEX)
+                counts = RequestCounts(check.total)
+                self.batches.move(batch.id, "validating", "in_progress", model=check.model, request_counts=counts)
+
+            await self._store.call(conclude)
+        self.notify()
+
+    async def _end(self, batch: Batch) -> None:
+        folder = self.batches.folder(batch.id)
+        if (folder / INDEX).exists():
+            job = await self._store.call(BatchJob, folder, batch.id)
+            expired = batch.status == "in_progress"
+            while expired and await self._store.call(job.expire, _STEP_LINES):
+                pass
+            await self._store.call(self._close, batch.id, job, in_peace=True)
+        await self._store.call(self.batches.publish, batch.id)
+
+    async def _guarded(self, batch: Batch, work: Callable[[Batch], Awaitable[None]]) -> None:
+        """A fault that is not the disk's fails this batch, and does not stop those behind it."""
+        try:
+            await work(batch)
+        except (OSError, sqlite3.Error):
+            raise
+        except Exception:
+            log.exception("batch %s: failed", batch.id)
+            error = {"code": "internal_error", "message": "internal error", "param": None, "line": None}
+            errors = {"object": "list", "data": [error]}
+            state = await self._store.call(self.batches.get, batch.id)
+            await self._store.call(self.batches.move, batch.id, state.status, "failed", errors=errors)
+
+    async def _unfinished(self) -> list[Batch]:
+        return await self._store.call(self.batches.unfinished) if self._store.exists else []
+
+    def _serves(self, model: str) -> bool:
+        return model in self._config.served_names or model == self._config.model_path
+
+    async def _observe(self) -> None:
+        unfinished = await self._unfinished()
+        self._metrics.batches.show(
+            await self._store.call(self.batches.counts), unfinished[0].created_at if unfinished else None
+        )
+
+    # ---- the feeder -------------------------------------------------------------------------------------------------
+
+    async def _feed(self) -> float:
+        unfinished = await self._unfinished()
+        now = time.time()
+        for batch in unfinished:
+            # The clerk leaves the active batch alone; no waiting between this check and that mark.
+            if batch.status == "in_progress" and batch.expires_at > now and self._serves(batch.model or ""):
+                self._active = batch.id
+                try:
+                    await self._guarded(batch, self._run)
+                finally:
+                    self._active = ""
+                    self._clerk.set()
+                return 0.0
+        return _IDLE_S
+
+    async def _run(self, batch: Batch) -> None:
+        """Until all lines are settled, or the batch is cancelled or expires, or the server stops."""
+
+        def open_job() -> BatchJob | None:
+            """None if it was cancelled meanwhile: then it is the clerk's."""
+            running = self.batches.get(batch.id).status == "in_progress"
+            return BatchJob(self.batches.folder(batch.id), batch.id) if running else None
+
+        job = await self._store.call(open_job)
+        if job is None:
+            return
+        tasks: set[asyncio.Task[None]] = set()
+        results: list[tuple[BatchLine, int, str, bytes]] = []
+        flushed_at = time.monotonic()
+        in_flight = 0
+        self._answers.clear()
+        try:
+            while True:
+                self._feeder.clear()
+                in_flight -= self._take_answers(job, results)
+                if results and (in_flight == 0 or time.monotonic() - flushed_at >= _FLUSH_S):
+                    await self._flush(batch.id, job, results)
+                    flushed_at = time.monotonic()
+                if not await self._goes_on(batch):
+                    break
+                room = int(self._window) - in_flight
+                if room > 0 and not self._stopping.is_set():
+                    for line in await self._store.call(job.take, room):
+                        task = asyncio.create_task(self._send(batch.endpoint, line))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+                        in_flight += 1
+                self._metrics.batches.in_flight.set(in_flight)
+                if not in_flight and not results:
+                    break
+                await _wait(self._feeder, _FLUSH_S if results else batch.expires_at - time.time())
+        finally:
+            self._metrics.batches.in_flight.set(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._take_answers(job, results)
+            try:
+                await self._flush(batch.id, job, results)
+            finally:
+                await self._store.call(self._close, batch.id, job, in_peace=self._client.down is None)
+        if job.is_done:
+            await self._store.call(self.batches.move, batch.id, "in_progress", "finalizing")
+
+    async def _goes_on(self, batch: Batch) -> bool:
+        if self._news:
+            self._news = False
+            batch = await self._store.call(self.batches.get, batch.id)
+        return batch.status == "in_progress" and batch.expires_at > time.time()
+
+    def _take_answers(self, job: BatchJob, results: list[tuple[BatchLine, int, str, bytes]]) -> int:
+        """How many lines have left the engine; those that need not be sent again are added to the results."""
+        answers, self._answers = self._answers, []
+        for line, answer in answers:
+            if answer is not None and (answer[0] < 500 or not job.retry(line)):
+                results.append((line, *answer))
+        return len(answers)
+
+    async def _flush(self, batch_id: str, job: BatchJob, results: list[tuple[BatchLine, int, str, bytes]]) -> None:
+        # Taken before the write: one that fails may have written some of them, and must not be made again. What is on
+        # disk is found out when the job is opened anew.
+        ready = results.copy()
+        results.clear()
+
+        def save() -> None:
+            job.append(ready)
+            self._show_counts(batch_id, job)
+
+        await self._store.call(save)
+
+    def _close(self, batch_id: str, job: BatchJob, *, in_peace: bool) -> None:
+        job.close(in_peace=in_peace)
+        self._show_counts(batch_id, job)
+
+    def _show_counts(self, batch_id: str, job: BatchJob) -> None:
+        """In the store's thread. What a killed server had on disk and did not show yet is shown now."""
+        before, after = self.batches.get(batch_id).request_counts, job.counts
+        if after != before:
+            self.batches.set_counts(batch_id, after)
+            self._metrics.batches.add_lines(after.completed - before.completed, after.failed - before.failed)
+
+    async def _send(self, endpoint: str, line: BatchLine) -> None:
+        """Leaves the answer in `_answers`, or None if the server stops first."""
+        answer: Answer | None = None
+        body = _with_priority(line.body)
+        while not self._stopping.is_set():
+            if self._client.refusal is None:
+                answer = await call(self._app, endpoint, self._headers(), body)
+                if answer[0] != 429:
+                    break
+                # Interactive requests have filled the queue: ask for less, and slowly for more.
+                answer, self._window = None, max(1.0, self._window / 2)
+            await _wait(self._stopping, _BACKOFF_S)
+        self._window = min(self._window + 0.1, self._config.batch_window)
+        if answer is not None and answer[0] >= 500:
+            await _wait(self._stopping, _BACKOFF_S)
+            if self._stopping.is_set():
+                answer = None
+        self._answers.append((line, answer))
+        self._feeder.set()
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json")]
+        if self._config.api_keys:
+            headers.append((b"authorization", f"Bearer {self._config.api_keys[0]}".encode()))
+        return headers
+
+
+async def call(app: ASGIApp, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> Answer:
+    """POST to an application in this process: status, request id and body. Cancelling aborts the request."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+        "server": ("batch", None),
+        "client": None,
+    }
+    requests = [{"type": "http.request", "body": body, "more_body": False}]
+    status, request_id, parts = 500, "", []
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await asyncio.Event().wait()  # this client never leaves
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal status, request_id
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            request_id = Headers(raw=message["headers"]).get("x-request-id", "")
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, request_id, b"".join(parts) or b"null"
+
+
+def _with_priority(body: bytes) -> bytes:
+    """What cannot be understood here is left to the endpoint to refuse."""
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, object])
+        priority = 0 if fields.get("priority") is None else fields["priority"]
+        return msgspec.json.encode({**fields, "priority": priority + PRIORITY}) if type(priority) is int else body
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+        return body
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """For the event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, timeout_s)):
+            await event.wait()

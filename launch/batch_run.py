@@ -1,0 +1,153 @@
+"""`ramet batch run`: the lines of a file through an engine that serves nobody else, resumable.
+
+It makes a store beside the output (`.OUTPUT.ramet`), puts the batch there as the API would, and starts the usual
+processes on it: the frontend finds an unfinished batch and goes on with it. This process only shows how far it is, and
+moves the results out of the store at the end. Lines that failed are in `OUTPUT.errors`.
+"""
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from ramet.frontend.batch_input import Line
+from ramet.frontend.batch_store import Batches, read_batch
+from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, BatchRequest
+from ramet.frontend.store import ENDED, Store, Upload
+from ramet.launch.config import ConfigError, EngineConfig, ServerArgs
+from ramet.launch.roles import engine_processes
+from ramet.launch.serve import INTERRUPTED, configure, make_supervisor, reporting_errors, run
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.3
+_PIECE_BYTES = 1 << 20
+_FOR_EVER_S = 10 * 365 * 24 * 3600
+
+
+def run_batch(args: ServerArgs, source: Path, output: Path) -> int:
+    """The exit code: 0 when all lines have a result, 1 for a failure, 130 when it was stopped before the end."""
+    return reporting_errors(args.log_level, lambda: _run(args, source, output))
+
+
+def _run(args: ServerArgs, source: Path, output: Path) -> int:
+    folder = output.with_name(f".{output.name}.ramet")
+    if not folder.exists() and output.exists():
+        raise ConfigError(f"{output} exists already: remove it, or give another --output")
+    config = configure(args)
+    batch = _find_or_create(folder, source, config)
+    if batch.status not in ENDED:
+        supervisor = make_supervisor(args, config)
+        stopped = threading.Event()
+        watching = threading.Thread(target=_watch, args=(folder, batch.id, stopped, supervisor.request_stop))
+        try:
+            run(supervisor, engine_processes(_private(config, folder), supervisor.addresses), watching.start)
+        finally:
+            stopped.set()
+            if watching.is_alive():
+                watching.join()
+    return _collect(folder, batch.id, output)
+
+
+def _private(config: EngineConfig, folder: Path) -> EngineConfig:
+    """Nobody else can use this engine, and a file may be as long as one likes."""
+    frontend = msgspec.structs.replace(
+        config.frontend,
+        host="127.0.0.1",
+        port=0,
+        api_keys=(secrets.token_hex(),),
+        file_storage_path=str(folder),
+        max_batch_lines=sys.maxsize,
+    )
+    return msgspec.structs.replace(config, frontend=frontend)
+
+
+def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
+    """The batch of this output. Raises ConfigError if it was begun with another input or model."""
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.closing(Store(str(folder))) as store:
+        store.open()
+        batches = Batches(store)
+        for batch in batches.page(None, 1):
+            if batch.metadata != {"sha256": digest}:
+                raise ConfigError(f"{source} is not the input that {folder} was begun with: remove the folder")
+            if batch.model not in (None, config.frontend.model_path, *config.frontend.served_names):
+                raise ConfigError(f"{folder} was begun with the model {batch.model!r}: give it, or remove the folder")
+            logger.info("going on after %d of %d lines", batch.request_counts.completed, batch.request_counts.total)
+            return batch
+        upload = Upload(store)
+        with source.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                upload.write(piece)
+        stored = store.add(upload, source.name, "batch", None)
+        request = BatchRequest(
+            input_file_id=stored.id,
+            endpoint=_endpoint(source),
+            completion_window=COMPLETION_WINDOW,
+            metadata={"sha256": digest},
+        )
+        return batches.create(request, _FOR_EVER_S)
+
+
+def _endpoint(source: Path) -> str:
+    """That of the first line; if it cannot be read, the check of the batch will say so."""
+    with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError):
+        first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+        url = msgspec.json.decode(first, type=Line).url
+        for endpoint in ENDPOINTS:
+            if url in (endpoint, endpoint.removeprefix("/v1")):
+                return endpoint
+    return ENDPOINTS[0]
+
+
+def _watch(folder: Path, batch_id: str, stopped: threading.Event, on_end: Callable[[], None]) -> None:
+    """Show the progress until the batch has ended, which calls `on_end`, or the engine has stopped."""
+    with tqdm(unit=" lines", dynamic_ncols=True) as bar:
+        while not stopped.wait(_POLL_S):
+            batch = read_batch(folder, batch_id)
+            counts = batch.request_counts
+            if bar.total != counts.total:
+                bar.reset(counts.total)
+                bar.initial = counts.completed + counts.failed
+            bar.n = counts.completed + counts.failed
+            bar.set_postfix(failed=counts.failed)
+            if batch.status in ENDED:
+                on_end()
+                return
+
+
+def _collect(folder: Path, batch_id: str, output: Path) -> int:
+    with contextlib.closing(Store(str(folder))) as store:
+        store.open()
+        batch = Batches(store).get(batch_id)
+        counts = batch.request_counts
+        if batch.status not in ENDED:
+            done = counts.completed + counts.failed
+            sys.stderr.write(f"stopped after {done} of {counts.total} lines; the same command goes on from there\n")
+            return INTERRUPTED
+        errors = output.with_name(f"{output.name}.errors")
+        for file_id, target in ((batch.output_file_id, output), (batch.error_file_id, errors)):
+            # One that is not there was moved before this process was killed.
+            if file_id is not None and store.content(file_id).exists():
+                store.content(file_id).rename(target)
+    shutil.rmtree(folder)
+    if batch.status != "completed":
+        for error in (batch.errors or {}).get("data", ()):
+            sys.stderr.write(f"line {error['line']}: {error['message']}\n")
+        sys.stderr.write(f"error: the batch {batch.status}\n")
+        return 1
+    if counts.completed == 0:
+        output.touch()
+    sys.stderr.write(f"{counts.completed} lines in {output}\n")
+    if counts.failed:
+        sys.stderr.write(f"{counts.failed} lines failed: {errors}\n")
+    return 0
