@@ -107,7 +107,8 @@ class EngineHost:
             if thread is not here:
                 thread.join()
         if here not in self._threads:
-            self._loop.close()
+            with self._lock:  # several may close at the same time
+                self._loop.close()
 
     def _supervise(self, processes: list[Process]) -> None:
         try:
