@@ -108,6 +108,18 @@ static inline __attribute__((always_inline)) void add_values(const uint16_t *wei
     }
 }
 
+/* exp(x) to 5e-6, far closer than a weight's rounding to bfloat16: 2^n * 2^f with the Taylor polynomial of 2^f. */
+static inline __m512 exp_of(__m512 x) {
+    const __m512 t = x * 1.44269504f, n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = t - n;
+    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(1.3333558e-3f), _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
 static vec soft_cap(vec x, float cap) {
     const vec u = x / cap, magnitude = (vec)((ivec)u & 0x7fffffff), e = exp_vec(-2.0f * magnitude);
     const vec t = (1.0f - e) / (1.0f + e);
@@ -129,12 +141,12 @@ static float weigh(__m512 *scores, int64_t from, int64_t to, float softcap, uint
     const float highest = _mm512_reduce_max_ps(top);
     __m512 total = _mm512_setzero_ps();
     for (int i = 0; i < PARTS; i++) {
-        const __m512 weight = _mm512_maskz_mov_ps(mask[i], (__m512)exp_vec((vec)scores[i] - highest));
+        const __m512 weight = _mm512_maskz_mov_ps(mask[i], exp_of(scores[i] - highest));
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
         _mm256_storeu_si256((__m256i *)(weights + i * LANES), rounded);
         total = _mm512_add_ps(total, widen(weights + i * LANES));
     }
-    const float keep = exp_vec(splat(*max - highest))[0];
+    const float keep = _mm512_cvtss_f32(exp_of(_mm512_set1_ps(*max - highest)));
     *max = highest;
     *sum = *sum * keep + _mm512_reduce_add_ps(total);
     return keep;
