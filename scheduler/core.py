@@ -28,8 +28,9 @@ from ramet.scheduler.request import Request
 # shows that the guess was low; every quiet step lowers it a little.
 _GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.001
 
-# Beside decodes of a better priority, prompts get this fraction of what prompts get beside others.
-_YIELDING_SHARE = 4
+# Prompts of a worse priority than the default get this fraction of what others get beside decodes: a better one that
+# arrives has to wait for the step under way.
+_YIELDING_SHARE = 2
 
 
 @dataclasses.dataclass
@@ -184,13 +185,11 @@ class SchedulerCore:
 
     def _prompt_budget(self, priority: int, active: list[Request]) -> int:
         """Tokens of a step that prompts of this priority may have beside the requests that decode."""
-        decoding = [r.priority for r in active if r.slot is not None and r.num_remaining == 1]
-        if not decoding:
-            return self.config.max_step_tokens
-        share = self.config.max_prefill_tokens
-        if min(decoding) < priority:
-            share = max(1, share // _YIELDING_SHARE)
-        return min(self.config.max_step_tokens - len(decoding), share)
+        num_decoding = sum(r.slot is not None and r.num_remaining == 1 for r in active)
+        share = self.config.max_prefill_tokens if num_decoding else self.config.max_step_tokens
+        if priority > 0:
+            share = min(share, max(1, self.config.max_prefill_tokens // _YIELDING_SHARE))
+        return min(self.config.max_step_tokens - num_decoding, share)
 
     def _plan_decodes(self, active: list[Request]) -> list[tuple[Request, Row]]:
         """A row for each request that lacks one token; the oldest first, the newest give way if pages run out."""

@@ -220,18 +220,20 @@ def test_a_worse_priority_sits_out_the_steps_that_compute_a_better_ones_prompt(m
     driver.add("decoding", [1, 2, 3], max_tokens=20, priority=100)
     driver.add("prefilling", list(range(10, 90)), max_tokens=20, priority=100)
     driver.step()
+    driver.step()
     driver.add("chat", list(range(200, 260)), max_tokens=4)
     rows = [[(row.start, row.length) for row in driver.step().rows] for _ in range(3)]
     assert rows[:2] == [[(0, 32)], [(32, 28)]]  # its whole prompt, alone
     assert len(rows[2]) == 3  # and then all go on
 
 
-def test_prompts_of_a_worse_priority_get_a_smaller_share_beside_decodes_of_a_better_one(make_driver):
+def test_prompts_of_a_worse_priority_than_the_default_make_short_steps(make_driver):
     driver = make_driver(max_step_tokens=64, max_prefill_tokens=32)
-    driver.add("chat", [1, 2, 3], max_tokens=20)
-    driver.step()
     driver.add("batch", list(range(10, 90)), priority=100)
-    assert [row.length for row in driver.step().rows] == [1, 8]
+    assert [row.length for row in driver.step().rows] == [16]
+    driver.add("chat", [1, 2, 3], max_tokens=20)
+    assert [row.length for row in driver.step().rows] == [3]
+    assert [row.length for row in driver.step().rows] == [1, 16]
 
 
 def test_a_better_priority_takes_the_pages_of_a_worse_one(make_driver):
