@@ -30,7 +30,7 @@ _GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.0
 
 # Prompts of a worse priority than the default get this fraction of what others get beside decodes: a better one that
 # arrives has to wait for the step under way.
-_YIELDING_SHARE = 2
+_YIELDING_SHARE = 0.75
 
 
 @dataclasses.dataclass
@@ -188,7 +188,7 @@ class SchedulerCore:
         num_decoding = sum(r.slot is not None and r.num_remaining == 1 for r in active)
         share = self.config.max_prefill_tokens if num_decoding else self.config.max_step_tokens
         if priority > 0:
-            share = min(share, max(1, self.config.max_prefill_tokens // _YIELDING_SHARE))
+            share = min(share, max(1, int(self.config.max_prefill_tokens * _YIELDING_SHARE)))
         return min(self.config.max_step_tokens - num_decoding, share)
 
     def _plan_decodes(self, active: list[Request]) -> list[tuple[Request, Row]]:

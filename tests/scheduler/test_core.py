@@ -230,10 +230,10 @@ def test_a_worse_priority_sits_out_the_steps_that_compute_a_better_ones_prompt(m
 def test_prompts_of_a_worse_priority_than_the_default_make_short_steps(make_driver):
     driver = make_driver(max_step_tokens=64, max_prefill_tokens=32)
     driver.add("batch", list(range(10, 90)), priority=100)
-    assert [row.length for row in driver.step().rows] == [16]
+    assert [row.length for row in driver.step().rows] == [24]
     driver.add("chat", [1, 2, 3], max_tokens=20)
     assert [row.length for row in driver.step().rows] == [3]
-    assert [row.length for row in driver.step().rows] == [1, 16]
+    assert [row.length for row in driver.step().rows] == [1, 24]
 
 
 def test_a_better_priority_takes_the_pages_of_a_worse_one(make_driver):
