@@ -221,6 +221,8 @@ class SchedulerCore:
         requests of a worse one give way."""
         if not self._waiting:
             return
+        if not self._free_slots and self._waiting.best_priority >= self._running[-1].priority:
+            return  # nobody gives way: do not look for cached prefixes in every step
         promised = sum(self._expected_pages(r) for r in self._running)
         for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
             ahead = [r for r in self._running if r.priority <= request.priority]

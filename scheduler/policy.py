@@ -24,6 +24,11 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
+    @property
+    def best_priority(self) -> int:
+        """Of the requests that wait; there must be one."""
+        return self._requests[0].priority
+
     def push(self, request: Request) -> None:
         bisect.insort(self._requests, request, key=lambda r: r.order)
 
