@@ -31,11 +31,11 @@ from ramet.ipc.messages import (
     Detokenize,
     Embedding,
     EngineDown,
+    EngineUp,
     Failed,
     FinishReason,
     FlushCache,
     Job,
-    Ready,
     Stats,
     TextBatch,
     TextDelta,
@@ -320,7 +320,7 @@ class EngineClient:
         elif isinstance(message, EngineDown):
             self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {message.reason}")
             self.fail_all(self._down)
-        elif isinstance(message, Ready):
+        elif isinstance(message, EngineUp):
             self._down = None  # the engine is up again
         elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
             question.answer.set_result(message)

@@ -31,7 +31,7 @@ from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.store import Store, UnusableError
 from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
-from ramet.ipc.messages import Fatal, Ready, ToFrontend
+from ramet.ipc.messages import EngineUp, Fatal, Ready, ToFrontend
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +125,9 @@ async def _run(
         inbox.close()
 
 
-async def _engine_ready(inbox: AsyncInbox[ToFrontend]) -> Ready:
+async def _engine_ready(inbox: AsyncInbox[ToFrontend]) -> EngineUp:
     """The launcher's word that all others are ready. If one dies instead, the launcher stops this process."""
-    while not isinstance(message := await inbox.receive(), Ready):
+    while not isinstance(message := await inbox.receive(), EngineUp):
         log.debug("not ready yet: %s", message)
     return message
 

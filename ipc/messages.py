@@ -289,6 +289,15 @@ class Stats(Message, frozen=True):
     preemptions: int
 
 
+class EngineUp(Message, frozen=True):
+    """The launcher's word that every process of the engine can take work, at the start and after each restart.
+
+    `info`: the limits that the scheduler told. `pids`: process ids by process name, the launcher among them."""
+
+    info: dict[str, int | str | float] = {}
+    pids: dict[str, int] = {}
+
+
 class EngineDown(Message, frozen=True):
     """The launcher's word that a process died: every waiting request is to be failed with this reason."""
 
@@ -323,6 +332,6 @@ ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache
 ToScheduler = Generate | Embed | FlushCache | Abort | Wake
 ToDetokenizer = TokenBatch
 Answer = Tokenized | Detokenized | Embedded | Flushed
-ToFrontend = TextBatch | Answer | Failed | Stats | Ready | EngineDown
+ToFrontend = TextBatch | Answer | Failed | Stats | EngineUp | EngineDown
 ToLauncher = Progress | Ready | Fatal
 AnyMessage = ToTokenizer | ToScheduler | ToDetokenizer | ToFrontend | ToLauncher

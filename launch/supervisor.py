@@ -23,7 +23,7 @@ from collections.abc import Iterable
 import msgspec
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
-from ramet.ipc.messages import EngineDown, Progress, Ready, ToLauncher
+from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.launch.child import ChildSpec, Process
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Supervisor:
 
     def start(self, processes: Iterable[Process]) -> None:
         """Returns when all are ready. The frontend, which may be one of them or live in this process, hears
-        `Ready("engine")` once the others are ready.
+        `EngineUp` once the others are ready.
 
         Raises EngineFailed or StopRequested, with everything stopped.
         """
@@ -84,7 +84,8 @@ class Supervisor:
             for process in processes:
                 self._spawn(process)
             self._await_ready(self._children.keys() - {FRONTEND})
-            self._to_frontend.send(Ready("engine", self._ready[SCHEDULER].info))
+            pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
+            self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
             self._await_ready(self._children.keys() & {FRONTEND})
         except BaseException:
             self.stop()

@@ -20,11 +20,11 @@ from ramet.ipc.messages import (
     Embedded,
     Embedding,
     EngineDown,
+    EngineUp,
     Failed,
     Finish,
     FinishReason,
     PromptInfo,
-    Ready,
     TextBatch,
     TextDelta,
     ToTokenizer,
@@ -111,7 +111,7 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
     assert isinstance(harness.received(), Abort)
     with pytest.raises(RequestError, match="gone"):
         harness.submit()
-    harness.client.dispatch(Ready("engine"))
+    harness.client.dispatch(EngineUp())
 
 
 def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: Harness) -> None:

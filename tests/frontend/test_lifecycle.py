@@ -12,7 +12,7 @@ import pytest
 from support.scripted_engine import MODEL, WAIT_S, Request, ScriptedEngine
 
 from ramet.ipc.errors import Failure, FailureKind
-from ramet.ipc.messages import EngineDown, Fatal, Finish, FinishReason, PromptInfo, Ready, TextDelta
+from ramet.ipc.messages import EngineDown, EngineUp, Fatal, Finish, FinishReason, PromptInfo, TextDelta
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 STREAM = {**CHAT, "stream": True}
@@ -273,7 +273,7 @@ def test_engine_down(caller: Caller) -> None:
             assert httpx.get(engine.url + path).status_code == status
         response = caller.post(engine, CHAT).result()
         assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-        engine.send(Ready("engine"))
+        engine.send(EngineUp())
         while httpx.get(f"{engine.url}/health").status_code != 200:
             time.sleep(0.01)
         answer = caller.post(engine, CHAT)

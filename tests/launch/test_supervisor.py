@@ -91,9 +91,9 @@ def test_order_of_readiness_and_a_clean_stop(launch: Callable[[str], Run]) -> No
     run = launch("plain")
     ready = run.wait_for("launcher", "ready")
     order = [entry[2:4] for entry in run.notes()]
-    heard = run.find("frontend", "heard", "engine")
+    heard = run.find("frontend", "heard")
     assert heard is not None
-    assert heard[5] == {"pages": 7}  # the scheduler's facts
+    assert heard[4:] == [sorted([*NAMES, "launcher"]), {"pages": 7}]  # whose process ids, and the scheduler's facts
     for name in NAMES[:3]:
         assert order.index([name, "ready"]) < order.index(["frontend", "heard"])
     assert ready[0] >= heard[0]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
-from ramet.ipc.messages import EngineDown, Progress, Ready, ToFrontend
+from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToFrontend
 from ramet.launch.child import Process
 from ramet.launch.placement import Placement
 from ramet.launch.serve import run
@@ -54,8 +54,8 @@ def frontend(name: str, stubborn: bool, diary: str, addresses: Addresses) -> Non
     signal.signal(signal.SIGTERM, on_term)
     while True:
         message = inbox.receive(None)
-        if isinstance(message, Ready):
-            note(diary, name, "heard", message.process, message.info)
+        if isinstance(message, EngineUp):
+            note(diary, name, "heard", sorted(message.pids), message.info)
             Outbox(addresses.launcher).send(Ready(name))
         elif isinstance(message, EngineDown):
             note(diary, name, "down", message.reason)

@@ -25,6 +25,7 @@ from ramet.ipc.messages import (
     Abort,
     Chat,
     Completion,
+    EngineUp,
     Failed,
     Fatal,
     Finish,
@@ -104,7 +105,7 @@ class ScriptedEngine:
 
     def start(self, **info: int | str | float) -> None:
         """Tell the frontend that the engine is ready, and wait until it serves."""
-        self.send(Ready("engine", info))
+        self.send(EngineUp(info))
         news = self.news.get(timeout=WAIT_S)
         assert isinstance(news, Ready), news
         self.url = f"http://127.0.0.1:{news.info['port']}"
