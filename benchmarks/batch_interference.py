@@ -162,8 +162,8 @@ async def step_time(client: httpx.AsyncClient) -> tuple[float, float]:
         name, _, value = line.rpartition(" ")
         found[name] = value
     return (
-        float(found["ramet_scheduler_step_seconds_sum"]),
-        float(found["ramet_scheduler_step_seconds_count"]),
+        float(found['ramet_scheduler_step_seconds_sum{phase="run"}']),
+        float(found['ramet_scheduler_step_seconds_count{phase="run"}']),
     )
 
 

@@ -141,7 +141,15 @@ class Detokenizer:
                 self._describe(logprob if logprob is not None else Logprob(token_id, float("nan")))
                 for token_id, logprob in zip(ids, admitted.prompt_logprobs, strict=True)
             ]
-        prompt = PromptInfo(admitted.prompt_len, admitted.cached_tokens, text, tokens, admitted.prompt_tail)
+        prompt = PromptInfo(
+            admitted.prompt_len,
+            admitted.cached_tokens,
+            text,
+            tokens,
+            admitted.prompt_tail,
+            admitted.tokenized_at,
+            admitted.scheduled_at,
+        )
         return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
 
     def _describe(self, logprob: Logprob) -> TokenText:

@@ -38,6 +38,7 @@ from ramet.frontend.exchange import json_response
 from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import Endpoint, document
+from ramet.frontend.request_log import RequestLog, RequestRecord
 from ramet.frontend.schemas.batches import BatchRequest
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
@@ -45,6 +46,7 @@ from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, S
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.frontend.store import Store, StoreError
+from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError, invalid
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Envelope(app, routes, metrics, config.log_requests)
+    return Envelope(app, routes, metrics, config)
 
 
 def _handler(by_method: dict[str, Any]) -> Any:
@@ -126,6 +128,7 @@ def endpoints(
         return json_response(description)
 
     get, post, events = ("GET",), ("POST",), ("application/json", "text/event-stream")
+    metrics_types = ("text/plain", "application/openmetrics-text")
     table = [
         Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, events),
         Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, events),
@@ -154,7 +157,7 @@ def endpoints(
         Endpoint("Whether every process lives", get, ("/health",), health.health, open=True),
         Endpoint("Whether requests are taken", get, ("/ready",), health.ready, open=True),
         Endpoint("Whether a token can be computed", get, ("/health_generate",), server.health_generate),
-        Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, ("text/plain",), open=True),
+        Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, metrics_types, open=True),
         Endpoint("This document", get, ("/openapi.json",), describe, open=True),
     ]
     description = document(table, ramet.__version__, keyed=bool(config.api_keys))
@@ -176,28 +179,30 @@ class OtherKind:
 
 
 class Envelope:
-    """Gives each response its `x-request-id`, counts it, and logs what broke."""
+    """Gives each response its `x-request-id`, counts it, and tells the observers when it has ended."""
 
-    def __init__(self, app: ASGIApp, routes: list[Route], metrics: Metrics, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, routes: list[Route], metrics: Metrics, config: FrontendConfig) -> None:
         self._app = app
         # Routing leaves the endpoint in the scope; paths that clients make up must not become metric labels.
         self._paths: dict[object, str] = {route.endpoint: route.path for route in routes}
         self._metrics = metrics
-        self._log_requests = log_requests
+        self._log = RequestLog(config.log_requests)
+        self._tracer = None if config.otlp_traces_endpoint is None else Tracer(config.otlp_traces_endpoint)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        status = 0
+        record = RequestRecord(scope, request_id, time.monotonic())
+        kept_bytes = self._log.kept_bytes
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif kept_bytes and "ramet.request" in scope and len(record.body) < kept_bytes:
+                record.body += message.get("body", b"")[:kept_bytes]
             await send(message)
 
-        started_at = time.monotonic()
         self._metrics.http_in_flight.inc()
         try:
             await self._app(scope, receive, send_with_id)
@@ -205,12 +210,13 @@ class Envelope:
             # Answered already, by `on_bug` or as far as the response had come; the server closes what is incomplete.
             log.exception("request %s failed", request_id)
         finally:
+            record.ended_at = time.monotonic()
+            record.route = self._paths.get(scope.get("endpoint"), "unmatched")
             self._metrics.http_in_flight.dec()
-            route = self._paths.get(scope.get("endpoint"), "unmatched")
-            self._metrics.http_requests.labels(route, str(status)).inc()
-            if self._log_requests:
-                took_s = time.monotonic() - started_at
-                log.info("%s %s %d %.3f s id=%s", scope["method"], scope["path"], status, took_s, request_id)
+            self._metrics.http_requests.labels(record.route, str(record.status)).inc()
+            self._log(record)
+            if self._tracer is not None:
+                self._tracer(record)
 
 
 class ApiKeys:

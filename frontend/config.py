@@ -6,6 +6,22 @@ import msgspec
 
 ToolCallForm = Literal["none", "hermes", "llama3", "mistral", "json"]
 ReasoningFamily = Literal["none", "think", "deepseek-r1", "qwen3", "mistral"]
+# What the log says of each request: nothing; ids, counts and times; the parameters too; prompt and answer too.
+RequestLogLevel = Literal["off", "summary", "parameters", "content"]
+
+_TOKENS = (1.0, *(float(4**i) for i in range(2, 6)), 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0, 131072.0)
+# Upper bounds of the histograms of `/metrics`, which bear these names after `ramet_`. Steps on a GPU take a
+# millisecond, on a CPU up to a second.
+BUCKETS: dict[str, tuple[float, ...]] = {
+    "time_to_first_token_seconds": (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0),
+    "inter_token_latency_seconds": (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
+    "request_duration_seconds": (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0),
+    "request_queue_seconds": (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
+    "request_prompt_tokens": _TOKENS,
+    "request_generation_tokens": _TOKENS,
+    "scheduler_step_seconds": tuple(round(0.0001 * 2**i, 4) for i in range(16)),
+    "scheduler_step_rows": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
+}
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +47,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     A server either generates or embeds (`is_embedding`). `embedding_size` is that of its vectors, known when the
     scheduler is ready; they may be cut to one of `dimensions` (any length if empty), unless that is None.
+
+    `metrics_buckets` stand in place of those of `BUCKETS`. Without an `otlp_traces_endpoint` nothing is traced.
     """
 
     host: str
@@ -56,7 +74,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_lines: int = 50_000
     completion_window_s: int = 24 * 3600
     log_level: str = "info"
-    log_requests: bool = False
+    log_requests: RequestLogLevel = "off"
+    metrics_buckets: dict[str, tuple[float, ...]] = {}
+    otlp_traces_endpoint: str | None = None
     cors_allow_origins: tuple[str, ...] = ()
     tls: Tls | None = None
     settings: dict[str, Any] = {}

@@ -29,6 +29,7 @@ from ramet.ipc.messages import (
     Chat,
     Completion,
     Detokenize,
+    Embedded,
     Embedding,
     EngineDown,
     EngineUp,
@@ -36,6 +37,7 @@ from ramet.ipc.messages import (
     FinishReason,
     FlushCache,
     Job,
+    PromptInfo,
     Stats,
     TextBatch,
     TextDelta,
@@ -53,12 +55,26 @@ class ClientDisconnectedError(Exception):
     """Nobody reads the answer any more."""
 
 
+class ChoiceRecord(msgspec.Struct, gc=False):
+    """How a choice went. Times are of `time.monotonic`, in seconds, 0 before they come."""
+
+    submitted_at: float
+    tokenized_at: float = 0.0
+    scheduled_at: float = 0.0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+
+
 class Generation:
     """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
 
     def __init__(self, client: "EngineClient", rids: list[str], n: int, keeps_aborted: bool) -> None:
         self._client = client
         self.keeps_aborted = keeps_aborted
+        self.records: list[ChoiceRecord] = []
         self._open = set(rids)
         self._pending: dict[int, list[TextDelta]] = {}
         self.n = n
@@ -137,22 +153,22 @@ class Generation:
 
 
 class _Question(msgspec.Struct, gc=False):
-    """A request that ends in one `Answer`."""
+    """A request that ends in one `Answer`. `embeds`: it is counted like a choice. `asked_at` is of `time.monotonic`."""
 
     answer: "asyncio.Future[Answer]"
     tokenizer: int
+    embeds: bool
+    asked_at: float
 
 
 class _Live(msgspec.Struct, gc=False):
-    """A generation that the engine owes an end. Times are of `time.monotonic`, in seconds."""
+    """A choice that the engine owes an end."""
 
     generation: Generation
     index: int
     tokenizer: int
-    started_at: float
-    last_at: float
     name: str | None
-    tokens: int = 0
+    record: ChoiceRecord
 
 
 class EngineClient:
@@ -217,10 +233,11 @@ class EngineClient:
                 tokenizer = next(self._turns)
                 name = names[number] if names else None
                 for index, rid in enumerate(job.rids, number * n):
-                    self._live[rid] = _Live(generation, index, tokenizer, now, now, name)
+                    generation.records.append(record := ChoiceRecord(now))
+                    self._live[rid] = _Live(generation, index, tokenizer, name, record)
                 self._send(tokenizer, make(job))
         except RequestError:
-            self.abort(set(rids))
+            self.abort(set(rids), "error")
             raise
         return generation
 
@@ -239,14 +256,18 @@ class EngineClient:
         asked: dict[str, _Question] = {}
         try:
             for make in makes:
-                rid = uuid.uuid4().hex
-                question = _Question(asyncio.get_running_loop().create_future(), next(self._turns))
+                message = make(rid := uuid.uuid4().hex)
+                future = asyncio.get_running_loop().create_future()
+                embeds = isinstance(message, Embedding)
+                question = _Question(future, next(self._turns), embeds, time.monotonic())
                 self._questions[rid] = asked[rid] = question
-                self._send(question.tokenizer, make(rid))
+                self._send(question.tokenizer, message)
             return await asyncio.gather(*[question.answer for question in asked.values()])
         finally:
             self._asking -= 1
-            self._send_aborts((rid, it.tokenizer) for rid, it in asked.items() if self._questions.pop(rid, None))
+            left = [(rid, it) for rid, it in asked.items() if self._questions.pop(rid, None)]
+            self._metrics.requests_finished.labels("abort").inc(sum(it.embeds for _, it in left))
+            self._send_aborts((rid, it.tokenizer) for rid, it in left)
 
     def _send(self, tokenizer: int, message: ToTokenizer) -> None:
         try:
@@ -267,9 +288,11 @@ class EngineClient:
                 f"the queue is full: {admitted} of at most {self._max_live} requests are waiting or running",
             )
 
-    def abort(self, rids: set[str]) -> None:
+    def abort(self, rids: set[str], reason: str = "abort") -> None:
         """Tell the engine to drop these of the requests that are live; their events are not waited for."""
-        self._send_aborts((rid, live.tokenizer) for rid in rids if (live := self._live.pop(rid, None)) is not None)
+        dropped = [(rid, live.tokenizer) for rid in rids if (live := self._live.pop(rid, None)) is not None]
+        self._metrics.requests_finished.labels(reason).inc(len(dropped))
+        self._send_aborts(dropped)
 
     def _send_aborts(self, dropped: Iterable[tuple[str, int]]) -> None:
         """`dropped`: each id with its tokenizer worker."""
@@ -296,7 +319,7 @@ class EngineClient:
     def fail_all(self, failure: Failure) -> None:
         """End every live request with this failure, and abort it in what is left of the engine."""
         ended = list(self._live.items())
-        self.abort(set(self._live))
+        self.abort(set(self._live), "error")
         for rid, live in ended:
             live.generation.fail(rid, failure)
         for rid in list(self._questions):
@@ -310,48 +333,75 @@ class EngineClient:
     def dispatch(self, message: ToFrontend) -> None:
         if isinstance(message, TextBatch):
             now = time.monotonic()
-            for delta in message.items:
-                self._deliver(delta, now)
+            self._metrics.generation_tokens.inc(sum([self._deliver(delta, now) for delta in message.items]))
         elif isinstance(message, Failed):
             for rid in message.rids:
                 self._fail(rid, message.failure)
         elif isinstance(message, Stats):
-            self._metrics.engine.stats = message
+            self._metrics.engine.update(message)
         elif isinstance(message, EngineDown):
             self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {message.reason}")
+            self._metrics.engine.forget()
             self.fail_all(self._down)
         elif isinstance(message, EngineUp):
-            self._down = None  # the engine is up again
+            self._metrics.processes.watch(message.pids)
+            if self._down is not None:
+                self._metrics.engine_restarts.inc()
+            self._down = None
         elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
             question.answer.set_result(message)
+            if isinstance(message, Embedded):
+                self._count_embedding(message.prompt_tokens, time.monotonic() - question.asked_at)
 
     def _fail(self, rid: str, failure: Failure) -> None:
         if (live := self._live.pop(rid, None)) is not None:
+            self._metrics.requests_finished.labels("error").inc()
             live.generation.fail(rid, failure)
         elif (question := self._questions.pop(rid, None)) is not None and not question.answer.done():
+            self._metrics.requests_finished.labels("error").inc(question.embeds)
             error = RequestError(failure.kind, failure.message, param=failure.param, code=failure.code)
             question.answer.set_exception(error)
 
-    def _deliver(self, delta: TextDelta, now: float) -> None:
-        live = self._live.get(delta.rid)
+    def _deliver(self, delta: TextDelta, now: float) -> int:
+        """How many tokens it brings."""
+        live, metrics = self._live.get(delta.rid), self._metrics
         if live is None:
-            return
-        if delta.prompt is not None and live.index % live.generation.n == 0:
-            self._metrics.prompt_tokens.inc(delta.prompt.prompt_tokens)
-        if (new := delta.completion_tokens - live.tokens) > 0:
-            if live.tokens == 0:
-                self._metrics.time_to_first_token.observe(now - live.started_at)
+            return 0
+        record = live.record
+        if delta.prompt is not None:
+            self._begin(live, delta.prompt)
+        if new := max(0, delta.completion_tokens - record.tokens):
+            if record.tokens == 0:
+                record.first_at = now
+                metrics.time_to_first_token.observe(now - record.submitted_at)
             else:
-                self._metrics.inter_token_latency.observe((now - live.last_at) / new)
-            self._metrics.generation_tokens.inc(new)
-            live.tokens, live.last_at = delta.completion_tokens, now
+                metrics.inter_token_latency.observe((now - record.last_at) / new)
+            record.tokens, record.last_at = delta.completion_tokens, now
         if delta.finish is not None:
             del self._live[delta.rid]
-            self._metrics.request_duration.observe(now - live.started_at)
+            metrics.requests_finished.labels(delta.finish.reason.value).inc()
+            metrics.request_duration.observe(now - record.submitted_at)
+            metrics.request_generation_tokens.observe(record.tokens)
             if delta.finish.reason is FinishReason.ABORT and not live.generation.keeps_aborted:
                 live.generation.fail(delta.rid, _ABORTED)
-                return
+                return new
         live.generation.push(live.index, delta)
+        return new
+
+    def _begin(self, live: _Live, prompt: PromptInfo) -> None:
+        record = live.record
+        record.tokenized_at, record.scheduled_at = prompt.tokenized_at, prompt.scheduled_at
+        record.prompt_tokens, record.cached_tokens = prompt.prompt_tokens, prompt.cached_tokens
+        self._metrics.request_queue.observe(prompt.scheduled_at - prompt.tokenized_at)
+        if live.index % live.generation.n == 0:
+            self._metrics.prompt_tokens.inc(prompt.prompt_tokens)
+            self._metrics.request_prompt_tokens.observe(prompt.prompt_tokens)
+
+    def _count_embedding(self, prompt_tokens: int, duration_s: float) -> None:
+        self._metrics.requests_finished.labels(FinishReason.STOP.value).inc()
+        self._metrics.request_duration.observe(duration_s)
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        self._metrics.request_prompt_tokens.observe(prompt_tokens)
 
     def close(self) -> None:
         for outbox in self._tokenizers:
@@ -375,4 +425,4 @@ def merged(deltas: list[TextDelta]) -> TextDelta:
     )
 
 
-__all__ = ["DRAINING", "ClientDisconnectedError", "EngineClient", "Generation", "merged"]
+__all__ = ["DRAINING", "ChoiceRecord", "ClientDisconnectedError", "EngineClient", "Generation", "merged"]

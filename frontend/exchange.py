@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 
 async def read_json(scope: Scope, receive: Receive, decoder: "msgspec.json.Decoder[T]", max_bytes: int) -> T:
-    """The body, decoded. Raises `HTTPException` 413 and 415, and `RequestError` for JSON that is not of the type."""
+    """The body, decoded, and left in the scope for the log. Raises `HTTPException` 413 and 415, and `RequestError` for
+    JSON that is not of the type."""
     headers = Headers(scope=scope)
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
@@ -33,7 +34,8 @@ async def read_json(scope: Scope, receive: Receive, decoder: "msgspec.json.Decod
         raise HTTPException(415, f"a body with content-encoding {encoding!r} is not supported")
     body = await _read_body(headers, receive, max_bytes)
     try:
-        return decoder.decode(body)
+        scope["ramet.request"] = request = decoder.decode(body)
+        return request
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise invalid_json(error) from None
 

@@ -4,7 +4,6 @@
 drains. The TCP port is not open before the engine is ready, so neither answers during the start.
 """
 
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,8 +24,9 @@ class Health:
     async def ready(self, _request: Request) -> Response:
         return _answer(self._client.refusal)
 
-    async def metrics(self, _request: Request) -> Response:
-        return Response(self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(self, request: Request) -> Response:
+        page, content_type = self._metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"content-type": content_type})
 
 
 def _answer(failure: Failure | None) -> Response:

@@ -110,7 +110,8 @@ async def _run(
         engine_ready = asyncio.create_task(_engine_ready(inbox))
         await asyncio.wait({stopping, engine_ready}, return_when=asyncio.FIRST_COMPLETED)
         if engine_ready.done():
-            info = engine_ready.result().info
+            engine_up = engine_ready.result()
+            info = engine_up.info
             length = int(info.get("context_length", config.context_length))
             config = msgspec.structs.replace(
                 config,
@@ -118,7 +119,7 @@ async def _run(
                 kv_tokens=int(info.get("kv_tokens", 0)),
                 embedding_size=int(info.get("embedding_size", 0)),
             )
-            await _serve(config, addresses, inbox, store, launcher, listener, stopping)
+            await _serve(config, addresses, inbox, store, launcher, listener, stopping, engine_up)
         else:
             engine_ready.cancel()
     finally:
@@ -140,9 +141,11 @@ async def _serve(
     launcher: Outbox,
     listener: socket.socket,
     stopping: asyncio.Task[bool],
+    engine_up: EngineUp,
 ) -> None:
-    metrics = Metrics()
+    metrics = Metrics(config.metrics_buckets, config.served_names[0])
     client = EngineClient(addresses, config.max_queued_requests, metrics)
+    client.dispatch(engine_up)
     worker = BatchWorker(config, store, client, metrics)
     app = build_app(config, client, metrics, store, worker)
     server = _Server(_uvicorn_config(config, app))

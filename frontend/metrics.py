@@ -1,60 +1,143 @@
-"""What `/metrics` shows: this process's own measures, and the scheduler's latest `Stats`.
+"""What `/metrics` shows: this process's own measures, the scheduler's `Stats`, and each process's resources.
 
-Latencies are taken where an event reaches this process, before any client is slow to read it. All names start with
-`ramet_`; times are in seconds. The registry is this object's own, not the library's global one.
+Latencies are taken where an event reaches this process, before any client is slow to read it. Requests are counted
+here, where each ends exactly once; so is what the scheduler tells, that no restart of it sets a count back. All names
+start with `ramet_`, but for `process_*`; `docs/metrics.md` lists them. The registry is this object's own, not the
+library's global one.
 """
 
+import functools
+import logging
 import time
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from ramet.ipc.messages import STEP_BUCKETS_S, Stats
+import ramet
+from ramet.frontend.config import BUCKETS
+from ramet.ipc.messages import Stats
 
-_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0)
-_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-_REQUEST_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+log = logging.getLogger(__name__)
 
+THROUGHPUT_INTERVAL_S = 10.0
+
+# Fields of `Stats` that are counted up: name, help.
 _COUNTERS = {
-    "prompt_tokens": "Prompt tokens of the requests admitted",
-    "cached_tokens": "Prompt tokens found in the prefix cache",
-    "computed_tokens": "Tokens run through the model",
-    "generated_tokens": "Tokens sampled",
-    "finished": "Requests that ended by themselves",
-    "aborted": "Requests told to stop",
-    "failed": "Requests that failed",
-    "preemptions": "Times a running request gave up its pages",
+    "prompt_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache, for each choice"),
+    "cached_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+    "computed_tokens": ("scheduler_computed_tokens", "Tokens run through the model"),
+    "generated_tokens": ("scheduler_generated_tokens", "Tokens sampled"),
+    "finished": ("scheduler_finished", "Requests that ended by themselves in the scheduler"),
+    "aborted": ("scheduler_aborted", "Requests that the scheduler was told to stop, also by a stop string"),
+    "failed": ("scheduler_failed", "Requests that failed in the scheduler"),
+    "preemptions": ("scheduler_preemptions", "Times a running request gave up its pages"),
 }
 
 
-class EngineCollector(Collector):
-    """Shows the scheduler's counters as they are; empty until it has sent some."""
+class ProcessCollector(Collector):
+    """CPU time, memory, descriptors and threads of the engine's processes, read when the page is asked for."""
 
     def __init__(self) -> None:
-        self.stats: Stats | None = None
+        self._processes: dict[str, psutil.Process] = {}
+
+    def watch(self, pids: Mapping[str, int]) -> None:
+        """From now on these, by name."""
+        self._processes = {}
+        for name, pid in pids.items():
+            try:
+                self._processes[name] = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                log.warning("%s is gone already", name)
 
     def collect(self) -> Iterator[Metric]:
-        if (stats := self.stats) is None:
-            return
-        requests = GaugeMetricFamily("ramet_scheduler_requests", "Requests in the scheduler", labels=["state"])
-        requests.add_metric(["running"], stats.running)
-        requests.add_metric(["waiting"], stats.waiting)
-        yield requests
-        pages = GaugeMetricFamily("ramet_kv_pages", "Pages of the KV cache", labels=["state"])
-        pages.add_metric(["free"], stats.pages_free)
-        pages.add_metric(["cached"], stats.pages_cached)
-        pages.add_metric(["in_use"], stats.pages_total - stats.pages_free - stats.pages_cached)
-        yield pages
-        steps = HistogramMetricFamily("ramet_scheduler_step_seconds", "Time of a step: run and commit")
-        counts = list(accumulate(stats.step_counts))
-        bounds = [*(str(bound) for bound in STEP_BUCKETS_S), "+Inf"]
-        steps.add_metric([], list(zip(bounds, counts, strict=True)), stats.step_seconds)
-        yield steps
-        for field, help_text in _COUNTERS.items():
-            yield CounterMetricFamily(f"ramet_scheduler_{field}", help_text, value=getattr(stats, field))
+        cpu = CounterMetricFamily("process_cpu_seconds", "CPU time, user and system", labels=["process"])
+        memory = GaugeMetricFamily("process_resident_memory_bytes", "Resident memory", labels=["process"])
+        files = GaugeMetricFamily("process_open_fds", "Open file descriptors", labels=["process"])
+        threads = GaugeMetricFamily("process_threads", "Threads", labels=["process"])
+        for name, process in self._processes.items():
+            try:
+                with process.oneshot():
+                    times, resident = process.cpu_times(), process.memory_info().rss
+                    num_fds, num_threads = process.num_fds(), process.num_threads()
+                    if not process.is_running():  # another one has its pid now
+                        continue
+            except psutil.Error:
+                continue  # it is gone, and so are its numbers
+            cpu.add_metric([name], times.user + times.system)
+            memory.add_metric([name], resident)
+            files.add_metric([name], num_fds)
+            threads.add_metric([name], num_threads)
+        yield from (cpu, memory, files, threads)
+
+
+class EngineMetrics:
+    """What the scheduler tells. Logs how it goes, every ten seconds while there is work."""
+
+    def __init__(self, registry: CollectorRegistry, buckets: Mapping[str, tuple[float, ...]]) -> None:
+        self.stats: Stats | None  # the latest
+        self._counters = {
+            field: Counter(f"ramet_{name}", words, registry=registry) for field, (name, words) in _COUNTERS.items()
+        }
+        self._requests = Gauge("ramet_scheduler_requests", "Requests in the scheduler", ["state"], registry=registry)
+        self._pages = Gauge("ramet_kv_pages", "Pages of the KV cache", ["state"], registry=registry)
+        self._usage = Gauge(
+            "ramet_kv_usage_ratio", "Share of the KV cache's pages that requests hold", registry=registry
+        )
+        phases = _histogram(buckets, registry, "scheduler_step_seconds", "Time of a step by phase", "phase")
+        self._phases = [phases.labels(phase) for phase in ("schedule", "run", "commit")]
+        self._rows = _histogram(buckets, registry, "scheduler_step_rows", "Requests computed in a step")
+        self.forget()
+        self._interval: dict[str, int] = {}
+        self._since = self._heard_at = 0.0
+
+    def update(self, stats: Stats) -> None:
+        self.stats = stats
+        for field, counter in self._counters.items():
+            counter.inc(getattr(stats, field))
+        in_use = stats.pages_total - stats.pages_free - stats.pages_cached
+        self._requests.labels("running").set(stats.running)
+        self._requests.labels("waiting").set(stats.waiting)
+        for state, number in (("free", stats.pages_free), ("cached", stats.pages_cached), ("in_use", in_use)):
+            self._pages.labels(state).set(number)
+        self._usage.set(usage := in_use / max(1, stats.pages_total))
+        for step in stats.steps:
+            for phase, seconds in zip(self._phases, (step.schedule_s, step.run_s, step.commit_s), strict=True):
+                phase.observe(seconds)
+            self._rows.observe(step.rows)
+        self._log_throughput(stats, usage, time.monotonic())
+
+    def forget(self) -> None:
+        """A scheduler that has died, or has told nothing yet, has no requests, and nobody knows its pages."""
+        self.stats = None
+        self._requests.labels("running").set(0)
+        self._requests.labels("waiting").set(0)
+        self._usage.set(0)
+        self._pages.clear()
+
+    def _log_throughput(self, stats: Stats, usage: float, now: float) -> None:
+        """Needs no timer, since the scheduler tells something every second while it has work, and else nothing."""
+        silence_s, self._heard_at = now - self._heard_at, now
+        if silence_s > THROUGHPUT_INTERVAL_S:
+            self._since, self._interval = now, {}
+        total = self._interval = {
+            name: self._interval.get(name, 0) + getattr(stats, name)
+            for name in ("prompt_tokens", "cached_tokens", "generated_tokens")
+        }
+        if (took_s := now - self._since) >= THROUGHPUT_INTERVAL_S:
+            fields = {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "prompt_tokens_per_s": round(total["prompt_tokens"] / took_s, 1),
+                "generated_tokens_per_s": round(total["generated_tokens"] / took_s, 1),
+                "kv_usage": round(usage, 3),
+                "prefix_hit_rate": round(total["cached_tokens"] / max(1, total["prompt_tokens"]), 3),
+            }
+            log.info("throughput", extra={"fields": fields})
+            self._since, self._interval = now, {}
 
 
 class BatchMetrics:
@@ -81,40 +164,48 @@ class BatchMetrics:
 
 
 class Metrics:
-    """The measures of one frontend process."""
+    """The measures of one frontend process. `buckets` stand in place of those of `BUCKETS`."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.engine = EngineCollector()
-        self.registry.register(self.engine)
+    def __init__(self, buckets: Mapping[str, tuple[float, ...]] | None = None, model: str = "") -> None:
+        self.registry = registry = CollectorRegistry()
+        buckets = {**BUCKETS, **(buckets or {})}
+        Info("ramet_build", "Version and model", registry=registry).info({"version": ramet.__version__, "model": model})
+        self.processes = ProcessCollector()
+        registry.register(self.processes)
+        self.engine = EngineMetrics(registry, buckets)
+        self.engine_restarts = Counter(
+            "ramet_engine_restarts", "Times the engine came back after a process of it had died", registry=registry
+        )
         self.http_requests = Counter(
-            "ramet_http_requests", "HTTP requests answered", ["route", "code"], registry=self.registry
+            "ramet_http_requests", "HTTP requests answered", ["route", "code"], registry=registry
         )
-        self.http_in_flight = Gauge("ramet_http_requests_in_flight", "HTTP requests open", registry=self.registry)
-        self.time_to_first_token = Histogram(
-            "ramet_time_to_first_token_seconds",
-            "From a request's admission to its first token",
-            buckets=_FIRST_TOKEN_S,
-            registry=self.registry,
+        self.http_in_flight = Gauge("ramet_http_requests_in_flight", "HTTP requests open", registry=registry)
+        self.requests_finished = Counter(
+            "ramet_requests_finished", "Choices and embeddings that ended, by reason", ["reason"], registry=registry
         )
-        self.inter_token_latency = Histogram(
-            "ramet_inter_token_latency_seconds",
-            "Time per token after the first",
-            buckets=_TOKEN_S,
-            registry=self.registry,
-        )
-        self.request_duration = Histogram(
-            "ramet_request_duration_seconds",
-            "From a request's admission to its end",
-            buckets=_REQUEST_S,
-            registry=self.registry,
-        )
+        for reason in ("stop", "length", "abort", "error"):
+            self.requests_finished.labels(reason)  # a rate needs the 0 before the first
         self.prompt_tokens = Counter(
-            "ramet_prompt_tokens", "Prompt tokens of requests that started; once for n choices", registry=self.registry
+            "ramet_prompt_tokens", "Prompt tokens of requests that started; once for n choices", registry=registry
         )
-        self.generation_tokens = Counter("ramet_generation_tokens", "Tokens generated", registry=self.registry)
+        self.generation_tokens = Counter("ramet_generation_tokens", "Tokens generated", registry=registry)
+        histogram = functools.partial(_histogram, buckets, registry)
+        self.time_to_first_token = histogram("time_to_first_token_seconds", "From submission to the first token")
+        self.inter_token_latency = histogram("inter_token_latency_seconds", "Time per token after the first")
+        self.request_duration = histogram("request_duration_seconds", "From submission to an end by itself")
+        self.request_queue = histogram("request_queue_seconds", "From arrival in the scheduler to the first slot")
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt")
+        self.request_generation_tokens = histogram("request_generation_tokens", "Tokens of a choice that ended")
+        self.batches = BatchMetrics(registry)
 
-        self.batches = BatchMetrics(self.registry)
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """The page and its content type: OpenMetrics for who accepts it."""
+        kind = "application/openmetrics-text"
+        encode, content_type = choose_encoder(kind if kind in accept else "")
+        return encode(self.registry), content_type
 
-    def page(self) -> bytes:
-        return generate_latest(self.registry)
+
+def _histogram(
+    buckets: Mapping[str, tuple[float, ...]], registry: CollectorRegistry, name: str, words: str, *labels: str
+) -> Histogram:
+    return Histogram(f"ramet_{name}", words, labels, buckets=buckets[name], registry=registry)

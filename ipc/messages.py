@@ -97,6 +97,7 @@ class Generate(Message, frozen=True):
 
     `max_tokens_given` tells whether the client asked for that number or it is only the rest of the context.
     `prompt_tail`: the last characters of a chat's prompt, which the frontend gets back with the first event.
+    `tokenized_at`: when this was sent, by `time.monotonic`, which all processes of a machine share.
     """
 
     rid: str
@@ -107,6 +108,7 @@ class Generate(Message, frozen=True):
     echo: bool = False
     stream: bool = True
     prompt_tail: str = ""
+    tokenized_at: float = 0.0
 
 
 class Embed(Message, frozen=True):
@@ -158,7 +160,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     """What the detokenizer must know of a request; travels with the first `TokenOut` of it.
 
     `prompt_ids` is given when they are echoed or their log-probabilities are asked. `prompt_logprobs` has one entry
-    per prompt token, None for the first, which nothing predicts.
+    per prompt token, None for the first, which nothing predicts. `scheduled_at`: when it first took a slot.
     """
 
     prompt_len: int
@@ -168,6 +170,8 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     prompt_ids: list[int] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
     prompt_tail: str = ""
+    tokenized_at: float = 0.0
+    scheduled_at: float = 0.0
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
@@ -210,6 +214,8 @@ class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
     text: str | None = None
     tokens: list[TokenText] | None = None
     tail: str = ""
+    tokenized_at: float = 0.0
+    scheduled_at: float = 0.0
 
 
 class TextDelta(msgspec.Struct, frozen=True, array_like=True):
@@ -263,22 +269,26 @@ class Failed(Message, frozen=True):
     failure: Failure
 
 
-# Upper bounds of the step time histogram; each about a third above the one before, from 1 ms to 4 s.
-STEP_BUCKETS_S = tuple(round(0.001 * 1.33**i, 5) for i in range(30))
+class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One step of the scheduler: seconds of planning, running and committing it, and its rows (embeddings: prompts)."""
+
+    schedule_s: float
+    run_s: float
+    commit_s: float
+    rows: int
 
 
 class Stats(Message, frozen=True):
-    """A snapshot of the scheduler's counters (since its start) and gauges; sent at most once a second, and only
-    while there is work or when the last of it ends. Pages are in units of `page_size` tokens. `step_counts[i]` is the
-    number of steps that took up to `STEP_BUCKETS_S[i]` and more than the bound before; the last entry is the rest."""
+    """How the scheduler stands; sent at most once a second, and only while there is work or when the last of it ends.
+    `steps` and the counters that follow are what came since the last one: a restart loses nothing that was told.
+    Pages are in units of `page_size` tokens."""
 
     running: int
     waiting: int
     pages_total: int
     pages_free: int
     pages_cached: int
-    step_counts: list[int]
-    step_seconds: float
+    steps: list[Step]
     prompt_tokens: int
     cached_tokens: int
     computed_tokens: int

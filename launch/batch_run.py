@@ -35,7 +35,7 @@ _FOR_EVER_S = 10 * 365 * 24 * 3600
 
 def run_batch(args: ServerArgs, source: Path, output: Path) -> int:
     """The exit code: 0 when all lines have a result, 1 for a failure, 130 when it was stopped before the end."""
-    return reporting_errors(args.log_level, lambda: _run(args, source, output))
+    return reporting_errors(args, lambda: _run(args, source, output))
 
 
 def _run(args: ServerArgs, source: Path, output: Path) -> int:

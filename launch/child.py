@@ -19,7 +19,7 @@ import msgspec
 
 from ramet.ipc.channel import Outbox
 from ramet.ipc.messages import Fatal
-from ramet.launch.logs import set_up_logging
+from ramet.launch.logs import LogFormat, set_up_logging
 from ramet.launch.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class ChildSpec(msgspec.Struct, frozen=True):
     launcher_pid: int
     launcher_address: str
     log_level: str
+    log_format: LogFormat
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     die_with_parent(spec.launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.placement.apply()
-    set_up_logging(process.name, spec.log_level)
+    set_up_logging(process.name, spec.log_level, spec.log_format)
     try:
         target = _find(process.target)
         target(*_decode(target, process.arguments))

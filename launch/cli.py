@@ -43,8 +43,11 @@ _FOR_CLIENTS = {
     "cors_allow_origins",
     "file_storage_path",
     "host",
+    "log_requests",
     "max_file_size",
     "max_storage_size",
+    "metrics_buckets",
+    "otlp_traces_endpoint",
     "port",
     "ssl_certfile",
 }
@@ -192,7 +195,9 @@ def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]
 def _form(kind: Any) -> dict[str, Any]:
     """How argparse reads a value of this type. Values stay text: msgspec converts and checks them."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the type, or None
-        kind = typing.get_args(kind)[0]
+        kind, other = typing.get_args(kind)[:2]
+        if kind is bool:  # a switch, which may have a word
+            return {"nargs": "?", "const": True, "choices": typing.get_args(other)}
     if typing.get_origin(kind) is typing.Annotated:  # the type with limits, which msgspec checks
         kind = typing.get_args(kind)[0]
     if kind is bool:

@@ -5,7 +5,10 @@ configuration file. `resolve()` changes nothing: it returns a new object and log
 Reads no weights, starts nothing, imports no torch.
 """
 
+import importlib
+import itertools
 import logging
+import math
 import os
 import re
 import ssl
@@ -17,8 +20,9 @@ import msgspec
 from msgspec import Meta
 
 from ramet.detokenizer.config import DetokenizerConfig
-from ramet.frontend.config import FrontendConfig, ReasoningFamily, Tls, ToolCallForm
+from ramet.frontend.config import BUCKETS, FrontendConfig, ReasoningFamily, RequestLogLevel, Tls, ToolCallForm
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
+from ramet.launch.logs import LogFormat
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.parsers import choose_parsers
 from ramet.launch.placement import parse_cpus
@@ -101,7 +105,21 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = None
     enable_metrics: Annotated[bool, _flag("server", "accepted, without effect: /metrics is always served")] = False
     log_level: Annotated[LogLevel, _flag("server", "least severe messages shown")] = "info"
-    log_requests: Annotated[bool, _flag("server", "log a line for each request")] = False
+    log_format: Annotated[LogFormat, _flag("server", "form of log lines")] = "text"
+    log_requests: Annotated[
+        bool | RequestLogLevel,
+        _flag(
+            "server", "log each request: a summary; with its parameters; with prompt and answer (off; alone: summary)"
+        ),
+    ] = False
+    metrics_buckets: Annotated[
+        tuple[str, ...],
+        _flag("server", "upper bounds of a histogram of /metrics, as request_queue_seconds=0.1,1,10 (docs/metrics.md)"),
+    ] = ()
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        _flag("server", "send OpenTelemetry traces here, as http://localhost:4318/v1/traces; needs ramet[otel]"),
+    ] = None
     drain_timeout: Annotated[
         float, _flag("server", "seconds that running requests get to finish on SIGTERM or SIGINT", ge=0)
     ] = 30.0
@@ -159,6 +177,39 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("max_body_size", "max_file_size", "max_storage_size"):
             if (size := getattr(self, name)) is not None:
                 parse_size(size, name)
+        parse_buckets(self.metrics_buckets)
+        if self.otlp_traces_endpoint is not None:
+            _check_otlp(self.otlp_traces_endpoint)
+
+
+def _check_otlp(endpoint: str) -> None:
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"otlp_traces_endpoint {endpoint!r} is not a URL such as http://localhost:4318/v1/traces")
+    try:
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    except ImportError as error:
+        raise ValueError(f"otlp_traces_endpoint needs OpenTelemetry, pip install 'ramet[otel]': {error}") from error
+
+
+def parse_buckets(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Bounds by histogram, of `request_queue_seconds=0.1,1,10`. Raises ValueError."""
+    found = {}
+    for text in given:
+        name, _, numbers = text.partition("=")
+        if name not in BUCKETS:
+            raise ValueError(f"metrics_buckets {name!r} is not a histogram: one of {', '.join(BUCKETS)}")
+        try:
+            found[name] = bounds = tuple(float(number) for number in numbers.split(","))
+        except ValueError:
+            raise ValueError(f"metrics_buckets {text!r} is not of the form {name}=0.1,1,10") from None
+        if not all(low < high for low, high in itertools.pairwise(bounds)) or not all(map(math.isfinite, bounds)):
+            raise ValueError(f"metrics_buckets of {name} must be finite and ascend, got {numbers}")
+    return found
+
+
+def request_log_level(args: ServerArgs) -> RequestLogLevel:
+    level = args.log_requests
+    return level if isinstance(level, str) else "summary" if level else "off"
 
 
 def parse_size(given: str | int, name: str = "size") -> int:
@@ -296,7 +347,9 @@ def _frontend(
         # A quarter more than run at the same time, so that the scheduler always has one to start.
         batch_window=max(1, min(runner.max_running * 5 // 4, args.max_queued_requests // 2)),
         log_level=args.log_level,
-        log_requests=args.log_requests,
+        log_requests=request_log_level(args),
+        metrics_buckets=parse_buckets(args.metrics_buckets),
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
         max_body_bytes=parse_size(args.max_body_size),
         cors_allow_origins=args.cors_allow_origins,
         tls=tls(args),

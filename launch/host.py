@@ -39,6 +39,7 @@ class EngineHost:
             drain_timeout_s=0,
             start_timeout_s=args.start_timeout,
             log_level=args.log_level,
+            log_format=args.log_format,
         )
         processes = [p for p in engine_processes(config, self._supervisor.addresses) if p.name != FRONTEND]
         self._max_live = config.frontend.max_queued_requests

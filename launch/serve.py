@@ -35,17 +35,20 @@ def serve(args: ServerArgs) -> int:
         run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))
         return 0
 
-    return reporting_errors(args.log_level, start)
+    return reporting_errors(args, start)
 
 
-def reporting_errors(log_level: str, action: Callable[[], int]) -> int:
+def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
     """The exit code of `action`, or that of what it raises, said in words."""
-    set_up_logging("launcher", log_level)
+    set_up_logging("launcher", args.log_level, args.log_format)
     try:
         signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
         return action()
     except (ModelUnavailable, ConfigError, EngineFailed, StoreError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        if args.log_format == "json":
+            logger.error("%s", error)
+        else:
+            sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -69,6 +72,7 @@ def make_supervisor(args: ServerArgs, config: EngineConfig) -> Supervisor:
         drain_timeout_s=args.drain_timeout,
         start_timeout_s=args.start_timeout,
         log_level=args.log_level,
+        log_format=args.log_format,
     )
 
 

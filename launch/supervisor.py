@@ -25,6 +25,7 @@ import msgspec
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.launch.child import ChildSpec, Process
+from ramet.launch.logs import LogFormat
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,19 @@ class Supervisor:
     """
 
     def __init__(
-        self, *, num_tokenizers: int, drain_timeout_s: float, start_timeout_s: float, log_level: str = "info"
+        self,
+        *,
+        num_tokenizers: int,
+        drain_timeout_s: float,
+        start_timeout_s: float,
+        log_level: str = "info",
+        log_format: LogFormat = "text",
     ) -> None:
         # mkdtemp makes it with mode 0700. A short name: the path of a Unix socket is limited to 107 bytes.
         self.addresses = Addresses(tempfile.mkdtemp(prefix="ramet-"), num_tokenizers)
         self._drain_timeout_s = drain_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._log_level = log_level
+        self._log_level, self._log_format = log_level, log_format
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, str] = {}  # of the children that have not been seen dead
         self._ready: dict[str, Ready] = {}
@@ -137,7 +144,7 @@ class Supervisor:
         )
         self._children[process.name] = child
         self._pidfds[os.pidfd_open(child.pid)] = process.name
-        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._log_level)
+        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._log_level, self._log_format)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died at once is seen by its pidfd
             child.stdin.write(msgspec.msgpack.encode(spec))

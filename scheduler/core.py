@@ -68,6 +68,7 @@ class SchedulerCore:
         self._planned: list[Request] = []  # one for each row of the plan that is under way
         self._growth = _GROWTH_START
         self._arrivals = 0
+        self._now = 0.0
 
     # ---- what the worker calls ---------------------------------------------------------------------------------
 
@@ -108,9 +109,10 @@ class SchedulerCore:
                 self.counters.aborted += 1
                 self._end(request, TokenOut(rid, finish=Finish(FinishReason.ABORT)))
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute. Each plan must be committed (or failed) before the
-        next is asked for."""
+        next is asked for. `now` (of `time.monotonic`) becomes the `scheduled_at` of who is let in."""
+        self._now = now
         while not (planned := self._plan_rows()):
             if not self._running:
                 return None
@@ -259,6 +261,7 @@ class SchedulerCore:
         self._running.sort(key=lambda r: r.order)
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
+            request.scheduled_at = self._now
             self.counters.prompt_tokens += request.prompt_len
             self.counters.cached_tokens += request.num_computed
 
@@ -330,6 +333,8 @@ class SchedulerCore:
             prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
             prompt_tail=request.prompt_tail,
+            tokenized_at=request.tokenized_at,
+            scheduled_at=request.scheduled_at,
         )
 
     def _finish(self, request: Request, tokens: list[int], got: RowResult, finish: Finish) -> None:

@@ -4,14 +4,12 @@ Takes messages, runs a step, answers the frontend directly; blocks on its inbox 
 breaks a step fails alone: the others of that step are run again by themselves.
 """
 
-import bisect
 import logging
 import time
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
-    STEP_BUCKETS_S,
     Abort,
     Embed,
     Embedded,
@@ -22,7 +20,6 @@ from ramet.ipc.messages import (
     Generate,
     Progress,
     Ready,
-    Stats,
     ToScheduler,
 )
 from ramet.model_runner.config import RunnerConfig
@@ -30,7 +27,8 @@ from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.embedding import EmbeddingQueue
-from ramet.scheduler.worker import NAME, STATS_INTERVAL_S
+from ramet.scheduler.stats import StatsReporter
+from ramet.scheduler.worker import NAME
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +63,7 @@ class EmbeddingWorker:
         self._embedder = embedder
         self._inbox = inbox
         self._frontend = frontend
-        self._step_seconds = 0.0
-        self._step_counts = [0] * (len(STEP_BUCKETS_S) + 1)
-        self._stats_sent_s = 0.0
+        self._stats = StatsReporter(frontend.send, queue.counters)
 
     def loop(self) -> None:
         while True:
@@ -91,18 +87,17 @@ class EmbeddingWorker:
 
     def step(self) -> None:
         """Counters are sent before the answers that they count, so that who has an answer finds it counted."""
+        begun = time.monotonic()
         step = self._queue.take_step()
-        if time.monotonic() - self._stats_sent_s > STATS_INTERVAL_S:
-            self._report(len(step))
+        if self._stats.is_due(busy=True):
+            self._stats.send(len(step), len(self._queue))
         answers: list[Embedded | Failed] = []
         if step:
-            started = time.perf_counter()
+            planned = time.monotonic()
             answers = self._embed(step)
-            seconds = time.perf_counter() - started
-            self._step_seconds += seconds
-            self._step_counts[bisect.bisect_left(STEP_BUCKETS_S, seconds)] += 1
+            self._stats.add(begun, planned, time.monotonic(), len(step))
         if not self._queue:
-            self._report(0)
+            self._stats.send(0, 0)
         for answer in answers:
             self._frontend.send(answer)
 
@@ -127,27 +122,3 @@ class EmbeddingWorker:
     def _failed(self, message: Embed, words: str) -> Failed:
         self._queue.fail()
         return Failed([message.rid], Failure(FailureKind.INTERNAL, words))
-
-    def _report(self, running: int) -> None:
-        """Counters to the frontend: once a second under load, and when nothing waits any more."""
-        self._stats_sent_s = time.monotonic()
-        counters = self._queue.counters
-        self._frontend.send(
-            Stats(
-                running=running,
-                waiting=len(self._queue),
-                pages_total=0,
-                pages_free=0,
-                pages_cached=0,
-                step_counts=self._step_counts,
-                step_seconds=self._step_seconds,
-                prompt_tokens=counters.prompt_tokens,
-                cached_tokens=0,
-                computed_tokens=counters.computed_tokens,
-                generated_tokens=0,
-                finished=counters.finished,
-                aborted=counters.aborted,
-                failed=counters.failed,
-                preemptions=0,
-            )
-        )

@@ -35,9 +35,11 @@ class Request:
         "prompt_logprobs",
         "prompt_tail",
         "rid",
+        "scheduled_at",
         "slot",
         "stop_ids",
         "stream",
+        "tokenized_at",
         "tokens",
     )
 
@@ -62,6 +64,8 @@ class Request:
         self.echo = message.echo
         self.stream = message.stream
         self.prompt_tail = message.prompt_tail
+        self.tokenized_at = message.tokenized_at
+        self.scheduled_at = 0.0  # at the first admission
         self.num_computed = 0
         self.slot: int | None = None
         self.announced = False  # whether the runner has heard of it since it took its slot

@@ -3,14 +3,12 @@
 Takes messages, plans, executes, commits, sends news; blocks on its inbox when there is no work. Owns no decision.
 """
 
-import bisect
 import logging
 import time
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
-    STEP_BUCKETS_S,
     Abort,
     Embed,
     Failed,
@@ -20,7 +18,6 @@ from ramet.ipc.messages import (
     Generate,
     Progress,
     Ready,
-    Stats,
     TokenBatch,
     ToScheduler,
     Wake,
@@ -33,11 +30,11 @@ from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.grammar_pool import GrammarPool
+from ramet.scheduler.stats import StatsReporter
 
 log = logging.getLogger(__name__)
 
 NAME = "scheduler-0"
-STATS_INTERVAL_S = 1.0
 
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
@@ -80,19 +77,19 @@ class Worker:
         self._frontend = Outbox(addresses.frontend)
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
-        self._step_seconds = 0.0
-        self._step_counts = [0] * (len(STEP_BUCKETS_S) + 1)
-        self._stats_sent_s = 0.0
+        self._stats = StatsReporter(self._frontend.send, core.counters)
 
     def loop(self) -> None:
         while True:
             self._take_messages()
-            plan = self._core.schedule()
+            begun = time.monotonic()
+            plan = self._core.schedule(begun)
             if plan is not None:
-                self._step(plan)
+                self._step(plan, begun)
             outputs = self._core.take_outputs()
             if outputs:
                 self._detokenizer.send(TokenBatch(outputs))
+            if plan is not None or outputs:
                 self._report()
 
     def _take_messages(self) -> None:
@@ -124,8 +121,8 @@ class Worker:
             else:
                 self._core.add(request, made)
 
-    def _step(self, plan: StepPlan) -> None:
-        started = time.perf_counter()
+    def _step(self, plan: StepPlan, begun: float) -> None:
+        planned = time.monotonic()
         try:
             constrained = self._core.constrained(plan)
             masks = self._grammars.fill(constrained) if constrained else None
@@ -133,36 +130,20 @@ class Worker:
         # Whatever goes wrong inside a step ends that step's requests, not the server.
         except Exception as error:
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
+            ran = time.monotonic()
             self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
         else:
+            ran = time.monotonic()
             self._core.commit(plan, result)
-        seconds = time.perf_counter() - started
-        self._step_seconds += seconds
-        self._step_counts[bisect.bisect_left(STEP_BUCKETS_S, seconds)] += 1
+        self._stats.add(begun, planned, ran, len(plan.rows))
 
     def _report(self) -> None:
-        """Counters to the frontend: once a second under load, and when the last request has ended."""
-        now = time.monotonic()
-        if self._core.has_work and now - self._stats_sent_s < STATS_INTERVAL_S:
-            return
-        self._stats_sent_s = now
-        counters, kv = self._core.counters, self._core.kv
-        self._frontend.send(
-            Stats(
-                running=self._core.num_running,
-                waiting=self._core.num_waiting + self._grammars.num_held,
+        core, kv = self._core, self._core.kv
+        if self._stats.is_due(core.has_work):
+            self._stats.send(
+                core.num_running,
+                core.num_waiting + self._grammars.num_held,
                 pages_total=kv.num_pages,
                 pages_free=kv.allocator.num_free,
                 pages_cached=kv.cache.num_pages,
-                step_counts=self._step_counts,
-                step_seconds=self._step_seconds,
-                prompt_tokens=counters.prompt_tokens,
-                cached_tokens=counters.cached_tokens,
-                computed_tokens=counters.computed_tokens,
-                generated_tokens=counters.generated_tokens,
-                finished=counters.finished,
-                aborted=counters.aborted,
-                failed=counters.failed,
-                preemptions=counters.preemptions,
             )
-        )

@@ -5,6 +5,7 @@ ends here with `Failed`. Does not know sampling beyond the length of the output.
 """
 
 import logging
+import time
 from collections.abc import Sequence
 
 import jinja2
@@ -141,6 +142,7 @@ class Encoder:
         else:
             ids, params = self._between(message, params)
         max_tokens = self._check_lengths(ids, job)
+        now = time.monotonic()
         return [
             Generate(
                 rid=rid,
@@ -151,6 +153,7 @@ class Encoder:
                 echo=job.echo,
                 stream=job.stream,
                 prompt_tail=tail,
+                tokenized_at=now,
             )
             for i, rid in enumerate(job.rids)
         ]

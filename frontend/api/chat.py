@@ -53,6 +53,7 @@ class ChatCompletions:
             readers = [AnswerReader(family, self._config.tool_call_parser, tools) for _ in range(request.choices)]
         # Tokens of the reasoning are counted as they come.
         with self._submit(request, params, tools, bool(request.stream) or reasons) as generation:
+            scope["ramet.generation"] = generation
             async with watching(receive, generation):
                 if request.stream:
                     await generation.started()

@@ -44,6 +44,7 @@ class Completions:
             Choice(index, prompts[index // request.choices], request) for index in range(len(prompts) * request.choices)
         ]
         with self._submit(request, prompts) as generation:
+            scope["ramet.generation"] = generation
             async with watching(receive, generation):
                 if request.stream:
                     await generation.started()

@@ -34,11 +34,11 @@ class NativeGenerate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
         try:
-            await self._answer(request, receive, send)
+            await self._answer(request, scope, receive, send)
         except RequestError as error:
             raise request.renamed(error) from None
 
-    async def _answer(self, request: GenerateRequest, receive: Receive, send: Send) -> None:
+    async def _answer(self, request: GenerateRequest, scope: Scope, receive: Receive, send: Send) -> None:
         prompts = request.prompts(self._config.vocab_size)
         rids = request.rids(len(prompts))
         n, params = request.sampling(self._config, len(prompts))
@@ -53,6 +53,7 @@ class NativeGenerate:
             names=rids,
             keeps_aborted=True,
         )
+        scope["ramet.generation"] = generation
         with generation:
             async with watching(receive, generation):
                 if request.stream:

@@ -3,8 +3,6 @@
 Names follow SGLang, whose tools ask for them. Settings come from the launcher, without keys and passwords.
 """
 
-from typing import Any
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -52,8 +50,8 @@ class Server:
 
     async def server_info(self, _http: Request) -> Response:
         stats = self._metrics.engine.stats
-        state: dict[str, Any] = {} if stats is None else msgspec.structs.asdict(stats)
-        state.pop("step_counts", None)
+        names = ("running", "waiting", "pages_total", "pages_free", "pages_cached")
+        state = {} if stats is None else {name: getattr(stats, name) for name in names}
         return json_response(
             {
                 **self._config.settings,

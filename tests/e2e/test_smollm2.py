@@ -83,8 +83,8 @@ def test_eight_requests_with_one_cold_prefix_compute_it_once(smollm2: RunningSer
     name = "ramet_scheduler_finished_total"
     after = smollm2.quiet_metrics(finished=int(before.get(name, 0)) + 8)
     computed, cached = (
-        after[f"ramet_scheduler_{what}_tokens_total"] - before.get(f"ramet_scheduler_{what}_tokens_total", 0)
-        for what in ("computed", "cached")
+        after[name] - before[name]
+        for name in ("ramet_scheduler_computed_tokens_total", "ramet_prefix_cache_hits_total")
     )
     assert PREFIX_TOKENS <= computed <= PREFIX_TOKENS + 8 * (PAGE_TOKENS + tail + new)
     assert cached >= 7 * (PREFIX_TOKENS - PAGE_TOKENS)
@@ -127,11 +127,11 @@ def alone(smollm2: RunningServer, known: dict[int, str]) -> dict[int, str]:
 
 def test_a_seed_gives_the_same_text_from_the_prefix_cache(smollm2: RunningServer) -> None:
     system = f"You are the assistant of person number {random.SystemRandom().getrandbits(64)}, and you are helpful."
-    cached = smollm2.quiet_metrics().get("ramet_scheduler_cached_tokens_total", 0)
+    cached = smollm2.quiet_metrics().get("ramet_prefix_cache_hits_total", 0)
     first = seeded(smollm2, 7, system)
     assert seeded(smollm2, 7, system) == first
     # Nothing was found the first time, and all but the last page the second.
-    assert smollm2.quiet_metrics()["ramet_scheduler_cached_tokens_total"] - cached >= 4 * PAGE_TOKENS
+    assert smollm2.quiet_metrics()["ramet_prefix_cache_hits_total"] - cached >= 4 * PAGE_TOKENS
 
 
 def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer, alone: dict[int, str]) -> None:

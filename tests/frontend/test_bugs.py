@@ -36,7 +36,7 @@ def client(addresses: Addresses) -> Iterator[EngineClient]:
 
 def test_endpoint_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Metrics):
-        def page(self) -> bytes:
+        def page(self, accept: str) -> bytes:
             raise ZeroDivisionError("secret detail")
 
     config = FrontendConfig(

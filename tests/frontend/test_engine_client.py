@@ -41,7 +41,8 @@ class Harness:
     def __init__(self, folder: str) -> None:
         addresses = Addresses(folder)
         self.inbox: Inbox[Completion | Abort] = Inbox(addresses.tokenizer(0), ToTokenizer)
-        self.client = EngineClient(addresses, 8, Metrics())
+        self.metrics = Metrics()
+        self.client = EngineClient(addresses, 8, self.metrics)
 
     def submit(self, n: int = 1, seed: int | None = None) -> tuple[Generation, Completion]:
         generation = self.client.submit([PROMPT], SamplingParams(seed=seed), n=n)
@@ -51,6 +52,11 @@ class Harness:
 
     def received(self) -> Completion | Abort | None:
         return self.inbox.receive(5)
+
+    def ended(self) -> int:
+        """How many choices and embeddings, for whatever reason."""
+        [family] = self.metrics.requests_finished.collect()
+        return int(sum(sample.value for sample in family.samples if sample.name.endswith("_total")))
 
     def close(self) -> None:
         self.client.close()
@@ -111,7 +117,10 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
     assert isinstance(harness.received(), Abort)
     with pytest.raises(RequestError, match="gone"):
         harness.submit()
-    harness.client.dispatch(EngineUp())
+    for _ in range(2):  # the second time nothing had died
+        harness.client.dispatch(EngineUp())
+    [restarts] = harness.metrics.engine_restarts.collect()
+    assert restarts.samples[0].value == 1
 
 
 def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: Harness) -> None:
@@ -137,9 +146,12 @@ def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: H
         assert [answer.rid for answer in answers] == rids
         return answers
 
+    ended = harness.ended()
     asyncio.run(ask(fail=False))
+    assert harness.ended() == ended + 20
     with pytest.raises(RequestError, match="x"):
         asyncio.run(ask(fail=True))
+    assert harness.ended() == ended + 40
     assert client.live == 0
 
 
@@ -172,6 +184,7 @@ _EVENTS = st.lists(
 @given(events=_EVENTS, streamed=st.booleans())
 def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str, int]], streamed: bool) -> None:
     """Three choices, random events for them, some of them for choices that have ended; then the reader leaves."""
+    ended_before = harness.ended()
     generation, message = harness.submit(3)
     rids = message.job.rids
     told = dict.fromkeys(rids, "")
@@ -215,6 +228,7 @@ def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str,
         elif not aborts[-1]:
             assert asyncio.run(asyncio.wait_for(read(), 5)) == told
     assert harness.client.live == 0
+    assert harness.ended() == ended_before + 3
     for rids_aborted in filter(None, aborts):
         abort = harness.received()
         assert isinstance(abort, Abort)

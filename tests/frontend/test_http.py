@@ -11,14 +11,14 @@ import openai
 import pytest
 from support.scripted_engine import MODEL, WAIT_S, ScriptedEngine, says
 
-from ramet.ipc.messages import STEP_BUCKETS_S, Stats
+from ramet.ipc.messages import Stats, Step
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ScriptedEngine]:
-    with ScriptedEngine(max_body_bytes=20_000, api_keys=("s3cret", "öther"), log_requests=True) as engine:
+    with ScriptedEngine(max_body_bytes=20_000, api_keys=("s3cret", "öther"), log_requests="summary") as engine:
         engine.script = says("x")
         yield engine
 
@@ -150,8 +150,9 @@ def test_connections_are_kept(engine: ScriptedEngine) -> None:
 
 def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
     numbers = dict.fromkeys(Stats.__struct_fields__, 7)
-    steps = [1] * (len(STEP_BUCKETS_S) + 1)
-    engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2, "step_counts": steps}))
+    steps = [Step(0.001, 0.02, 0.003, 5), Step(0.001, 0.2, 0.003, 300)]
+    for _ in range(2):  # what is told is added up
+        engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2, "steps": steps}))
     for _ in range(2):
         client.post("/v1/chat/completions", json=CHAT)
     client.get("/v1/models/" + MODEL)
@@ -167,10 +168,12 @@ def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
     assert lines["ramet_http_requests_in_flight"] == "1.0"
     assert lines['ramet_scheduler_requests{state="running"}'] == "2.0"
     assert lines['ramet_kv_pages{state="in_use"}'] == "6.0"
-    assert lines["ramet_scheduler_preemptions_total"] == "7.0"
-    assert lines['ramet_scheduler_step_seconds_bucket{le="0.001"}'] == "1.0"
-    assert float(lines["ramet_scheduler_step_seconds_count"]) == len(steps)
-    assert lines["ramet_scheduler_step_seconds_sum"] == "7.0"
+    assert lines["ramet_kv_usage_ratio"] == "0.3"
+    assert lines["ramet_scheduler_preemptions_total"] == "14.0"
+    assert lines['ramet_scheduler_step_seconds_bucket{le="0.0256",phase="run"}'] == "2.0"
+    assert float(lines['ramet_scheduler_step_seconds_sum{phase="run"}']) == pytest.approx(0.44)
+    assert lines['ramet_scheduler_step_seconds_count{phase="commit"}'] == "4.0"
+    assert lines['ramet_scheduler_step_rows_bucket{le="8.0"}'] == "2.0"
     answered = float(lines["ramet_time_to_first_token_seconds_count"])
     assert float(lines["ramet_prompt_tokens_total"]) == 5 * answered
     assert float(lines["ramet_generation_tokens_total"]) == answered

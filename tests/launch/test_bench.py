@@ -646,8 +646,8 @@ def test_serve_agrees_with_the_servers_own_counters(tiny_model: Callable[[str], 
     assert "12 completed, 0 failed" in done.stdout and "counted by usage" in done.stdout
     whole = json.loads(results.read_text())
     summary = whole["summary"]
-    assert summary["input_tokens"] == metrics["ramet_scheduler_prompt_tokens_total"]
-    assert summary["cached_tokens"] == metrics["ramet_scheduler_cached_tokens_total"] >= 10 * 64
+    assert summary["input_tokens"] == metrics["ramet_prefix_cache_queries_total"]
+    assert summary["cached_tokens"] == metrics["ramet_prefix_cache_hits_total"] >= 10 * 64
     assert summary["output_tokens"] == metrics["ramet_scheduler_generated_tokens_total"]
     assert summary["completed"] == metrics["ramet_scheduler_finished_total"] == 12
     for record in whole["requests"]:

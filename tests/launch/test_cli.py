@@ -10,7 +10,7 @@ import pytest
 
 import ramet
 from ramet.launch import cli
-from ramet.launch.config import ServerArgs
+from ramet.launch.config import ServerArgs, request_log_level
 from ramet.scheduler.config import Policy
 
 
@@ -60,12 +60,34 @@ def test_prefixes_are_flags() -> None:
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["model"], "unrecognized arguments: model"),
         (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
+        (["--log-requests", "all"], "--log-requests: invalid choice: 'all'"),
+        (
+            ["--metrics-buckets", "ttft=1"],
+            "metrics_buckets 'ttft' is not a histogram: one of time_to_first_token_seconds",
+        ),
+        (["--metrics-buckets", "scheduler_step_rows=1,x"], "'scheduler_step_rows=1,x' is not of the form"),
+        (["--metrics-buckets", "scheduler_step_rows=2,1"], "scheduler_step_rows must be finite and ascend, got 2,1"),
+        (["--otlp-traces-endpoint", "localhost:4318"], "'localhost:4318' is not a URL such as http://localhost:4318"),
         (["--cpu-bind", "0,9999"], "cpu_bind '0,9999' names CPUs outside"),
         (["--config", "/nowhere.yaml"], "cannot read the configuration file /nowhere.yaml"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert words in usage_error(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "level"),
+    [([], "off"), (["--log-requests"], "summary"), (["--log-requests", "parameters", "--port", "81"], "parameters")],
+)
+def test_log_requests_is_a_switch_that_may_have_a_word(argv: list[str], level: str) -> None:
+    assert request_log_level(cli.parse_args(argv)) == level
+
+
+def test_traces_without_the_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    words = usage_error(capsys, "--otlp-traces-endpoint", "http://localhost:4318/v1/traces")
+    assert "pip install 'ramet[otel]'" in words
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def tiny_flags(folder: Path) -> tuple[str, ...]:
 class RunningServer:
     """`with RunningServer("--model-path", …) as server:` is ready inside the block, and gone after it."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, api_key: str = "None") -> None:
+        self._api_key = api_key
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = flags
@@ -70,7 +71,7 @@ class RunningServer:
         try:
             until(self._answers, START_S, lambda: f"ready; the log:\n{self.log()}")
             self.start_s = time.monotonic() - started_at
-            self.model: str = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
+            self.model: str = httpx.get(f"{self.url}/v1/models", headers=self._headers).json()["data"][0]["id"]
         except BaseException:
             self._clean_up()
             raise
@@ -92,12 +93,16 @@ class RunningServer:
     @functools.cached_property
     def client(self) -> openai.OpenAI:
         """It hides no failure by trying again."""
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="None", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._api_key, max_retries=0, timeout=60)
         return self._clients.enter_context(client)
 
     @functools.cached_property
     def http(self) -> httpx.Client:
-        return self._clients.enter_context(httpx.Client(base_url=self.url, timeout=60))
+        return self._clients.enter_context(httpx.Client(base_url=self.url, timeout=60, headers=self._headers))
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {} if self._api_key == "None" else {"authorization": f"Bearer {self._api_key}"}
 
     def pids(self) -> dict[str, int]:
         """The processes of the engine by name, and the launcher."""
@@ -122,7 +127,7 @@ class RunningServer:
             metrics = self.metrics()
             return (
                 metrics["ramet_http_requests_in_flight"] == 1  # the one that asks
-                # The scheduler's are not there before its first request.
+                # Not there before the scheduler's first request.
                 and metrics.get('ramet_scheduler_requests{state="running"}', 0) == 0
                 and metrics.get('ramet_scheduler_requests{state="waiting"}', 0) == 0
                 and metrics.get("ramet_scheduler_finished_total", 0) >= finished
