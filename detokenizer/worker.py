@@ -17,12 +17,14 @@ from ramet.ipc.messages import (
     Logprob,
     PromptInfo,
     Ready,
+    Reset,
     TextBatch,
     TextDelta,
     ToDetokenizer,
     TokenOut,
     TokenText,
 )
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 NAME = "detokenizer"
@@ -39,10 +41,16 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
         launcher.close()
         raise SystemExit(1) from error
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    pulse = Pulse(addresses, NAME)
     launcher.send(Ready(NAME))
     while True:
-        message = inbox.receive(None)
-        assert message is not None  # it waits for ever
+        pulse.beat()
+        if (message := inbox.receive(BEAT_S)) is None:
+            continue
+        if isinstance(message, Reset):
+            detokenizer.reset()
+            frontend.send(message)
+            continue
         deltas: list[TextDelta] = []
         for item in message.items:
             if item.failure is not None:
@@ -110,6 +118,10 @@ class Detokenizer:
     def forget(self, rid: str) -> None:
         """The request has failed."""
         self._streams.pop(rid, None)
+
+    def reset(self) -> None:
+        """Forget all requests."""
+        self._streams.clear()
 
     def take_stopped(self) -> list[str]:
         """Requests that a stop string ended since the last call."""

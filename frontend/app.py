@@ -114,7 +114,7 @@ def endpoints(
 ) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
     models = Models(config)
-    health = Health(client, metrics)
+    health = Health(config, client, metrics)
     server = Server(config, client, metrics)
     tokens = Tokens(config, client, models)
     chat = ChatCompletions(config, client, models)
@@ -156,7 +156,7 @@ def endpoints(
         Endpoint("Abort requests by their rid, or all", post, ("/abort_request",), server.abort, AbortRequest),
         Endpoint("Whether every process lives", get, ("/health",), health.health, open=True),
         Endpoint("Whether requests are taken", get, ("/ready",), health.ready, open=True),
-        Endpoint("Whether a token can be computed", get, ("/health_generate",), server.health_generate),
+        Endpoint("Whether a token can be computed", get, ("/health_generate",), health.generate),
         Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, metrics_types, open=True),
         Endpoint("This document", get, ("/openapi.json",), describe, open=True),
     ]

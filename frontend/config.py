@@ -42,6 +42,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     `batch_window` is how many lines of a batch are in the engine at the same time, at most. Without a
     `file_storage_path` files and batches are refused.
 
+    A process whose loop has not turned for `watchdog_timeout_s` is not healthy.
+
     `marker_ids`: those markers of the two parsers that are tokens of their own; `markers_are_special` if leaving out
     special tokens would hide one. `template_variables`: what the chat template reads.
 
@@ -67,6 +69,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_requests: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
     drain_timeout_s: float = 30.0
+    watchdog_timeout_s: float = 60.0
     file_storage_path: str = ""
     max_file_bytes: int = 512 * 2**20
     max_storage_bytes: int | None = None

@@ -4,6 +4,8 @@ Knows nothing of HTTP. A question is asked and awaited (`ask`). One `Generation`
 request; its queue lives in this process, so a reader that is slow, or waits for the whole answer, costs the memory of
 the text and nothing more.
 
+After each `EngineUp` a `Reset` goes through every process of the engine; until it is back nothing is admitted.
+
 Invariants: a request id is in `_live` from its submission to its one terminal event, to its abort, or to the loss of
 the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block aborts whatever
 of it is still live. All messages about one id go to the same tokenizer worker.
@@ -38,6 +40,7 @@ from ramet.ipc.messages import (
     FlushCache,
     Job,
     PromptInfo,
+    Reset,
     Stats,
     TextBatch,
     TextDelta,
@@ -175,6 +178,7 @@ class EngineClient:
     """Submits requests and hands each event to its `Generation`."""
 
     def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics) -> None:
+        self.addresses = addresses
         self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
         self._turns = itertools.cycle(range(addresses.tokenizers))
         self._max_live = max_live
@@ -184,6 +188,10 @@ class EngineClient:
         self._asking = 0  # calls of `ask_all`; each may have many questions
         self._down: Failure | None = None
         self._draining = False
+        self._resets = 0
+        self._resets_missing = 0
+        self.up = asyncio.Event()  # set while the engine can take work
+        self.processes: tuple[str, ...] = ()  # of the engine, by name
 
     @property
     def live(self) -> int:
@@ -192,7 +200,7 @@ class EngineClient:
 
     @property
     def down(self) -> Failure | None:
-        """Set once a process of the engine died."""
+        """Set while a process of the engine is dead."""
         return self._down
 
     @property
@@ -340,18 +348,35 @@ class EngineClient:
         elif isinstance(message, Stats):
             self._metrics.engine.update(message)
         elif isinstance(message, EngineDown):
-            self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {message.reason}")
-            self._metrics.engine.forget()
-            self.fail_all(self._down)
+            self._go_down(message.reason)
         elif isinstance(message, EngineUp):
             self._metrics.processes.watch(message.pids)
-            if self._down is not None:
+            if self._down is None:
+                self._go_down("it is starting")
+            else:
                 self._metrics.engine_restarts.inc()
-            self._down = None
+            self.processes = tuple(name for name in message.pids if name != "launcher")
+            self._resets += 1
+            self._resets_missing = len(self._tokenizers)
+            for outbox in self._tokenizers:
+                outbox.send(Reset(self._resets))
+        elif isinstance(message, Reset):
+            if message.turn == self._resets:
+                self._resets_missing -= 1
+                if self._resets_missing == 0:
+                    self._down = None
+                    self.up.set()
         elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
             question.answer.set_result(message)
             if isinstance(message, Embedded):
                 self._count_embedding(message.prompt_tokens, time.monotonic() - question.asked_at)
+
+    def _go_down(self, reason: str) -> None:
+        self.up.clear()
+        self._resets_missing = 0
+        self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {reason}")
+        self._metrics.engine.forget()
+        self.fail_all(self._down)
 
     def _fail(self, rid: str, failure: Failure) -> None:
         if (live := self._live.pop(rid, None)) is not None:

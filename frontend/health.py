@@ -1,32 +1,67 @@
-"""`/health`, `/ready` and `/metrics`: open to any caller, and answered without a request to the engine.
+"""`/health`, `/ready`, `/health_generate` and `/metrics`.
 
-`/health` is about life: 200 until a process of the engine has died. `/ready` is about work: 503 also while the server
-drains. The TCP port is not open before the engine is ready, so neither answers during the start.
+`/health` is about life: 200 while every process of the engine is alive and its loop has turned lately, which is read
+from their pulses without asking them. `/ready` is about work: 503 also while the server drains. `/health_generate` asks
+for a token. The TCP port is not open before the engine is ready, so none answers during the start.
 """
+
+import asyncio
+import time
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import failure_response
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.errors import Failure
+from ramet.ipc.errors import Failure, FailureKind
+from ramet.ipc.messages import Completion, Embedding
+from ramet.ipc.pulse import last_beat_s
+from ramet.ipc.sampling import SamplingParams
 
 
 class Health:
-    def __init__(self, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
+        self._config = config
         self._client = client
         self._metrics = metrics
 
     async def health(self, _request: Request) -> Response:
-        return _answer(self._client.down)
+        return _answer(self._client.down or self._stuck())
 
     async def ready(self, _request: Request) -> Response:
         return _answer(self._client.refusal)
 
+    async def generate(self, _request: Request) -> Response:
+        """Computes one token of a one-token prompt, or its embedding."""
+        timeout_s = self._config.watchdog_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._one_token()
+        except TimeoutError:
+            return _answer(Failure(FailureKind.ENGINE_DOWN, f"no token was computed within {timeout_s:g} s"))
+        return _answer(None)
+
     async def metrics(self, request: Request) -> Response:
         page, content_type = self._metrics.page(request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
+
+    def _stuck(self) -> Failure | None:
+        limit_s, now = self._config.watchdog_timeout_s, time.monotonic()
+        for name in self._client.processes:
+            if (age_s := now - last_beat_s(self._client.addresses, name)) > limit_s:
+                words = f"{name} hangs, silent for more than {age_s:.1f} s"
+                return Failure(FailureKind.ENGINE_DOWN, words)
+        return None
+
+    async def _one_token(self) -> None:
+        if self._config.is_embedding:
+            await self._client.ask(lambda rid: Embedding(rid, [0]))
+            return
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
+            await generation.whole()
 
 
 def _answer(failure: Failure | None) -> Response:

@@ -1,7 +1,8 @@
 """The frontend process: from a bound port to a drained exit.
 
 1. Bind the port and lock the file store, so that one in use is known before a model is loaded; nothing listens yet.
-2. Wait for the launcher's word that the engine is ready. Then listen, serve, and say so.
+2. Wait for the launcher's word that the engine is ready, and for the way through it to be free. Then listen, serve,
+   and say so.
 3. SIGTERM: new requests get 503, and no more lines of batches are sent; what is in flight has `drain_timeout_s` to
    end, the rest fails; exit with 0.
 
@@ -29,9 +30,11 @@ from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
+from ramet.frontend.port import bind
 from ramet.frontend.store import Store, UnusableError
 from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
 from ramet.ipc.messages import EngineUp, Fatal, Ready, ToFrontend
+from ramet.ipc.pulse import BEAT_S, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +82,9 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # Of a name such as localhost, clients expect the IPv4 address.
-        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        listener = socket.socket(family, kind, protocol)
-        # Without it a restart would have to wait for the old connections' TIME_WAIT to pass.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        return bind(host, port)
     except (OSError, OverflowError) as error:
         raise _PortError(error) from error
-    return listener
 
 
 def _listen(listener: socket.socket) -> None:
@@ -127,7 +123,7 @@ async def _run(
 
 
 async def _engine_ready(inbox: AsyncInbox[ToFrontend]) -> EngineUp:
-    """The launcher's word that all others are ready. If one dies instead, the launcher stops this process."""
+    """The launcher's word that all others are ready."""
     while not isinstance(message := await inbox.receive(), EngineUp):
         log.debug("not ready yet: %s", message)
     return message
@@ -149,13 +145,18 @@ async def _serve(
     worker = BatchWorker(config, store, client, metrics)
     app = build_app(config, client, metrics, store, worker)
     server = _Server(_uvicorn_config(config, app))
-    _listen(listener)
     receiving = asyncio.create_task(client.receive(inbox))
+    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
+    client.dispatch(engine_up)
+    await asyncio.wait(
+        {stopping, receiving, asyncio.create_task(client.up.wait())}, return_when=asyncio.FIRST_COMPLETED
+    )
+    _listen(listener)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     batching = asyncio.create_task(worker.run(app))
     launcher.send(Ready(NAME, {"port": listener.getsockname()[1]}))
     # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    await asyncio.wait({stopping, receiving, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, receiving, beating, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
     worker.stop()  # a batch goes on where it was when the server is started again
     left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
     # Readers that are slow may use up what is left of the time.
@@ -167,6 +168,12 @@ async def _serve(
     if receiving.done():
         receiving.result()
     receiving.cancel()
+
+
+async def _beat(pulse: Pulse) -> None:
+    while True:
+        pulse.beat()
+        await asyncio.sleep(BEAT_S)
 
 
 async def _drain(client: EngineClient, timeout_s: float) -> float:

@@ -56,6 +56,10 @@ class Addresses(msgspec.Struct, frozen=True):
     def launcher(self) -> str:
         return f"{self.folder}/launcher"
 
+    def pulse(self, process: str) -> str:
+        """The file of `ipc/pulse.py` for a process of this name."""
+        return f"{self.folder}/{process}.pulse"
+
 
 class Inbox(Generic[T]):
     """The receiving end of a channel, for a process with a loop of its own. `union` is the type of its messages."""

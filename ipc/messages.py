@@ -125,6 +125,14 @@ class FlushCache(Message, frozen=True):
     rid: str
 
 
+class Reset(Message, frozen=True):
+    """After every `EngineUp` the frontend sends it through each tokenizer worker, the scheduler and the detokenizer
+    back to itself, and each of them forgets all requests that it has heard of. When it has come back from every worker,
+    nothing that was sent before is on its way any more. `turn` tells a round from an earlier one."""
+
+    turn: int
+
+
 class Wake(Message, frozen=True):
     """A thread of the scheduler's own process has something ready for its loop."""
 
@@ -300,7 +308,8 @@ class Stats(Message, frozen=True):
 
 
 class EngineUp(Message, frozen=True):
-    """The launcher's word that every process of the engine can take work, at the start and after each restart.
+    """The launcher's word that every process of the engine can take work, at the start and after each restart. What
+    the engine was doing before is lost.
 
     `info`: the limits that the scheduler told. `pids`: process ids by process name, the launcher among them."""
 
@@ -338,10 +347,10 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache | Abort
-ToScheduler = Generate | Embed | FlushCache | Abort | Wake
-ToDetokenizer = TokenBatch
+ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache | Abort | Reset
+ToScheduler = Generate | Embed | FlushCache | Abort | Reset | Wake
+ToDetokenizer = TokenBatch | Reset
 Answer = Tokenized | Detokenized | Embedded | Flushed
-ToFrontend = TextBatch | Answer | Failed | Stats | EngineUp | EngineDown
+ToFrontend = TextBatch | Answer | Failed | Stats | Reset | EngineUp | EngineDown
 ToLauncher = Progress | Ready | Fatal
 AnyMessage = ToTokenizer | ToScheduler | ToDetokenizer | ToFrontend | ToLauncher

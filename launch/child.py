@@ -6,6 +6,7 @@ arguments are decoded to. Secrets come with the spec, never in argv or the envir
 """
 
 import ctypes
+import faulthandler
 import importlib
 import logging
 import os
@@ -31,12 +32,14 @@ class Process(msgspec.Struct, frozen=True):
     """`name` is what `Ready` and log lines carry. `target` is `module:function`, called with `arguments`.
 
     SIGTERM ends the process at once, unless the target handles it: only the frontend has something to finish.
+    Processes of one `group` are restarted together; without one, a process is a group by itself.
     """
 
     name: str
     target: str
     arguments: list[Any]
     placement: Placement
+    group: str = ""
 
 
 class ChildSpec(msgspec.Struct, frozen=True):
@@ -55,6 +58,7 @@ def main() -> None:
     die_with_parent(spec.launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.placement.apply()
+    faulthandler.enable()  # a crash in native code leaves some last words
     set_up_logging(process.name, spec.log_level, spec.log_format)
     try:
         target = _find(process.target)

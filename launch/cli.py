@@ -33,7 +33,6 @@ _NOT_YET = {
     "dist-init-addr",
     "kv-cache-dtype",
     "node-rank",
-    "watchdog-timeout",
 }
 
 

@@ -132,6 +132,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_storage_size: Annotated[
         str | int | None, _flag("server", "most that all uploaded files may take, as --max-body-size (no limit)")
     ] = None
+    watchdog_timeout: Annotated[float, _flag("server", "seconds after which a stuck process is killed", ge=3)] = 60.0
+    max_restarts: Annotated[int, _flag("server", "restarts of processes within ten minutes, at most", ge=0)] = 5
     start_timeout: Annotated[float, _flag("server", "seconds until every process must be ready", gt=0)] = 900.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _flag("engine", "where the model runs")] = "auto"
@@ -341,6 +343,7 @@ def _frontend(
         **parsers,
         max_queued_requests=args.max_queued_requests,
         drain_timeout_s=args.drain_timeout,
+        watchdog_timeout_s=args.watchdog_timeout,
         file_storage_path=args.file_storage_path or default_storage(args.port),
         max_file_bytes=parse_size(args.max_file_size),
         max_storage_bytes=parse_size(args.max_storage_size) if args.max_storage_size is not None else None,

@@ -38,6 +38,8 @@ class EngineHost:
             num_tokenizers=config.num_tokenizers,
             drain_timeout_s=0,
             start_timeout_s=args.start_timeout,
+            watchdog_timeout_s=args.watchdog_timeout,
+            max_restarts=args.max_restarts,
             log_level=args.log_level,
             log_format=args.log_format,
         )
@@ -56,6 +58,7 @@ class EngineHost:
         try:
             self.wait(self._open())
             self._started.result()
+            self.wait(asyncio.wait_for(self.client.up.wait(), args.start_timeout))
         except BaseException:
             self.close()
             raise
@@ -119,7 +122,7 @@ class EngineHost:
         except (EngineFailed, StopRequested, OSError) as error:
             if not self._started.done():
                 self._started.set_exception(error)
-            # Else a process died: the supervisor has told the client.
+            # Else processes died too often: the supervisor has told the client.
         finally:
             self._supervisor.stop()
             self._started.cancel()

@@ -5,12 +5,12 @@ Returns the exit code. Nothing a user can cause ends in a traceback.
 
 import logging
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from ramet.frontend.port import bind
 from ramet.frontend.store import StoreError
 from ramet.launch.child import Process
 from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve, tls
@@ -71,6 +71,8 @@ def make_supervisor(args: ServerArgs, config: EngineConfig) -> Supervisor:
         num_tokenizers=config.num_tokenizers,
         drain_timeout_s=args.drain_timeout,
         start_timeout_s=args.start_timeout,
+        watchdog_timeout_s=args.watchdog_timeout,
+        max_restarts=args.max_restarts,
         log_level=args.log_level,
         log_format=args.log_format,
     )
@@ -114,10 +116,7 @@ def print_ready(config: EngineConfig) -> None:
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError if the address cannot be listened on: better now than after the weights are loaded."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        bind(host, port).close()
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 

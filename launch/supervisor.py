@@ -1,10 +1,15 @@
-"""Starts the processes of an engine, watches them and stops them; owns the private folder of their sockets.
+"""Starts the processes of an engine, watches them, starts anew what dies, and stops them.
 
-Knows names and messages, not what the processes do (`launch/roles.py` does), and prints nothing but log lines.
-Invariants: once `stop()` returns, or the launcher dies in whatever way, no process of the engine is alive; a running
-engine costs the launcher nothing, because it sleeps in one poll on the descriptors of the processes.
+Knows names and messages, not what the processes do (`launch/roles.py` does), and prints nothing but log lines. A
+process dies by itself, or is killed because it is stuck (`launch/watchdog.py`); its group is started again, within a
+budget.
+
+Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, and `EngineUp` when all are
+ready; once `stop()` returns, or the launcher dies in whatever way, no process of the engine is alive; a running engine
+costs the launcher nearly nothing, because it sleeps in one poll on the descriptors of the processes.
 """
 
+import collections
 import contextlib
 import logging
 import os
@@ -13,19 +18,18 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Iterable
-
-import msgspec
+from typing import NoReturn
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.logs import LogFormat
+from ramet.launch.running import RunningProcess
+from ramet.launch.socket_folder import make_folder
+from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +39,14 @@ SCHEDULER = "scheduler-0"
 _FLUSH_S = 1.0
 # How long a process that was told to stop may take before it is killed.
 _EXIT_S = 3.0
+# The time in which restarts are counted against the budget.
+_BUDGET_S = 600.0
+# A group that died within this time before is started after a pause: 1 s, and twice as much each time.
+_CALM_S = 30.0
 
 
 class EngineFailed(Exception):
-    """A process died, or the engine was not ready in time; the message is meant for the user."""
+    """The engine was not ready in time, or processes died too often; the message is meant for the user."""
 
 
 class StopRequested(Exception):
@@ -59,22 +67,28 @@ class Supervisor:
         num_tokenizers: int,
         drain_timeout_s: float,
         start_timeout_s: float,
+        watchdog_timeout_s: float,
+        max_restarts: int,
         log_level: str = "info",
         log_format: LogFormat = "text",
     ) -> None:
-        # mkdtemp makes it with mode 0700. A short name: the path of a Unix socket is limited to 107 bytes.
-        self.addresses = Addresses(tempfile.mkdtemp(prefix="ramet-"), num_tokenizers)
+        folder, lock = make_folder()
+        self.addresses = Addresses(folder, num_tokenizers)
         self._drain_timeout_s = drain_timeout_s
         self._start_timeout_s = start_timeout_s
+        self._max_restarts = max_restarts
         self._log_level, self._log_format = log_level, log_format
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._pidfds: dict[int, str] = {}  # of the children that have not been seen dead
+        self._watchdog = Watchdog(self.addresses, watchdog_timeout_s)
+        self._processes: dict[str, Process] = {}
+        self._children: dict[str, RunningProcess] = {}
         self._ready: dict[str, Ready] = {}
         self._fatal: dict[str, str] = {}
+        self._stuck: dict[str, float] = {}  # those that were killed for it: how long they had been, in seconds
+        self._restarts: collections.deque[tuple[float, str]] = collections.deque()  # when, and of which group
         self._progress: dict[str, tuple[str, float]] = {}
         self._stop_requests = 0
         # Runs at the latest when the interpreter ends.
-        self._clean_up = weakref.finalize(self, _kill_all, self._children, self.addresses.folder)
+        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
@@ -90,23 +104,21 @@ class Supervisor:
         try:
             for process in processes:
                 self._spawn(process)
-            self._await_ready(self._children.keys() - {FRONTEND})
-            pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
-            self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
-            self._await_ready(self._children.keys() & {FRONTEND})
+            if dead := self._bring_up():
+                raise EngineFailed(self._death(dead[0]))
         except BaseException:
             self.stop()
             raise
 
     def wait(self) -> None:
-        """Sleep until a stop is requested. Raises EngineFailed when a process dies, once the clients have heard."""
-        while not self._stop_requests:
-            dead = self._poll(None)
+        """Keep the engine running until a stop is requested. Raises EngineFailed when that cannot be done, once the
+        clients have heard; StopRequested if processes were just being restarted."""
+        while True:
+            dead = self._watch()
+            if self._stop_requests:
+                return
             if dead:
-                reason = self._death(dead[0])
-                self._to_frontend.send(EngineDown(reason))
-                self._poll_until(time.monotonic() + _FLUSH_S, {FRONTEND})
-                raise EngineFailed(reason)
+                self._restart(dead)
 
     def request_stop(self) -> None:
         """End `start()` or `wait()`; a second time, make `stop()` wait no longer for running requests."""
@@ -119,7 +131,7 @@ class Supervisor:
         if not self._clean_up.alive:
             return
         try:
-            healthy = FRONTEND in self._ready and len(self._pidfds) == len(self._children)
+            healthy = FRONTEND in self._ready and len(self._alive) == len(self._children)
             self._terminate({FRONTEND}, (self._drain_timeout_s if healthy else 0) + _EXIT_S)
             self._terminate(set(self._children), _EXIT_S)
         finally:
@@ -128,40 +140,37 @@ class Supervisor:
             self._to_frontend.close()
             self._wake_reader.close()
             self._wake_writer.close()
-            for descriptor in self._pidfds:
-                os.close(descriptor)
-            self._pidfds.clear()
 
     # ---- starting ---------------------------------------------------------------------------------------------------
 
     def _spawn(self, process: Process) -> None:
-        child = subprocess.Popen(
-            # -P: a folder that happens to be the working directory must not shadow a library.
-            [sys.executable, "-P", "-m", "ramet.launch.child", process.name],
-            stdin=subprocess.PIPE,
-            env={**os.environ, **process.placement.env},
-            process_group=0,  # Ctrl-C in a terminal reaches the launcher only, which decides what follows
-        )
-        self._children[process.name] = child
-        self._pidfds[os.pidfd_open(child.pid)] = process.name
+        for known in (self._ready, self._fatal, self._stuck, self._progress):
+            known.pop(process.name, None)  # of its predecessor
+        self._processes[process.name] = process
         spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._log_level, self._log_format)
-        assert child.stdin is not None
-        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died at once is seen by its pidfd
-            child.stdin.write(msgspec.msgpack.encode(spec))
+        self._children[process.name] = RunningProcess(spec)
 
-    def _await_ready(self, names: set[str]) -> None:
+    def _bring_up(self) -> list[str]:
+        """Wait until all are ready; the frontend hears of it when the others are. Returns early with who died."""
+        if dead := self._await_ready(self._children.keys() - {FRONTEND}):
+            return dead
+        pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
+        self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
+        return self._await_ready(set(self._children))
+
+    def _await_ready(self, names: set[str]) -> list[str]:
         deadline = time.monotonic() + self._start_timeout_s
         while missing := names - self._ready.keys():
             if self._stop_requests:
                 raise StopRequested
             if time.monotonic() > deadline:
                 raise EngineFailed(f"not ready after {self._start_timeout_s:g} s: {', '.join(sorted(missing))}")
-            if dead := self._poll(0):
-                raise EngineFailed(self._death(dead[0]))
+            if dead := self._watch(0):
+                return dead
             self._read_inbox(0.1)
-            if self._fatal:
-                name, message = next(iter(self._fatal.items()))
-                raise EngineFailed(f"{name}: {message}")
+            for name in missing & self._fatal.keys():
+                raise EngineFailed(f"{name}: {self._fatal[name]}")
+        return []
 
     def _read_inbox(self, timeout_s: float) -> None:
         while (message := self._inbox.receive(timeout_s)) is not None:
@@ -183,27 +192,102 @@ class Supervisor:
             logger.info("%s: %s", message.process, message.text)
             self._progress[message.process] = (kind, time.monotonic())
 
+    # ---- restarting -------------------------------------------------------------------------------------------------
+
+    def _restart(self, dead: list[str]) -> None:
+        """Start what died, and the rest of its groups, until all are ready."""
+        died_at = time.monotonic()
+        while dead:
+            reasons = {name: self._death(name) for name in dead}
+            if dead != [FRONTEND]:
+                self._to_frontend.send(EngineDown("; ".join(reasons.values())))
+            pause_s = max(self._take_from_budget(name, reason) for name, reason in reasons.items())
+            groups = {self._group(name) for name in dead}
+            members = [name for name in self._children if self._group(name) in groups]
+            for name in members:
+                self._children[name].end()
+            self._read_inbox(0)  # the last of it, lest it is taken for word from their successors
+            dead = self._pause(pause_s)
+            for name in members:
+                self._spawn(self._processes[name])
+            dead = dead or self._bring_up()
+        logger.info("all processes are ready again after %.1f s", time.monotonic() - died_at)
+
+    def _take_from_budget(self, name: str, reason: str) -> float:
+        """Seconds to wait before the restart. Raises EngineFailed if there is to be none."""
+        now, group = time.monotonic(), self._group(name)
+        if self._children[name].exit_code is None:
+            self._give_up(name, f"{reason}, and it cannot be killed")
+        if name in self._fatal and name not in self._ready:
+            self._give_up(name, reason)
+        while self._restarts and self._restarts[0][0] < now - _BUDGET_S:
+            self._restarts.popleft()
+        if (count := len(self._restarts)) >= self._max_restarts:
+            tried = f", after {count} restarts in {_BUDGET_S / 60:g} minutes" if count else ""
+            self._give_up(name, reason + tried)
+        recent = sum(which == group and when > now - _CALM_S for when, which in self._restarts)
+        self._restarts.append((now, group))
+        pause_s = 2.0 ** (recent - 1) if recent else 0.0
+        logger.error(
+            "%s; it is started again in %g s (restart %d of %d)", reason, pause_s, count + 1, self._max_restarts
+        )
+        return pause_s
+
+    def _give_up(self, name: str, reason: str) -> NoReturn:
+        self._to_frontend.send(EngineDown(reason))
+        self._poll_until(time.monotonic() + _FLUSH_S, {FRONTEND})
+        lines = [] if name in self._fatal else self._children[name].last_lines
+        raise EngineFailed("\n".join([reason, *([f"the last lines of {name}:"] if lines else []), *lines]))
+
+    def _pause(self, seconds: float) -> list[str]:
+        """Returns early with who died meanwhile."""
+        until = time.monotonic() + seconds
+        dead: list[str] = []
+        while not dead and (left_s := until - time.monotonic()) > 0:
+            if self._stop_requests:
+                raise StopRequested
+            dead = self._watch(left_s)
+        return dead
+
+    def _group(self, name: str) -> str:
+        return self._processes[name].group or name
+
     # ---- watching and stopping --------------------------------------------------------------------------------------
 
-    def _poll(self, timeout_s: float | None) -> list[str]:
+    @property
+    def _alive(self) -> set[str]:
+        return {name for name, child in self._children.items() if child.exit_code is None}
+
+    def _watch(self, timeout_s: float = float("inf")) -> list[str]:
+        """Sleep until something happens, or there may be something to see. Names of those that died, or hung and were
+        killed."""
+        watched = self._alive & self._ready.keys()
+        dead = self._poll(min(timeout_s, self._watchdog.patience_s(watched)))
+        for name, stuck_s in self._watchdog.stuck(watched - set(dead)).items():
+            self._stuck[name] = stuck_s
+            self._children[name].end()
+            dead.append(name)
+        return dead
+
+    def _poll(self, timeout_s: float) -> list[str]:
         """Names of children that died since the last call; returns early, maybe with none, on a stop request."""
+        names = {self._children[name].pidfd: name for name in self._alive}
         poller = select.poll()
-        for descriptor in (self._wake_reader.fileno(), *self._pidfds):
+        for descriptor in (self._wake_reader.fileno(), *names):
             poller.register(descriptor, select.POLLIN)
-        events = poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
         dead = []
-        for descriptor, _ in events:
+        for descriptor, _ in poller.poll(max(0.0, timeout_s) * 1000):
             if descriptor == self._wake_reader.fileno():
                 self._wake_reader.recv(64)
             else:
-                dead.append(self._pidfds.pop(descriptor))
-                os.close(descriptor)
+                self._children[names[descriptor]].end()
+                dead.append(names[descriptor])
         return dead
 
     def _poll_until(self, deadline: float, names: set[str]) -> list[str]:
         """Wait until all of `names` are dead, or the deadline, or a second stop request; returns who else died."""
         others: list[str] = []
-        while names & set(self._pidfds.values()) and self._stop_requests < 2 and not others:
+        while names & self._alive and self._stop_requests < 2 and not others:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -212,8 +296,8 @@ class Supervisor:
 
     def _terminate(self, names: set[str], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        for name in names & set(self._pidfds.values()):
-            self._children[name].send_signal(signal.SIGTERM)
+        for name in names & self._alive:
+            self._children[name].terminate()
         for name in self._poll_until(deadline, names):
             # The requests that the frontend wants to finish will get no more tokens.
             self._to_frontend.send(EngineDown(self._death(name)))
@@ -222,21 +306,20 @@ class Supervisor:
 
     def _death(self, name: str) -> str:
         """Why a child is dead, in its own words if it left any."""
-        code = self._children[name].wait()
+        code = self._children[name].end()
         self._read_inbox(0.1)
         if name in self._fatal:
             return f"{name}: {self._fatal[name]}"
-        if code >= 0:
+        if name in self._stuck:
+            return f"{name} hung, silent for more than {self._stuck[name]:.1f} s"
+        if code is None or code >= 0:
             return f"{name} ended with exit code {code}"
         hint = " (is the machine out of memory?)" if code == -signal.SIGKILL else ""
         return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _kill_all(children: dict[str, subprocess.Popen[bytes]], folder: str) -> None:
+def _kill_all(children: dict[str, RunningProcess], folder: str, lock: int) -> None:
     for child in children.values():
-        # The group, since a child may have started processes of its own. Its id is not reused before the reaping.
-        if child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        child.end()
     shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)

@@ -2,6 +2,7 @@
 steps, so there is no KV pool. What runs when is the scheduler's to decide.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,9 @@ class Embedder:
         self._causal = not isinstance(self._model, Encoder)
         self._pooling = read_pooling(Path(config.weights), "lasttoken" if self._causal else "mean")
         progress("warming up")
+        started_s = time.perf_counter()
         warm_up = self.execute([[0] * min(config.max_step_tokens, config.context_length)])
+        self.warm_up_s = time.perf_counter() - started_s
         self.embedding_size = len(warm_up[0] or b"") // 4
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ Does not decide anything: what to compute, in which pages and when to stop is in
 """
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,9 @@ class ModelRunner:
         max_pages = -(-config.context_length // config.page_size)
         self._slots = SlotTable(config.max_running, max_pages, self.vocab_size, self.device)
         progress("warming up")
+        started_s = time.perf_counter()
         self._warm_up(min(config.max_step_tokens, config.context_length, size.num_pages * config.page_size))
+        self.warm_up_s = time.perf_counter() - started_s
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:

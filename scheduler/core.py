@@ -84,6 +84,11 @@ class SchedulerCore:
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def rids(self) -> list[str]:
+        """Of all requests that have not ended."""
+        return list(self._requests)
+
     def add(self, message: Generate, matcher: LLMatcher | None = None) -> None:
         """Queue a request, with the matcher of its grammar. One that can never run fails at once."""
         try:

@@ -24,6 +24,10 @@ class EmbeddingQueue:
         """How many wait."""
         return len(self._waiting)
 
+    @property
+    def rids(self) -> list[str]:
+        return [message.rid for _, _, message in self._waiting]
+
     def add(self, message: Embed) -> None:
         self._arrivals += 1
         bisect.insort(self._waiting, (message.priority, self._arrivals, message))

@@ -20,15 +20,17 @@ from ramet.ipc.messages import (
     Generate,
     Progress,
     Ready,
+    Reset,
     ToScheduler,
 )
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.embedding import EmbeddingQueue
 from ramet.scheduler.stats import StatsReporter
-from ramet.scheduler.worker import NAME
+from ramet.scheduler.worker import NAME, STEP_SLACK
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +50,14 @@ def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Address
         launcher.send(Fatal(NAME, str(error)))
         launcher.close()
         raise SystemExit(1) from error
+    pulse = Pulse(addresses, NAME, STEP_SLACK * embedder.warm_up_s)
     launcher.send(Ready(NAME, {"context_length": config.context_length, "embedding_size": embedder.embedding_size}))
     queue = EmbeddingQueue(config.max_step_tokens, config.max_running)
-    EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend)).loop()
+    worker = EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend))
+    while True:
+        pulse.beat()
+        if worker.take_messages():
+            worker.step()
 
 
 class EmbeddingWorker:
@@ -65,25 +72,27 @@ class EmbeddingWorker:
         self._frontend = frontend
         self._stats = StatsReporter(frontend.send, queue.counters)
 
-    def loop(self) -> None:
-        while True:
-            self.take_messages()
-            self.step()
-
-    def take_messages(self) -> None:
-        """Everything that has come; waits for something if there is no work."""
-        timeout_s = 0.0 if self._queue else None
+    def take_messages(self) -> bool:
+        """Everything that has come; waits a while for something if there is no work. False if nothing came."""
+        busy = bool(self._queue)
+        timeout_s = 0.0 if busy else BEAT_S
         while (message := self._inbox.receive(timeout_s)) is not None:
+            busy = True
             match message:
                 case Embed():
                     self._queue.add(message)
                 case Abort():
                     self._queue.abort(message.rids)
+                case Reset():
+                    self._queue.abort(self._queue.rids)
+                    self._stats.send(0, 0)
+                    self._frontend.send(message)
                 case FlushCache():
                     self._frontend.send(Flushed(message.rid, 0))
                 case Generate():
                     self._frontend.send(Failed([message.rid], _NO_GENERATION))
             timeout_s = 0.0
+        return busy
 
     def step(self) -> None:
         """Counters are sent before the answers that they count, so that who has an answer finds it counted."""

@@ -53,8 +53,8 @@ class GrammarPool:
         self._held: list[_Held] = []
 
     @property
-    def num_held(self) -> int:
-        return len(self._held)
+    def held_rids(self) -> list[str]:
+        return [held.message.rid for held in self._held]
 
     def hold(self, message: Generate) -> None:
         """Keep a request until `take_ready` gives it back."""

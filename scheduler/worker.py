@@ -18,10 +18,12 @@ from ramet.ipc.messages import (
     Generate,
     Progress,
     Ready,
+    Reset,
     TokenBatch,
     ToScheduler,
     Wake,
 )
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.step import StepPlan, StepResult
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.memory import PoolTooLarge
@@ -35,6 +37,8 @@ from ramet.scheduler.stats import StatsReporter
 log = logging.getLogger(__name__)
 
 NAME = "scheduler-0"
+# A step may take so many times as long as the warm-up, a full step, before the process might count as stuck.
+STEP_SLACK = 2
 
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
@@ -54,8 +58,9 @@ def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Address
         "kv_tokens": capacity,
         "context_length": min(config.context_length, capacity),
     }
+    worker = Worker(config, core, runner, inbox, addresses)
     launcher.send(Ready(NAME, info))
-    Worker(config, core, runner, inbox, addresses).loop()
+    worker.loop()
 
 
 class Worker:
@@ -75,12 +80,14 @@ class Worker:
         self._inbox = inbox
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
+        self._pulse = Pulse(addresses, NAME, STEP_SLACK * runner.warm_up_s)
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
 
     def loop(self) -> None:
         while True:
+            self._pulse.beat()
             self._take_messages()
             begun = time.monotonic()
             plan = self._core.schedule(begun)
@@ -93,8 +100,8 @@ class Worker:
                 self._report()
 
     def _take_messages(self) -> None:
-        """Everything that has come; waits for something if there is no work."""
-        timeout_s = 0.0 if self._core.has_work else None
+        """Everything that has come; waits a while for something if there is no work."""
+        timeout_s = 0.0 if self._core.has_work else BEAT_S
         while True:
             match message := self._inbox.receive(timeout_s):
                 case None:
@@ -104,9 +111,12 @@ class Worker:
                 case Generate():
                     self._core.add(message)
                 case Abort():
-                    for held in self._grammars.take_held(message.rids):
-                        self._core.add(held)
-                    self._core.abort(message.rids)
+                    self._abort(message.rids)
+                case Reset():
+                    self._abort([*self._grammars.held_rids, *self._core.rids])
+                    self._core.take_outputs()  # nobody waits for their ends
+                    self._report()
+                    self._detokenizer.send(message)
                 case Wake():
                     pass  # it is here to be woken
                 case FlushCache():
@@ -120,6 +130,11 @@ class Worker:
                 self._core.refuse(request.rid, made)
             else:
                 self._core.add(request, made)
+
+    def _abort(self, rids: list[str]) -> None:
+        for held in self._grammars.take_held(rids):
+            self._core.add(held)
+        self._core.abort(rids)
 
     def _step(self, plan: StepPlan, begun: float) -> None:
         planned = time.monotonic()
@@ -142,7 +157,7 @@ class Worker:
         if self._stats.is_due(core.has_work):
             self._stats.send(
                 core.num_running,
-                core.num_waiting + self._grammars.num_held,
+                core.num_waiting + len(self._grammars.held_rids),
                 pages_total=kv.num_pages,
                 pages_free=kv.allocator.num_free,
                 pages_cached=kv.cache.num_pages,

@@ -27,10 +27,12 @@ from ramet.ipc.messages import (
     Generate,
     Job,
     Ready,
+    Reset,
     Tokenize,
     Tokenized,
     ToTokenizer,
 )
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
@@ -55,11 +57,13 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
         launcher.close()
         raise SystemExit(1) from error
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    pulse = Pulse(addresses, name)
     launcher.send(Ready(name))
     while True:
-        message = inbox.receive(None)
-        assert message is not None  # it waits for ever
-        if isinstance(message, Abort | FlushCache):
+        pulse.beat()
+        if (message := inbox.receive(BEAT_S)) is None:
+            continue
+        if isinstance(message, Abort | FlushCache | Reset):
             scheduler.send(message)
             continue
         try:

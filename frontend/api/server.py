@@ -13,8 +13,7 @@ from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.exchange import json_response, read_json
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import invalid
-from ramet.ipc.messages import Completion, Embedding, FlushCache, Flushed
-from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.messages import FlushCache, Flushed
 
 
 class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -62,16 +61,6 @@ class Server:
                 "internal_states": [state],
             }
         )
-
-    async def health_generate(self, _http: Request) -> Response:
-        """Computes one token of a one-token prompt, or its embedding."""
-        if self._config.is_embedding:
-            await self._client.ask(lambda rid: Embedding(rid, [0]))
-            return json_response({"status": "ok"})
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
-            await generation.whole()
-        return json_response({"status": "ok"})
 
     async def flush_cache(self, _http: Request) -> Response:
         answer = await self._client.ask(FlushCache)

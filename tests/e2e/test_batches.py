@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from support.batches import checked_results, create, line, wait
-from support.server import ROLES, RunningServer, tiny_flags
+from support.server import ROLES, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -47,19 +46,23 @@ def test_an_endpoint_that_refuses_all(tiny: RunningServer) -> None:
 def server(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     """A server of the test's own, slow enough that a batch lives to see its deaths."""
     servers.close()
-    with RunningServer(*tiny_flags(tiny_model("llama")), "--max-running-requests", "2") as server:
+    with RunningServer(
+        *tiny_flags(tiny_model("llama")), "--max-running-requests", "2", "--max-restarts", "100"
+    ) as server:
         yield server
 
 
 def kill(server: RunningServer, role: str) -> None:
-    """One process, after which the launcher stops the others, or ("launcher") all at once."""
-    pids = server.pids()
-    processes = [psutil.Process(pid) for name, pid in pids.items() if name != "launcher"]
+    """One process, which is started again, or ("launcher") all at once and the whole server anew."""
+    pids, restarts = server.pids(), server.log().count("all processes are ready again")
     for pid in pids.values() if role == "launcher" else [pids[role]]:
         os.kill(pid, signal.SIGKILL)
-    server.exit_code()
-    psutil.wait_procs(processes, timeout=10)  # the port is theirs until they are gone
-    server.remove_sockets()
+    if role == "launcher":
+        server.exit_code()
+        server.start_again()
+    else:
+        until(lambda: server.log().count("all processes are ready again") > restarts, 30, server.log)
+        server.wait_until_ready()
 
 
 def test_kills_at_random_moments(server: RunningServer) -> None:
@@ -81,7 +84,6 @@ def test_kills_at_random_moments(server: RunningServer) -> None:
         time.sleep(rng.uniform(0, 0.3))
         deaths_in_progress += server.client.batches.retrieve(batch.id).status == "in_progress"
         kill(server, role)
-        server.start_again()
     ended = wait(server.client, batch.id, 300)
     print(f"{deaths_in_progress} of {len(roles)} deaths while the batch ran")
     assert deaths_in_progress >= len(roles) / 2

@@ -79,8 +79,9 @@ def two_clients(server: RunningServer) -> tuple[Client, Client]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_death_ends_the_engine_and_is_told_to_its_clients(server: RunningServer, role: str) -> None:
+def test_a_death_is_told_to_the_clients_and_mended(server: RunningServer, role: str) -> None:
     whole, stream = two_clients(server)
+    before = server.pids()
     killed_at = time.monotonic()
     os.kill(server.pids()[role], signal.SIGKILL)
     for client in (whole, stream):
@@ -97,9 +98,49 @@ def test_a_death_ends_the_engine_and_is_told_to_its_clients(server: RunningServe
         }
         assert (whole.status, json.loads(whole.text)) == (503, {"error": error})
         assert (stream.status, stream.events()[-1]) == (200, {"error": error})
-    assert server.exit_code() == 1
-    assert server.log().splitlines()[-1].startswith(f"error: {role} was killed by SIGKILL")
-    server.assert_nothing_left()
+        assert httpx.get(f"{server.url}/ready").headers["retry-after"]
+    server.wait_until_ready()
+    after = server.pids()
+    assert {name for name in after if after[name] != before[name]} == {role}
+    answer = server.client.completions.create(model=server.model, prompt="a", max_tokens=3)
+    assert answer.choices[0].finish_reason
+    assert server.quiet_metrics()['ramet_kv_pages{state="in_use"}'] == 0
+    # The two long ones were ended, whoever died, and did not run on for nobody.
+    assert server.counter("finished") == 1
+    assert server.counter("aborted") == (0 if role == "scheduler-0" else 2)
+
+
+def test_health_names_who_hangs(servers: Any, tiny_model: Callable[[str], Path]) -> None:
+    """Before it is killed, which the launcher, stopped as well, cannot do."""
+    servers.close()
+    with RunningServer(*tiny_flags(tiny_model("llama")), "--watchdog-timeout", "3") as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        pids = server.pids()
+        for name in ("launcher", "scheduler-0"):
+            os.kill(pids[name], signal.SIGSTOP)
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 10, lambda: "not healthy")
+        message = httpx.get(f"{server.url}/health").json()["error"]["message"]
+        assert message.startswith("scheduler-0 hangs, silent for more than ")
+        response = httpx.get(f"{server.url}/health_generate", timeout=10)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
+        assert response.headers["retry-after"]
+        os.kill(pids["launcher"], signal.SIGCONT)
+        until(lambda: "scheduler-0 hung" in server.log(), 10, lambda: server.log())
+        server.wait_until_ready()
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health_generate").status_code == 200
+
+
+def test_too_many_deaths_end_the_server(servers: Any, tiny_model: Callable[[str], Path]) -> None:
+    servers.close()
+    with RunningServer(*tiny_flags(tiny_model("llama")), "--max-restarts", "0") as server:
+        _, stream = two_clients(server)
+        os.kill(server.pids()["scheduler-0"], signal.SIGKILL)
+        stream.wait(10)
+        assert stream.events()[-1]["error"]["code"] == "engine_down"
+        assert server.exit_code() == 1
+        assert "\nerror: scheduler-0 was killed by SIGKILL" in server.log()
+        server.assert_nothing_left()
 
 
 def test_sigterm_lets_a_stream_finish(server: RunningServer) -> None:
@@ -141,7 +182,9 @@ def test_a_killed_launcher_leaves_no_process(server: RunningServer) -> None:
     server.process.kill()
     server.process.wait()
     until(lambda: not any(map(is_alive, pids.values())), 5, lambda: f"{pids} are dead")
-    server.remove_sockets()  # nobody is left who could
+    server.start_again()  # which removes the sockets that the first one left
+    server.stop()
+    server.assert_nothing_left()
 
 
 def is_alive(pid: int) -> bool:

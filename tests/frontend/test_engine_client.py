@@ -25,6 +25,7 @@ from ramet.ipc.messages import (
     Finish,
     FinishReason,
     PromptInfo,
+    Reset,
     TextBatch,
     TextDelta,
     ToTokenizer,
@@ -117,8 +118,17 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
     assert isinstance(harness.received(), Abort)
     with pytest.raises(RequestError, match="gone"):
         harness.submit()
-    for _ in range(2):  # the second time nothing had died
-        harness.client.dispatch(EngineUp())
+    harness.client.dispatch(EngineUp())
+    with pytest.raises(RequestError, match="gone"):
+        harness.submit()
+    reset = harness.received()
+    harness.client.dispatch(Reset(0))  # of an earlier round
+    assert harness.client.down
+    harness.client.dispatch(reset)
+    assert not harness.client.down
+    # A second one, though nothing had died.
+    harness.client.dispatch(EngineUp())
+    harness.client.dispatch(harness.received())
     [restarts] = harness.metrics.engine_restarts.collect()
     assert restarts.samples[0].value == 1
 

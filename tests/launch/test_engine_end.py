@@ -25,8 +25,23 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("llama")
 
 
-def test_a_death_is_raised_and_nothing_is_left(model: Path) -> None:
+def test_a_death_is_raised_and_mended(model: Path) -> None:
     with nothing_left(), Engine(model, **SMALL) as engine:
+        threading.Timer(0.5, os.kill, [children()["scheduler-0"].pid, signal.SIGKILL]).start()
+        with pytest.raises(RequestError, match="the engine is down: scheduler-0 was killed by SIGKILL"):
+            engine.generate([PROMPT] * 20, ENDLESS)
+
+        def works() -> bool:
+            try:
+                return bool(engine.generate(PROMPT, SamplingParams(max_tokens=2)).finish_reason)
+            except RequestError:
+                return False
+
+        until(works, 30, lambda: f"again: {children()}")
+
+
+def test_a_death_beyond_the_budget_ends_the_engine(model: Path) -> None:
+    with nothing_left(), Engine(model, **SMALL, max_restarts=0) as engine:
         threading.Timer(0.5, os.kill, [children()["detokenizer"].pid, signal.SIGKILL]).start()
         with pytest.raises(RequestError, match="the engine is down: detokenizer was killed by SIGKILL"):
             engine.generate([PROMPT] * 20, ENDLESS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.engine_targets import MAX_RESTARTS, WATCHDOG_S
 
 TESTS = Path(__file__).parents[1]
 NAMES = ["scheduler-0", "tokenizer-0", "detokenizer", "frontend"]
@@ -24,7 +25,8 @@ class Run:
     def __init__(self, folder: Path, mode: str) -> None:
         self.diary = folder / "diary"
         self.errors = folder / "stderr"
-        environ = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": "/tmp"}
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        environ = {**os.environ, "PYTHONPATH": path, "TMPDIR": "/tmp"}
         command = [sys.executable, "-m", "support.engine_targets", str(self.diary), mode]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(command, env=environ, stderr=errors)
@@ -44,7 +46,22 @@ class Run:
         return found
 
     def pid(self, name: str) -> int:
+        """Of its first life."""
         return int(self.wait_for(name, "started")[1])
+
+    def count(self, *words: str) -> int:
+        return sum(tuple(entry[2 : 2 + len(words)]) == words for entry in self.notes())
+
+    def wait_until_up(self, times: int) -> None:
+        """Until the frontend has heard so often that the engine is up."""
+        until(lambda: self.count("frontend", "heard") >= times, 20, f"up in {self.notes()}")
+
+    def pids(self) -> dict[str, int]:
+        """The processes of now, by name."""
+        return {entry[2]: entry[1] for entry in self.notes() if entry[3] == "started"}
+
+    def log(self) -> str:
+        return self.errors.read_text()
 
     @property
     def folder(self) -> Path:
@@ -119,28 +136,110 @@ def test_ctrl_c_reaches_only_the_launcher(launch: Callable[[str], Run]) -> None:
     run.assert_nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "hung, silent for more than 2.")]
+)
 @pytest.mark.parametrize("name", ["scheduler-0", "detokenizer"])
-def test_a_death_is_told_to_the_clients_and_ends_the_launcher(launch: Callable[[str], Run], name: str) -> None:
+def test_what_dies_or_hangs_is_started_again(
+    launch: Callable[[str], Run], name: str, number: signal.Signals, reason: str
+) -> None:
     run = launch("plain")
     run.wait_for("launcher", "ready")
-    killed_at = time.monotonic()
-    os.kill(run.pid(name), signal.SIGKILL)
-    down = run.wait_for("frontend", "down", timeout_s=2)
-    assert down[0] - killed_at < 1
-    assert f"{name} was killed by SIGKILL" in down[4]
+    before = run.pids()
+    hurt_at = time.monotonic()
+    os.kill(before[name], number)
+    down = run.wait_for("frontend", "down", timeout_s=6)
+    assert down[0] - hurt_at < (1 if number == signal.SIGKILL else WATCHDOG_S + 1)
+    assert down[4].startswith(f"{name} {reason}")
+    run.wait_until_up(2)
+    after = run.pids()
+    assert {other for other in NAMES if after[other] != before[other]} == {name}
+    assert not is_alive(before[name])
+    assert [entry[4] for entry in run.notes() if entry[3] == "heard"][1] == sorted([*NAMES, "launcher"])
+    assert f"{down[4]}; it is started again in 0 s (restart 1 of {MAX_RESTARTS})" in run.log()
+    assert len(psutil.Process(run.process.pid).children()) == len(NAMES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_frontend_is_started_again_alone(launch: Callable[[str], Run], number: signal.Signals) -> None:
+    run = launch("plain")
+    run.wait_for("launcher", "ready")
+    before = run.pids()
+    os.kill(before["frontend"], number)
+    run.wait_until_up(2)
+    assert not run.find("frontend", "down")
+    assert {name for name, pid in run.pids().items() if pid != before[name]} == {"frontend"}
+
+
+def test_a_group_is_started_again_together(launch: Callable[[str], Run]) -> None:
+    run = launch("ranks")
+    run.wait_for("launcher", "ready")
+    before = run.pids()
+    os.kill(before["scheduler-1"], signal.SIGKILL)
+    run.wait_until_up(2)
+    after = run.pids()
+    assert {name for name in after if after[name] != before[name]} == {"scheduler-0", "scheduler-1"}
+    assert not is_alive(before["scheduler-0"])
+
+
+def test_several_deaths_at_once(launch: Callable[[str], Run]) -> None:
+    """The frontend among them; and one more while the others are on their way."""
+    run = launch("plain")
+    run.wait_for("launcher", "ready")
+    before = run.pids()
+    for name in ("scheduler-0", "frontend"):
+        os.kill(before[name], signal.SIGKILL)
+    until(lambda: run.pids()["scheduler-0"] != before["scheduler-0"], 10, "started again")
+    os.kill(before["tokenizer-0"], signal.SIGKILL)
+    until(lambda: run.pids()["tokenizer-0"] != before["tokenizer-0"], 10, "started again")
+    run.wait_until_up(2)
+    assert {name for name, pid in run.pids().items() if pid == before.get(name)} == {"detokenizer"}
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(10) == 0
+    run.assert_nothing_left()
+
+
+def test_too_many_deaths_end_the_launcher(launch: Callable[[str], Run]) -> None:
+    run = launch("plain")
+    run.wait_for("launcher", "ready")
+    for life in range(1, MAX_RESTARTS + 1):
+        os.kill(run.pids()["tokenizer-0"], signal.SIGKILL)
+        run.wait_until_up(life + 1)
+    assert [f"again in {pause_s} s" in run.log() for pause_s in (0, 1, 2)] == [True] * 3
+    os.kill(run.pids()["tokenizer-0"], signal.SIGKILL)
     assert run.process.wait(10) == 1
-    assert run.wait_for("launcher", "failed")[4] == down[4]
+    reason, *words = run.wait_for("launcher", "failed")[4].splitlines()
+    assert reason.startswith("tokenizer-0 was killed by SIGKILL")
+    assert reason.endswith(f"after {MAX_RESTARTS} restarts in 10 minutes")
+    assert words == ["the last lines of tokenizer-0:", "the words of tokenizer-0"]
+    assert [entry[4] for entry in run.notes() if entry[3] == "down"][-1] == reason
     run.assert_nothing_left()
     assert not run.folder.exists()
 
 
-def test_the_frontends_death_ends_the_launcher(launch: Callable[[str], Run]) -> None:
+def test_a_failure_at_a_restart_ends_the_launcher(launch: Callable[[str], Run]) -> None:
+    run = launch("once")
+    run.wait_for("launcher", "ready")
+    os.kill(run.pid("scheduler-0"), signal.SIGKILL)
+    assert run.process.wait(10) == 1
+    assert run.wait_for("launcher", "failed")[4] == "scheduler-0: ValueError: no weights for scheduler-0"
+    run.assert_nothing_left()
+
+
+def test_a_machine_that_slept_kills_nobody(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("launcher", "ready")
-    os.kill(run.pid("frontend"), signal.SIGKILL)
-    assert run.process.wait(5) == 1
-    assert "frontend was killed by SIGKILL" in run.wait_for("launcher", "failed")[4]
-    run.assert_nothing_left()
+    pids = run.pids()
+    family = [run.process.pid, *pids.values()]
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(WATCHDOG_S + 1)
+    for pid in family:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.1)  # the launcher first: nobody else has turned when it looks
+    time.sleep(WATCHDOG_S)
+    assert run.pids() == pids
+    assert "hung" not in run.log()
 
 
 def test_a_failure_at_the_start_is_told_in_its_own_words(launch: Callable[[str], Run]) -> None:
@@ -158,9 +257,11 @@ def test_killing_the_launcher_leaves_nothing_alive(launch: Callable[[str], Run])
     folder = run.folder
     run.process.kill()
     until(lambda: not any(is_alive(pid) for pid in pids), 2, f"{pids} dead")
-    for leftover in folder.iterdir():  # nobody is left who could remove it
-        leftover.unlink()
-    folder.rmdir()
+    assert folder.exists()  # nobody is left who could remove it
+    kept = run.diary
+    kept.rename(kept.with_suffix(".first"))
+    launch("plain").wait_for("launcher", "ready")
+    assert not folder.exists()
 
 
 def test_stopping_during_the_start(launch: Callable[[str], Run]) -> None:

@@ -59,7 +59,7 @@ class Pool:
         """What becomes of these, and of what is held already."""
         self.hold(*grammars)
         done: dict[str, LLMatcher | Failure] = {}
-        while self.pool.num_held:
+        while self.pool.held_rids:
             ready = self.pool.take_ready()
             done |= {message.rid: made for message, made in ready}
             if not ready:
@@ -192,7 +192,7 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(pool: Pool
 def test_a_held_request_can_be_taken_back(pool: Pool):
     pool.hold(regex("taken[0-9]"), regex("taken[a-z]"), regex("taken"))
     assert [message.rid for message in pool.pool.take_held(["r1", "r2", "unknown"])] == ["r1", "r2"]
-    assert pool.pool.num_held == 1
+    assert len(pool.pool.held_rids) == 1
     assert set(pool.outcomes()) == {"r0"}
 
 

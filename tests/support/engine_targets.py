@@ -12,12 +12,16 @@ from pathlib import Path
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToFrontend
+from ramet.ipc.pulse import Pulse
 from ramet.launch.child import Process
 from ramet.launch.placement import Placement
 from ramet.launch.serve import run
 from ramet.launch.supervisor import EngineFailed, Supervisor
 
 TARGETS = "support.engine_targets"
+WATCHDOG_S = 2.0
+BEAT_S = 0.3
+MAX_RESTARTS = 3
 
 
 def note(diary: str, *words: object) -> None:
@@ -27,12 +31,22 @@ def note(diary: str, *words: object) -> None:
 
 def worker(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
     note(diary, name, "started")
+    sys.stderr.write(f"the words of {name}\n")
     launcher = Outbox(addresses.launcher)
     launcher.send(Progress(name, "warming up"))
     time.sleep(delay_s)
     note(diary, name, "ready")
+    pulse = Pulse(addresses, name)
     launcher.send(Ready(name, {"pages": 7}))
-    signal.pause()
+    while True:
+        time.sleep(BEAT_S)
+        pulse.beat()
+
+
+def once(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
+    """A worker that cannot be started a second time."""
+    lived = f'"{name}", "started"' in Path(diary).read_text()
+    (broken if lived else worker)(name, delay_s, diary, addresses)
 
 
 def broken(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
@@ -45,6 +59,8 @@ def frontend(name: str, stubborn: bool, diary: str, addresses: Addresses) -> Non
     """Ends on SIGTERM, or with `stubborn` never."""
     note(diary, name, "started")
     inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
+    launcher = Outbox(addresses.launcher)
+    pulse = Pulse(addresses, name)
 
     def on_term(*_: object) -> None:
         note(diary, name, "terminating")
@@ -53,40 +69,44 @@ def frontend(name: str, stubborn: bool, diary: str, addresses: Addresses) -> Non
 
     signal.signal(signal.SIGTERM, on_term)
     while True:
-        message = inbox.receive(None)
+        message = inbox.receive(BEAT_S)
+        pulse.beat()
         if isinstance(message, EngineUp):
             note(diary, name, "heard", sorted(message.pids), message.info)
-            Outbox(addresses.launcher).send(Ready(name))
+            launcher.send(Ready(name))
         elif isinstance(message, EngineDown):
             note(diary, name, "down", message.reason)
 
 
-def processes(diary: str, *, stubborn: bool = False, broken_worker: bool = False) -> list[Process]:
+def processes(diary: str, mode: str, addresses: Addresses) -> list[Process]:
     place = Placement(env={"OMP_NUM_THREADS": "1"}, nice=1)
+    folder = {"folder": addresses.folder, "tokenizers": addresses.tokenizers}
 
-    def child(name: str, function: str, argument: object) -> Process:
-        return Process(name, f"{TARGETS}:{function}", [name, argument, diary], place)
+    def child(name: str, function: str, argument: object, group: str = "") -> Process:
+        return Process(name, f"{TARGETS}:{function}", [name, argument, diary, folder], place, group)
 
     return [
-        child("scheduler-0", "broken" if broken_worker else "worker", 0.2),
+        child("scheduler-0", mode if mode in ("broken", "once") else "worker", 0.2, "ranks"),
+        *([child("scheduler-1", "worker", 0.2, "ranks")] if mode == "ranks" else []),
         child("tokenizer-0", "worker", 0),
         child("detokenizer", "worker", 0),
-        child("frontend", "frontend", stubborn),
+        child("frontend", "frontend", mode == "stubborn"),
     ]
-
-
-def with_addresses(children: list[Process], addresses: Addresses) -> list[Process]:
-    folder = {"folder": addresses.folder, "tokenizers": addresses.tokenizers}
-    return [Process(c.name, c.target, [*c.arguments, folder], c.placement) for c in children]
 
 
 def main() -> None:
     diary, mode = sys.argv[1:]
-    supervisor = Supervisor(num_tokenizers=1, drain_timeout_s=60 if mode == "stubborn" else 5, start_timeout_s=30)
+    supervisor = Supervisor(
+        num_tokenizers=1,
+        drain_timeout_s=60 if mode == "stubborn" else 5,
+        start_timeout_s=30,
+        watchdog_timeout_s=WATCHDOG_S,
+        max_restarts=MAX_RESTARTS,
+    )
     note(diary, "launcher", "folder", supervisor.addresses.folder)
-    children = processes(diary, stubborn=mode == "stubborn", broken_worker=mode == "broken")
+    children = processes(diary, mode, supervisor.addresses)
     try:
-        run(supervisor, with_addresses(children, supervisor.addresses), lambda: note(diary, "launcher", "ready"))
+        run(supervisor, children, lambda: note(diary, "launcher", "ready"))
     except EngineFailed as error:
         note(diary, "launcher", "failed", str(error))
         sys.exit(1)

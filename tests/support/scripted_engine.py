@@ -33,6 +33,7 @@ from ramet.ipc.messages import (
     Message,
     PromptInfo,
     Ready,
+    Reset,
     TextBatch,
     TextDelta,
     TokenText,
@@ -150,6 +151,9 @@ class ScriptedEngine:
                 while (message := inbox.receive(0.002)) is not None:
                     if isinstance(message, Abort):
                         self.aborts.put((number, message))
+                        continue
+                    if isinstance(message, Reset):
+                        self.send(message)
                         continue
                     self._workers[message.job.rids[0]] = number
                     self.jobs.put(message)

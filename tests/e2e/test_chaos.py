@@ -1,0 +1,180 @@
+"""Every process killed and stopped in turn under a steady load: nobody waits in vain, and nothing is left behind.
+
+A request may end well, or in an error that a client may answer by trying again: 503, an `engine_down` event in its
+stream, or a broken connection if it was the frontend that died. Errors come within two seconds of the death.
+"""
+
+import asyncio
+import collections
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+from support.server import RunningServer, tiny_flags, until
+
+pytestmark = pytest.mark.e2e
+
+# In full, by hand: RAMET_TEST_CHAOS_ROUNDS=20, which takes a quarter of an hour.
+ROUNDS = int(os.environ.get("RAMET_TEST_CHAOS_ROUNDS", "1"))
+# The frontend first: so it has to survive all the others' deaths.
+ROLES = ("frontend", "scheduler-0", "tokenizer-0", "tokenizer-1", "detokenizer")
+STREAMS = 16
+HEARD_S = 2.0
+WATCHDOG_S = 3.0
+FLAGS = ("--watchdog-timeout", f"{WATCHDOG_S:g}", "--max-restarts", "1000", "--tokenizer-worker-num", "2")
+
+
+class Ended(NamedTuple):
+    """A request: when it began and ended, on the monotonic clock, and how."""
+
+    started_at: float
+    ended_at: float
+    how: str
+
+
+class Load:
+    """Sixteen clients in a thread with a loop of its own; each sends its next request when the last one has ended."""
+
+    def __init__(self, server: RunningServer, seed: int) -> None:
+        self._server = server
+        self._random = random.Random(seed)
+        self.ended: list[Ended] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self._stopping = True
+        self._thread.join()
+
+    def wait_for(self, count: int, how: str = "done") -> None:
+        """Until so many more have ended this way."""
+        seen = len(self.ended)
+        until(
+            lambda: sum(each.how == how for each in self.ended[seen:]) >= count,
+            60,
+            lambda: f"{count} {how}: {self.ended[seen:]}\n{self._server.log()}",
+        )
+
+    async def _run(self) -> None:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=20) as http:
+            await asyncio.gather(*(self._work(http) for _ in range(STREAMS)))
+
+    async def _work(self, http: httpx.AsyncClient) -> None:
+        while not self._stopping:
+            started_at = time.monotonic()
+            how = await self._request(http)
+            self.ended.append(Ended(started_at, time.monotonic(), how))
+            await asyncio.sleep(0.1 if how not in ("done", "left") else 0)
+
+    async def _request(self, http: httpx.AsyncClient) -> str:
+        prompt = [self._random.randrange(3, 384) for _ in range(self._random.randrange(1, 60))]
+        body = {"model": self._server.model, "prompt": prompt, "stream": True, "ignore_eos": True}
+        body |= {"max_tokens": self._random.randrange(5, 60), "n": self._random.choice((1, 1, 2))}
+        leaves = self._random.random() < 0.1
+        if leaves:
+            body["max_tokens"] = 1500
+        elif self._random.random() < 0.1:  # for which the scheduler has a process of its own
+            body |= {"regex": "[a-z]{3,9}", "ignore_eos": False}
+        how = "cut off"
+        try:
+            async with http.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code == 503:
+                    error = json.loads(await response.aread())["error"]
+                    return "refused" if error["code"] == "engine_down" and response.headers["retry-after"] else "?"
+                async for line in response.aiter_lines():
+                    if line == "data: [DONE]":
+                        return "done" if how == "cut off" else how
+                    if '"error"' in line:
+                        how = json.loads(line.removeprefix("data: "))["error"]["code"]
+                    elif leaves and line and self._random.random() < 0.1:
+                        return "left"
+        except httpx.TimeoutException:
+            return "hung"
+        except httpx.TransportError:
+            return "broken"
+        return how
+
+
+@pytest.fixture
+def server(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    servers.close()
+    with RunningServer(*tiny_flags(tiny_model("llama")), *FLAGS) as server:
+        yield server
+
+
+def test_every_process_killed_and_stopped_in_turn(server: RunningServer) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    with Load(server, seed) as load:
+        load.wait_for(3 * STREAMS)
+    descriptors = open_descriptors(server)
+    with Load(server, seed + 1) as load:
+        for number in [signal.SIGKILL, signal.SIGSTOP] * ROUNDS:
+            for role in ROLES:
+                load.wait_for(STREAMS)
+                hurt(server, load, role, number)
+    print(collections.Counter(each.how for each in load.ended))
+    pages = pages_of(server)
+    assert pages["free"] + pages["cached"] == 6144 / 16
+    assert pages["in_use"] == 0
+    until(lambda: not orphans(server), 5, lambda: f"no orphans: {orphans(server)}")
+    now = open_descriptors(server)
+    assert {name: now[name] - count for name, count in descriptors.items() if now[name] > count} == {}
+    assert "Traceback" not in server.log()
+
+
+def hurt(server: RunningServer, load: Load, role: str, number: signal.Signals) -> None:
+    """Kill or stop a process, wait until all is well, and look at what became of the requests."""
+    before = server.pids()
+    seen = len(load.ended)
+    hurt_at = time.monotonic()
+    os.kill(before[role], number)
+    until(lambda: any(each.how not in ("done", "left") for each in load.ended[seen:]), 20, lambda: "an error")
+    server.wait_until_ready()
+    back_s = time.monotonic() - hurt_at
+    load.wait_for(STREAMS)
+    after = server.pids()
+    assert {name for name in after if after[name] != before[name]} == {role}
+    ended = load.ended[seen:]
+    print(role, number.name, f"back after {back_s:.1f} s;", collections.Counter(each.how for each in ended))
+    errors = {"refused", "engine_down"} if role != "frontend" else {"broken"}
+    assert {each.how for each in ended} <= {"done", "left", *errors}
+    limit_s = HEARD_S + (WATCHDOG_S if number == signal.SIGSTOP else 0)
+    for each in ended:
+        if each.started_at < hurt_at or each.how in errors:
+            assert each.ended_at - max(hurt_at, each.started_at) < limit_s, each
+
+
+def pages_of(server: RunningServer) -> dict[str, float]:
+    metrics = server.quiet_metrics()
+    return {state: metrics[f'ramet_kv_pages{{state="{state}"}}'] for state in ("free", "cached", "in_use")}
+
+
+def open_descriptors(server: RunningServer) -> dict[str, int]:
+    """By process, once the clients' connections are closed."""
+    server.quiet_metrics()
+    time.sleep(0.5)
+    return {name: psutil.Process(pid).num_fds() for name, pid in server.pids().items()}
+
+
+def orphans(server: RunningServer) -> list[str]:
+    """All that runs of the server, but for its processes and the one that tries grammars for the scheduler."""
+    pids = server.pids()
+    known = {*pids.values(), *(child.pid for child in psutil.Process(pids["scheduler-0"]).children())}
+    return [str(psutil.Process(pid)) for pid in server.alive() if pid not in known]
