@@ -24,6 +24,7 @@ from ramet.frontend.batch_job import INDEX, INPUT, BatchJob, BatchLine
 from ramet.frontend.batch_store import Batches
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.exchange import BATCH_SERVER
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.schemas.batches import Batch, RequestCounts
 from ramet.frontend.store import Store
@@ -313,7 +314,7 @@ async def call(app: ASGIApp, path: str, headers: list[tuple[bytes, bytes]], body
         "root_path": "",
         "query_string": b"",
         "headers": headers,
-        "server": ("batch", None),
+        "server": BATCH_SERVER,
         "client": None,
     }
     requests = [{"type": "http.request", "body": body, "more_body": False}]

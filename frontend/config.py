@@ -39,6 +39,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     `default_sampling` holds the model's own generation defaults (temperature, top_p, top_k, min_p,
     repetition_penalty), used where a request is silent. An empty `api_keys` accepts any key. `settings` is what
     `/get_server_info` shows, free of secrets. `kv_tokens` is known when the scheduler is ready.
+    `request_timeout_s` is the time from a request's admission to its end; `client_timeout_s` that for which a client
+    may stop sending its request or reading its answer.
     `batch_window` is how many lines of a batch are in the engine at the same time, at most. Without a
     `file_storage_path` files and batches are refused.
 
@@ -67,6 +69,9 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     markers_are_special: bool = False
     template_variables: tuple[str, ...] = ()
     max_queued_requests: int = 1024
+    max_queued_tokens: int | None = None
+    request_timeout_s: float | None = None
+    client_timeout_s: float = 60.0
     max_body_bytes: int = 32 * 1024 * 1024
     drain_timeout_s: float = 30.0
     watchdog_timeout_s: float = 60.0

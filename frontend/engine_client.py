@@ -14,6 +14,7 @@ of it is still live. All messages about one id go to the same tokenizer worker.
 import asyncio
 import collections
 import itertools
+import math
 import secrets
 import time
 import uuid
@@ -54,6 +55,14 @@ DRAINING = Failure(FailureKind.ENGINE_DOWN, "the server is shutting down", code=
 _ABORTED = Failure(FailureKind.ABORTED, "the request was aborted")
 
 
+# From which the rate of ends is taken: these last seconds, and so many ends.
+_RATE_WINDOW_S, _RATE_ENDS = 30.0, 100
+_MAX_RETRY_AFTER_S = 60
+
+# Of a text; what the tokenizer makes of it is known too late for admission.
+_CHARS_PER_TOKEN = 4
+
+
 class ClientDisconnectedError(Exception):
     """Nobody reads the answer any more."""
 
@@ -74,8 +83,9 @@ class ChoiceRecord(msgspec.Struct, gc=False):
 class Generation:
     """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
 
-    def __init__(self, client: "EngineClient", rids: list[str], n: int, keeps_aborted: bool) -> None:
+    def __init__(self, client: "EngineClient", rids: list[str], n: int, num_tokens: int, keeps_aborted: bool) -> None:
         self._client = client
+        self._num_rids, self._num_tokens = len(rids), num_tokens
         self.keeps_aborted = keeps_aborted
         self.records: list[ChoiceRecord] = []
         self._open = set(rids)
@@ -93,6 +103,7 @@ class Generation:
         self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         self._client.abort(self._open)
+        self._client.release(self._num_rids, self._num_tokens)
 
     async def started(self) -> None:
         """Wait until each prompt has had an event. Raises what failed: nothing has been sent to the client yet."""
@@ -125,9 +136,10 @@ class Generation:
         self._raise_error()
         return [self._pending[index] for index in sorted(self._pending)]
 
-    def cancel(self) -> None:
-        """The client has gone."""
-        self._fail(ClientDisconnectedError())
+    def stop(self, error: Exception) -> None:
+        """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
+        self._client.abort(self._open)
+        self._fail(error)
 
     def push(self, index: int, delta: TextDelta) -> None:
         self._pending.setdefault(index, []).append(delta)
@@ -177,11 +189,13 @@ class _Live(msgspec.Struct, gc=False):
 class EngineClient:
     """Submits requests and hands each event to its `Generation`."""
 
-    def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics) -> None:
+    def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics, max_tokens: int | None = None) -> None:
         self.addresses = addresses
         self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
         self._turns = itertools.cycle(range(addresses.tokenizers))
-        self._max_live = max_live
+        self._max_live, self._max_tokens = max_live, max_tokens
+        self._tokens = 0  # of the requests that have been admitted, about
+        self._ends: collections.deque[float] = collections.deque(maxlen=_RATE_ENDS)
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
         self._questions: dict[str, _Question] = {}
@@ -228,25 +242,29 @@ class EngineClient:
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         count = len(prompts) * n
-        self._admit(count)
         stem = uuid.uuid4().hex
         rids = [f"{stem}-{index}" for index in range(count)]
-        generation = Generation(self, rids, n, keeps_aborted)
+        messages = []
+        for number, (make, wanted) in enumerate(zip(prompts, each, strict=True)):
+            # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
+            seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
+            messages.append(make(Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)))
+        num_tokens = sum(map(_about_tokens, messages))
+        self._admit(count, num_tokens)
+        generation = Generation(self, rids, n, num_tokens, keeps_aborted)
         now = time.monotonic()
         try:
-            for number, (make, wanted) in enumerate(zip(prompts, each, strict=True)):
-                # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
-                seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
-                job = Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)
+            for number, message in enumerate(messages):
                 tokenizer = next(self._turns)
                 name = names[number] if names else None
-                for index, rid in enumerate(job.rids, number * n):
+                for index, rid in enumerate(message.job.rids, number * n):
                     generation.records.append(record := ChoiceRecord(now))
                     self._live[rid] = _Live(generation, index, tokenizer, name, record)
-                self._send(tokenizer, make(job))
+                self._send(tokenizer, message)
         except RequestError:
             self.abort(set(rids), "error")
             raise
+        self._tokens += num_tokens
         return generation
 
     async def ask(self, make: Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]) -> Answer:
@@ -259,20 +277,23 @@ class EngineClient:
         self, makes: Sequence[Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]]
     ) -> list[Answer]:
         """Several questions of one request, which is admitted as one: the answers in order, or the first failure."""
-        self._admit(1)
+        messages = [make(uuid.uuid4().hex) for make in makes]
+        num_tokens = sum(map(_about_tokens, messages))
+        self._admit(1, num_tokens)
         self._asking += 1
+        self._tokens += num_tokens
         asked: dict[str, _Question] = {}
         try:
-            for make in makes:
-                message = make(rid := uuid.uuid4().hex)
+            for message in messages:
                 future = asyncio.get_running_loop().create_future()
                 embeds = isinstance(message, Embedding)
                 question = _Question(future, next(self._turns), embeds, time.monotonic())
-                self._questions[rid] = asked[rid] = question
+                self._questions[message.rid] = asked[message.rid] = question
                 self._send(question.tokenizer, message)
             return await asyncio.gather(*[question.answer for question in asked.values()])
         finally:
             self._asking -= 1
+            self.release(1, num_tokens)
             left = [(rid, it) for rid, it in asked.items() if self._questions.pop(rid, None)]
             self._metrics.requests_finished.labels("abort").inc(sum(it.embeds for _, it in left))
             self._send_aborts((rid, it.tokenizer) for rid, it in left)
@@ -284,17 +305,34 @@ class EngineClient:
             # Free-form fields may hold integers and depths that msgpack has not; Python callers, anything.
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
 
-    def _admit(self, count: int) -> None:
+    def release(self, count: int, num_tokens: int) -> None:
+        """What was admitted has ended."""
+        self._tokens -= num_tokens
+        self._ends.extend([time.monotonic()] * count)
+
+    def _admit(self, count: int, num_tokens: int) -> None:
         if self.refusal is not None:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
         if count > self._max_live:
             raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
         admitted = len(self._live) + self._asking
         if admitted + count > self._max_live:
-            raise RequestError(
-                FailureKind.QUEUE_FULL,
-                f"the queue is full: {admitted} of at most {self._max_live} requests are waiting or running",
+            raise self._queue_full(f"{admitted} of at most {self._max_live} requests are waiting or running")
+        # Alone anything may come in: the estimate must not refuse for ever what would fit.
+        if self._max_tokens is not None and self._tokens and self._tokens + num_tokens > self._max_tokens:
+            raise self._queue_full(
+                f"about {self._tokens} of at most {self._max_tokens} tokens are in it, and this has about {num_tokens}"
             )
+
+    def _queue_full(self, words: str) -> RequestError:
+        """With the time in which, at the present rate, half of what is there will have ended."""
+        now = time.monotonic()
+        first_at = next((live.record.submitted_at for live in self._live.values()), now)
+        since = max(now - _RATE_WINDOW_S, first_at, self._ends[0] if len(self._ends) == _RATE_ENDS else first_at)
+        num_ended = sum(at >= since for at in self._ends)
+        wait_s = (len(self._live) + self._asking) / 2 * (now - since) / (num_ended + 1)
+        wait_s = max(1, min(math.ceil(wait_s), _MAX_RETRY_AFTER_S))
+        return RequestError(FailureKind.QUEUE_FULL, f"the queue is full: {words}", retry_after_s=wait_s)
 
     def abort(self, rids: set[str], reason: str = "abort") -> None:
         """Tell the engine to drop these of the requests that are live; their events are not waited for."""
@@ -431,6 +469,21 @@ class EngineClient:
     def close(self) -> None:
         for outbox in self._tokenizers:
             outbox.close()
+
+
+def _about_tokens(message: Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache) -> int:
+    """What a request will hold: its prompt, and for each choice the `max_tokens` that it asks for."""
+    match message:
+        case Chat():
+            num_chars, num_ids = sum(len(one.get("content") or "") for one in message.messages), 0
+        case Completion(prompt=str()) | Embedding(prompt=str()):
+            num_chars, num_ids = len(message.prompt), 0
+        case Completion() | Embedding():
+            num_chars, num_ids = 0, len(message.prompt)
+        case _:
+            return 0
+    num_new = 0 if isinstance(message, Embedding) else len(message.job.rids) * (message.job.params.max_tokens or 0)
+    return num_chars // _CHARS_PER_TOKEN + num_ids + num_new
 
 
 def merged(deltas: list[TextDelta]) -> TextDelta:

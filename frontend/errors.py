@@ -23,6 +23,7 @@ FAILURES: dict[FailureKind, tuple[int, str, str]] = {
     FailureKind.INVALID_REQUEST: (400, "invalid_request_error", "invalid_value"),
     FailureKind.CONTEXT_LENGTH_EXCEEDED: (400, "invalid_request_error", "context_length_exceeded"),
     FailureKind.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
+    FailureKind.TIMEOUT: (504, "server_error", "deadline_exceeded"),
     FailureKind.ENGINE_DOWN: (503, "server_error", "engine_down"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
     FailureKind.ABORTED: (CLIENT_CLOSED_REQUEST, "request_aborted", "aborted"),
@@ -42,11 +43,13 @@ HTTP_CODES: dict[int, str] = {
     401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
     415: "unsupported_media_type",
+    431: "headers_too_large",
 }
 
-# Seconds a client should wait: a queue moves within a second, a restart takes longer.
+# Seconds a client should wait where the failure does not say: a queue moves within a second, a restart takes longer.
 RETRY_AFTER_S: dict[int, int] = {429: 1, 503: 5}
 
 _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*?)`")
@@ -85,7 +88,9 @@ def invalid_json(error: msgspec.MsgspecError | ValueError | RecursionError) -> R
 
 
 def failure_response(failure: Failure) -> Response:
-    return _response(FAILURES[failure.kind][0], error_body(failure))
+    wait_s = failure.retry_after_s
+    headers = None if wait_s is None else {"retry-after": str(wait_s)}
+    return _response(FAILURES[failure.kind][0], error_body(failure), headers)
 
 
 async def on_request_error(_request: Request, error: Exception) -> Response:
@@ -117,8 +122,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if error.status_code in (404, 405):
         message = f"{error.detail}: {request.method} {request.url.path}"
-    body = _body(message, "invalid_request_error", None, HTTP_CODES.get(error.status_code))
-    return _response(error.status_code, body, error.headers)
+    return http_error(error.status_code, message, error.headers)
+
+
+def http_error(status: int, message: str, headers: Any = None) -> Response:
+    return _response(status, _body(message, "invalid_request_error", None, HTTP_CODES.get(status)), headers)
 
 
 # The body as a JSON schema.
@@ -147,5 +155,5 @@ def _shortened(text: str) -> str:
 def _response(status: int, body: dict[str, Any], headers: Any = None) -> Response:
     response = Response(msgspec.json.encode(body), status, headers, "application/json")
     if status in RETRY_AFTER_S:
-        response.headers["retry-after"] = str(RETRY_AFTER_S[status])
+        response.headers.setdefault("retry-after", str(RETRY_AFTER_S[status]))
     return response

@@ -1,13 +1,14 @@
 """One HTTP exchange: reads a JSON body within its limits, watches for the client's departure, writes JSON.
 
 Knows ASGI and nothing of the API's fields. The watch is one task per request, not per token: it is what turns a
-closed connection into an `Abort`, in a stream as well as while a whole answer is being waited for.
+closed connection into an `Abort`, in a stream as well as while a whole answer is being waited for. The same task keeps
+the request's deadline.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.datastructures import Headers
@@ -16,11 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend.engine_client import ClientDisconnectedError
+from ramet.frontend.engine_client import ClientDisconnectedError, Generation
 from ramet.frontend.errors import invalid_json
-from ramet.ipc.errors import invalid
+from ramet.ipc.errors import FailureKind, RequestError, invalid
 
 T = TypeVar("T")
+
+TIMEOUT_HEADER = "x-request-timeout"
+# The `server` in the scope of a batch's line: it has the batch's window for its deadline.
+BATCH_SERVER = ("batch", None)
 
 
 async def read_json(scope: Scope, receive: Receive, decoder: "msgspec.json.Decoder[T]", max_bytes: int) -> T:
@@ -62,18 +67,45 @@ def _too_large(max_bytes: int, size: str) -> HTTPException:
     return HTTPException(413, f"the body must be at most {max_bytes} bytes, got {size}")
 
 
-class _Cancellable(Protocol):
-    def cancel(self) -> object: ...
+def time_limit(scope: Scope, server_limit_s: float | None) -> float | None:
+    """Seconds that the request has from its admission: the server's limit, or less if its header says so. None is no
+    limit. Raises `RequestError` for a header that is no such number."""
+    if scope["server"] == BATCH_SERVER:
+        return None
+    given = Headers(scope=scope).get(TIMEOUT_HEADER)
+    if given is None:
+        return server_limit_s
+    try:
+        limit_s = float(given)
+    except ValueError:
+        limit_s = 0.0
+    if not 0 < limit_s < float("inf"):
+        raise invalid(f"{TIMEOUT_HEADER} must be a number of seconds above 0, got {given!r}", TIMEOUT_HEADER)
+    return limit_s if server_limit_s is None else min(limit_s, server_limit_s)
+
+
+def _timed_out(limit_s: float | None) -> RequestError:
+    return RequestError(FailureKind.TIMEOUT, f"the request did not end within its limit of {limit_s:g} seconds")
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has left. The body must have been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, work: _Cancellable) -> AsyncIterator[None]:
-    """Cancels the work (a generation, a task) as soon as the client is gone. The body must have been read before."""
+async def watching(receive: Receive, generation: Generation, limit_s: float | None) -> AsyncIterator[None]:
+    """Stops the generation as soon as the client is gone, or its time is up."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            continue
-        work.cancel()
+        try:
+            async with asyncio.timeout(limit_s):
+                await _gone(receive)
+        except TimeoutError:
+            generation.stop(_timed_out(limit_s))
+        else:
+            generation.stop(ClientDisconnectedError())
 
     task = asyncio.create_task(watch())
     try:
@@ -82,17 +114,18 @@ async def watching(receive: Receive, work: _Cancellable) -> AsyncIterator[None]:
         task.cancel()
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. As soon as the client is gone, cancels it and raises `ClientDisconnectedError`."""
-    task = asyncio.ensure_future(work)
-    async with watching(receive, task):
-        try:
-            return await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            raise ClientDisconnectedError from None
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit_s: float | None) -> T:
+    """The result of `work`. As soon as the client is gone or its time is up, cancels it and raises
+    `ClientDisconnectedError` or `RequestError`."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnectedError if gone.done() else _timed_out(limit_s)
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 def json_response(value: Any) -> Response:

@@ -11,7 +11,10 @@ SIGINT is the launcher's to handle: a terminal sends it to every process of the 
 
 import asyncio
 import contextlib
+import functools
 import logging
+import math
+import resource
 import signal
 import socket
 import ssl
@@ -28,6 +31,7 @@ from starlette.types import ASGIApp
 from ramet.frontend.app import build_app
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
+from ramet.frontend.connection import Connection
 from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.port import bind
@@ -67,7 +71,8 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
     try:
         if store.exists:
             store.open()
-        with _bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        _raise_open_files()
+        with _bind(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, addresses, store, launcher, listener))
     except _PortError as error:
         launcher.send(Fatal(NAME, f"cannot listen on {config.host}:{config.port}: {error}"))
@@ -80,9 +85,19 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
         launcher.close()
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _raise_open_files() -> None:
+    """Each connection is an open file, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _bind(config: FrontendConfig) -> socket.socket:
     try:
-        return bind(host, port)
+        listener = bind(config.host, config.port)
+        # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
+        # request, and so does one whose peer has vanished with something still to be sent.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
+        return listener
     except (OSError, OverflowError) as error:
         raise _PortError(error) from error
 
@@ -140,7 +155,7 @@ async def _serve(
     engine_up: EngineUp,
 ) -> None:
     metrics = Metrics(config.metrics_buckets, config.served_names[0])
-    client = EngineClient(addresses, config.max_queued_requests, metrics)
+    client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
     client.dispatch(engine_up)
     worker = BatchWorker(config, store, client, metrics)
     app = build_app(config, client, metrics, store, worker)
@@ -193,7 +208,7 @@ def _uvicorn_config(config: FrontendConfig, app: ASGIApp) -> uvicorn.Config:
         tls["ssl_cert_reqs"] = ssl.CERT_REQUIRED if config.tls.ca_certs else ssl.CERT_NONE
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=functools.partial(Connection, client_timeout_s=config.client_timeout_s),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

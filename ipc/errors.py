@@ -15,26 +15,37 @@ class FailureKind(enum.StrEnum):
     INVALID_REQUEST = "invalid_request"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     QUEUE_FULL = "queue_full"
+    TIMEOUT = "timeout"
     ENGINE_DOWN = "engine_down"
     INTERNAL = "internal"
     ABORTED = "aborted"
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """One request's failure. `param` is the dotted name of the parameter at fault, if one is."""
+    """One request's failure. `param` is the dotted name of the parameter at fault, if one is; `retry_after_s` says
+    after how many seconds the same request may succeed, where that can be told."""
 
     kind: FailureKind
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after_s: int | None = None
 
 
 class RequestError(Exception):
     """Raised inside a process to fail one request; carries the `Failure` to send."""
 
-    def __init__(self, kind: FailureKind, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
-        self.failure = Failure(kind, message, param, code)
+        self.failure = Failure(kind, message, param, code, retry_after_s)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> RequestError:

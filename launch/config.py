@@ -34,6 +34,7 @@ from ramet.tokenizer_worker.config import TokenizerConfig
 logger = logging.getLogger(__name__)
 
 Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -94,6 +95,16 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_body_size: Annotated[
         str | int, _flag("server", "largest request body, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)")
     ] = "32MiB"
+    max_queued_tokens: Annotated[
+        Count | None,
+        _flag("server", "tokens of all requests in the server, about, before more are answered 429 (no limit)"),
+    ] = None
+    request_timeout: Annotated[
+        Seconds | None, _flag("server", "seconds in which an admitted request must have ended (no limit)")
+    ] = None
+    client_timeout: Annotated[
+        Seconds, _flag("server", "seconds for which a client may stop sending a request or reading its answer")
+    ] = 60.0
     cors_allow_origins: Annotated[
         tuple[str, ...], _flag("server", "origins whose pages a browser lets call the server; * for all (none)")
     ] = ()
@@ -342,6 +353,9 @@ def _frontend(
         default_sampling=model.info.default_sampling,
         **parsers,
         max_queued_requests=args.max_queued_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        request_timeout_s=args.request_timeout,
+        client_timeout_s=args.client_timeout,
         drain_timeout_s=args.drain_timeout,
         watchdog_timeout_s=args.watchdog_timeout,
         file_storage_path=args.file_storage_path or default_storage(args.port),

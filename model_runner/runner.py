@@ -67,6 +67,13 @@ class ModelRunner:
             first += row.length
         return StepResult(plan.step, results)
 
+    def recover(self) -> None:
+        """After a step that raised: give back what its allocations left behind. Raises if the device is lost, as after
+        an illegal access; then only a new process can go on."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
     def _sample(self, hidden: Tensor, batch: Batch, masks: Callable[[], TokenMasks] | None) -> list[RowResult]:
         if not batch.sampled_rows:
             return []

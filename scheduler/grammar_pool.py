@@ -95,7 +95,11 @@ class GrammarPool:
 
     def _fill(self, request: Request, bits: np.ndarray) -> None:
         assert request.matcher is not None
-        request.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # drops the interpreter lock
+        try:
+            request.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # drops the interpreter lock
+        except BaseException:  # a panic in Rust is no Exception
+            log.exception("the mask of request %s could not be computed", request.rid)
+            bits[:] = 0  # no token is allowed: this row fails alone
         if request.params.ignore_eos:
             for token in self._eos_ids:
                 bits[token // 32] &= ~np.uint32(1 << token % 32)

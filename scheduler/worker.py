@@ -142,11 +142,13 @@ class Worker:
             constrained = self._core.constrained(plan)
             masks = self._grammars.fill(constrained) if constrained else None
             result: StepResult = self._runner.execute(plan, masks)
-        # Whatever goes wrong inside a step ends that step's requests, not the server.
+        # Whatever goes wrong inside a step ends that step's requests, not the server. An error in the core's own
+        # bookkeeping, here and below, is not caught: nobody could trust its pages afterwards.
         except Exception as error:
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
             ran = time.monotonic()
             self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
+            self._runner.recover()
         else:
             ran = time.monotonic()
             self._core.commit(plan, result)

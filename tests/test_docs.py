@@ -9,7 +9,7 @@ from ramet.launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/api.md", "docs/architecture.md", "docs/batches.md"]
-PAGES += ["docs/benchmarking.md", "docs/metrics.md"]
+PAGES += ["docs/benchmarking.md", "docs/metrics.md", "docs/security.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
@@ -24,6 +24,19 @@ def test_paths_exist(page: str) -> None:
     missing = {path for path in PATH.findall(text) if not (ROOT / path).exists()}
     missing |= {link for link in LINK.findall(text) if not (ROOT / page).parent.joinpath(link).exists()}
     assert sorted(missing) == []
+
+
+def test_each_promise_of_security_has_its_test() -> None:
+    """A bullet of the page names the tests that hold it."""
+    text = (ROOT / "docs/security.md").read_text()
+    promises = text.partition("## What is promised")[2].partition("## What is not promised")[0]
+    bullets = re.split(r"^- ", promises, flags=re.MULTILINE)[1:]
+    assert len(bullets) > 10
+    for bullet in bullets:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", bullet)
+        assert tests, bullet
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
 def test_paths_are_found_in_the_text() -> None:

@@ -1,11 +1,15 @@
 """`ChatTemplate`: from a conversation to the text that the model was trained on.
 
 A model's template is a Jinja program from the internet: it runs in Jinja's immutable sandbox, with the variables and
-helpers that Hugging Face templates expect (https://huggingface.co/docs/transformers/chat_templating_writing).
+helpers that Hugging Face templates expect (https://huggingface.co/docs/transformers/chat_templating_writing). It comes
+from the model or the operator, never from a request; what a request puts into it gets `MAX_RENDER_S` of CPU time.
 """
 
+import contextlib
 import datetime
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ramet.ipc.errors import invalid
 from ramet.tokenizer_worker.tool_prompt import as_plain_messages
+
+# Of one conversation, where a thousand times less is usual: some templates go over all messages for each message.
+MAX_RENDER_S = 2.0
 
 
 class ChatTemplate:
@@ -48,18 +55,19 @@ class ChatTemplate:
         For a template that does not know tools, they and their calls are put into words (`tool_prompt.py`).
         """
         try:
-            if "tools" not in self.variables:
-                messages = as_plain_messages(messages, tools)
-            text = self._template.render(
-                **{
-                    **self._special_tokens,
-                    **kwargs,
-                    "messages": messages,
-                    "tools": tools,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            with _cpu_limit(MAX_RENDER_S):
+                if "tools" not in self.variables:
+                    messages = as_plain_messages(messages, tools)
+                text = self._template.render(
+                    **{
+                        **self._special_tokens,
+                        **kwargs,
+                        "messages": messages,
+                        "tools": tools,
+                        "documents": None,
+                        "add_generation_prompt": add_generation_prompt,
+                    }
+                )
         # A template may fail in any way that a program can.
         except Exception as error:
             raise invalid(f"the chat template cannot render these messages: {error}", "messages") from error
@@ -90,6 +98,22 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
             if isinstance(content, str):
                 tokens[name] = content
     return tokens
+
+
+@contextlib.contextmanager
+def _cpu_limit(limit_s: float) -> Iterator[None]:
+    """Raises TimeoutError out of the block. Only in the main thread, where Python runs its signal handlers."""
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"it took more than {limit_s:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _cut_after(text: str, message: dict[str, Any]) -> str:

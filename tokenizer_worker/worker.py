@@ -71,8 +71,8 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
                 (scheduler if isinstance(made, Generate | Embed) else frontend).send(made)
         except RequestError as error:
             frontend.send(Failed(_rids(message), error.failure))
-        # One odd prompt must not end the process that all prompts go through.
-        except Exception:
+        # One odd prompt must not end the process that all prompts go through. A panic in Rust is no Exception.
+        except BaseException:
             log.exception("a prompt could not be encoded")
             failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
             frontend.send(Failed(_rids(message), failure))

@@ -18,7 +18,7 @@ from ramet.frontend.api.chunks import ChunkFrame, Usage
 from ramet.frontend.api.models import Models
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient, Generation, merged
-from ramet.frontend.exchange import read_json, send_json, watching
+from ramet.frontend.exchange import read_json, send_json, time_limit, watching
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.tools import ToolUse
 from ramet.ipc.messages import Chat, Finish, TextDelta, TokenText
@@ -40,6 +40,7 @@ class ChatCompletions:
         request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
         self._models.check(request.model)
         request.check()
+        limit_s = time_limit(scope, self._config.request_timeout_s)
         head = {
             "id": request.rid or f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -54,7 +55,7 @@ class ChatCompletions:
         # Tokens of the reasoning are counted as they come.
         with self._submit(request, params, tools, bool(request.stream) or reasons) as generation:
             scope["ramet.generation"] = generation
-            async with watching(receive, generation):
+            async with watching(receive, generation, limit_s):
                 if request.stream:
                     await generation.started()
                     await sse.write_events(send, generation, ChatStream(head, request, readers))

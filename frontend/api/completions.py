@@ -20,7 +20,7 @@ from ramet.frontend.api.chunks import ChunkFrame, Usage
 from ramet.frontend.api.models import Models
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient, Generation
-from ramet.frontend.exchange import read_json, send_json, watching
+from ramet.frontend.exchange import read_json, send_json, time_limit, watching
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
@@ -38,6 +38,7 @@ class Completions:
         request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
         self._models.check(request.model)
         request.check()
+        limit_s = time_limit(scope, self._config.request_timeout_s)
         prompts = request.prompts(self._config.vocab_size)
         head = {"id": request.rid or f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
         choices = [
@@ -45,7 +46,7 @@ class Completions:
         ]
         with self._submit(request, prompts) as generation:
             scope["ramet.generation"] = generation
-            async with watching(receive, generation):
+            async with watching(receive, generation, limit_s):
                 if request.stream:
                     await generation.started()
                     await sse.write_events(send, generation, CompletionStream(head, request, choices))

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from ramet.frontend.api.models import Models
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import read_json, send_json, while_connected
+from ramet.frontend.exchange import read_json, send_json, time_limit, while_connected
 from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.ipc.messages import Embedded, Embedding
 
@@ -38,10 +38,12 @@ class EmbeddingEndpoint:
         self._models.check(request.model)
         return request
 
-    async def _embed(self, receive: Receive, request: T, inputs: list[Any]) -> list[Embedded]:
-        """In the order of the inputs. Raises `RequestError`, and `ClientDisconnectedError` if the client leaves."""
+    async def _embed(self, scope: Scope, receive: Receive, request: T, inputs: list[Any]) -> list[Embedded]:
+        """In the order of the inputs. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError` if
+        the client leaves."""
         questions = [functools.partial(Embedding, prompt=prompt, priority=request.priority or 0) for prompt in inputs]
-        answers = await while_connected(receive, self._client.ask_all(questions))
+        limit_s = time_limit(scope, self._config.request_timeout_s)
+        answers = await while_connected(receive, self._client.ask_all(questions), limit_s)
         return [answer for answer in answers if isinstance(answer, Embedded)]
 
 
@@ -49,7 +51,7 @@ class Embeddings(EmbeddingEndpoint):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._read(scope, receive, EmbeddingRequest)
         request.check_dimensions(self._config)
-        answers = await self._embed(receive, request, request.inputs(self._config.vocab_size))
+        answers = await self._embed(scope, receive, request, request.inputs(self._config.vocab_size))
         data = [
             {"object": "embedding", "index": index, "embedding": _encoded(answer.vector, request)}
             for index, answer in enumerate(answers)
@@ -61,7 +63,7 @@ class Score(EmbeddingEndpoint):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._read(scope, receive, ScoreRequest)
         first, second = request.pairs()
-        answers = await self._embed(receive, request, first + second)
+        answers = await self._embed(scope, receive, request, first + second)
         vectors = [_unit(_floats(answer.vector)) for answer in answers]
         left, right = vectors[: len(first)], vectors[len(first) :]
         scores = map(_dot, left * (len(right) // len(left)), right)
@@ -78,7 +80,7 @@ class Rerank(EmbeddingEndpoint):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._read(scope, receive, RerankRequest)
         request.check()
-        answers = await self._embed(receive, request, [request.query, *request.documents])
+        answers = await self._embed(scope, receive, request, [request.query, *request.documents])
         query, *documents = [_unit(_floats(answer.vector)) for answer in answers]
         scores = [_dot(query, document) for document in documents]
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n]

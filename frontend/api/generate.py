@@ -17,7 +17,7 @@ from ramet.frontend import sse
 from ramet.frontend.api.chat import LOWEST_LOGPROB
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import read_json, send_json, watching
+from ramet.frontend.exchange import read_json, send_json, time_limit, watching
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, TokenText
@@ -39,6 +39,7 @@ class NativeGenerate:
             raise request.renamed(error) from None
 
     async def _answer(self, request: GenerateRequest, scope: Scope, receive: Receive, send: Send) -> None:
+        limit_s = time_limit(scope, self._config.request_timeout_s)
         prompts = request.prompts(self._config.vocab_size)
         rids = request.rids(len(prompts))
         n, params = request.sampling(self._config, len(prompts))
@@ -55,7 +56,7 @@ class NativeGenerate:
         )
         scope["ramet.generation"] = generation
         with generation:
-            async with watching(receive, generation):
+            async with watching(receive, generation, limit_s):
                 if request.stream:
                     await generation.started()
                     await sse.write_events(send, generation, NativeStream(answers))

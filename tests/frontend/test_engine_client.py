@@ -43,10 +43,10 @@ class Harness:
         addresses = Addresses(folder)
         self.inbox: Inbox[Completion | Abort] = Inbox(addresses.tokenizer(0), ToTokenizer)
         self.metrics = Metrics()
-        self.client = EngineClient(addresses, 8, self.metrics)
+        self.client = EngineClient(addresses, 8, self.metrics, max_tokens=1000)
 
     def submit(self, n: int = 1, seed: int | None = None) -> tuple[Generation, Completion]:
-        generation = self.client.submit([PROMPT], SamplingParams(seed=seed), n=n)
+        generation = self.client.submit([PROMPT], SamplingParams(seed=seed, max_tokens=5), n=n)
         message = self.received()
         assert isinstance(message, Completion)
         return generation, message
@@ -134,7 +134,7 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
 
 
 def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: Harness) -> None:
-    client, questions = harness.client, [functools.partial(Embedding, prompt=str(i)) for i in range(20)]
+    client, questions = harness.client, [functools.partial(Embedding, prompt=f"{i:4}") for i in range(20)]
 
     async def ask(fail: bool) -> list[Answer]:
         asking = asyncio.create_task(client.ask_all(questions))
@@ -143,9 +143,10 @@ def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: H
         for i in range(20):
             message = harness.received()
             assert isinstance(message, Embedding)
-            assert message.prompt == str(i)
+            assert message.prompt == f"{i:4}"
             rids.append(message.rid)
         assert client.live == 20  # of at most 8 requests
+        assert client._tokens == 20
         for rid in reversed(rids[1:]):
             client.dispatch(Embedded(rid, 1, rid.encode()))
         if fail:
@@ -239,6 +240,7 @@ def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str,
             assert asyncio.run(asyncio.wait_for(read(), 5)) == told
     assert harness.client.live == 0
     assert harness.ended() == ended_before + 3
+    assert harness.client._tokens == 0
     for rids_aborted in filter(None, aborts):
         abort = harness.received()
         assert isinstance(abort, Abort)

@@ -300,6 +300,36 @@ def test_a_matcher_that_gives_up_and_bans_that_leave_nothing_fail_their_request_
     assert outputs["well"].finish.reason is FinishReason.STOP
 
 
+class Panicking:
+    """A matcher that fails as one in Rust may: with what is no Exception."""
+
+    def unsafe_compute_mask_ptr(self, *_: int) -> None:
+        raise BaseException("a panic in Rust")
+
+    def is_error(self) -> bool:
+        return False
+
+
+def test_a_matcher_that_panics_fails_its_request_alone(make_engine, caplog):
+    engine = make_engine()
+    engine.add("panics", PROMPT, 20, grammar=regex("a+"))
+    engine.add("well", PROMPT, 20, grammar=regex("c{5}"))
+    engine.add("free", PROMPT, 20)
+    outputs = {}
+    while (plan := engine.core.schedule()) is not None:
+        constrained = engine.core.constrained(plan)
+        for _, request in constrained:
+            if request.rid == "panics" and request.num_generated == 2:
+                request.matcher = Panicking()
+        masks = engine.grammars.fill(constrained) if constrained else None
+        engine.core.commit(plan, engine.runner.execute(plan, masks))
+        outputs |= {out.rid: out for out in engine.core.take_outputs() if out.failure or out.finish}
+    assert "no token" in outputs["panics"].failure.message or "banned" in outputs["panics"].failure.message
+    assert outputs["well"].finish.reason is FinishReason.STOP
+    assert outputs["free"].finish.reason is FinishReason.LENGTH
+    assert "a panic in Rust" in caplog.text
+
+
 def test_logprobs_are_of_the_raw_logits(make_engine):
     engine = make_engine()
     engine.add("free", PROMPT, 1, logprobs=5)

