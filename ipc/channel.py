@@ -1,20 +1,27 @@
-"""Typed one-way channels between processes: msgpack over ZeroMQ `ipc://` sockets in a private folder.
+"""Typed channels between processes: msgpack over ZeroMQ, `ipc://` sockets in a private folder.
 
 The only module that imports zmq. Each process has one inbox, named by its address; whoever knows the address may
-write to it. Never pickle: a message that does not decode to the inbox's union is logged and dropped.
+write to it. Never pickle: a message that does not decode to the inbox's union is logged and dropped. Between the
+tensor-parallel ranks of several machines it is `tcp://` with CURVE (encrypted, both ends authenticated), whose keys are
+made from a secret that the machines share.
 
 Queues inside ZeroMQ are unbounded on purpose: load is bounded where requests are admitted (frontend), and a sender
 that blocks on a peer that died would hang.
 """
 
+import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
 from ramet.ipc.messages import Message
 
@@ -25,10 +32,17 @@ T = TypeVar("T", bound=Message)
 # A Unix socket's path is limited by the kernel (sockaddr_un) to 108 bytes with the final NUL.
 MAX_SOCKET_PATH = 107
 _LINGER_MS = 300
+# A machine that is gone closes no connection: after so long without a sign of life it counts as closed.
+_HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
+_REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class ChannelError(Exception):
     """An address that cannot be bound."""
+
+
+class PeerLost(Exception):
+    """The other end of a rank's channel is gone or does not accept this one; the message is for the user."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -55,6 +69,10 @@ class Addresses(msgspec.Struct, frozen=True):
     @property
     def launcher(self) -> str:
         return f"{self.folder}/launcher"
+
+    @property
+    def ranks(self) -> str:
+        return f"ipc://{self.folder}/ranks"
 
     def pulse(self, process: str) -> str:
         """The file of `ipc/pulse.py` for a process of this name."""
@@ -114,6 +132,116 @@ class Outbox:
         self._socket.close()
 
 
+class RankServer(Generic[T]):
+    """Rank 0's end of the channel to the other ranks. `address` is a ZeroMQ one; with a secret, only ranks that have
+    the same can connect. `union` is the type of what they say. Raises ChannelError if it cannot listen there."""
+
+    def __init__(self, address: str, secret: str, union: object) -> None:
+        context: zmq.Context[Any] = zmq.Context.instance()
+        self._socket = context.socket(zmq.ROUTER)
+        _set_up(self._socket)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that has left is an error
+        self._gate: ThreadAuthenticator | None = None
+        if secret:
+            self._socket.curve_server = True
+            self._socket.curve_publickey, self._socket.curve_secretkey = _keys(secret, b"ramet rank 0")
+            self._gate = ThreadAuthenticator(context)
+            self._gate.start()
+            self._gate.configure_curve_callback(credentials_provider=_Holders(secret))
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ChannelError(f"cannot listen on {address} for the other ranks: {error}") from error
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self) -> tuple[bytes, T]:
+        """Who has connected, by a name that `send` takes, and what it says."""
+        while True:
+            peer, data = self._socket.recv_multipart()
+            if (message := _decode(self._decoder, data)) is not None:
+                return peer, message
+
+    def send(self, peers: Iterable[bytes], message: Message) -> None:
+        """Raises PeerLost. Never blocks."""
+        data = self._encoder.encode(message)
+        for peer in peers:
+            try:
+                self._socket.send_multipart([peer, data])
+            except zmq.ZMQError as error:
+                raise PeerLost(f"a tensor-parallel rank is gone: {error}") from error
+
+    def close(self) -> None:
+        self._socket.close()
+        if self._gate is not None:
+            self._gate.stop()
+
+
+class RankClient(Generic[T]):
+    """Another rank's end. It tries to connect until it can; a connection that is lost is not made again."""
+
+    def __init__(self, address: str, secret: str, union: object) -> None:
+        self._address = address
+        context: zmq.Context[Any] = zmq.Context.instance()
+        self._socket = context.socket(zmq.DEALER)
+        _set_up(self._socket)
+        if secret:
+            self._socket.curve_serverkey, _ = _keys(secret, b"ramet rank 0")
+            self._socket.curve_publickey, self._socket.curve_secretkey = _keys(secret, b"ramet rank")
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSALS)
+        self._socket.connect(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+
+    def send(self, message: Message) -> None:
+        self._socket.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> T:
+        """The next message. Raises PeerLost; a message that does not decode counts as that too."""
+        if self._socket in dict(self._poller.poll()):  # what came before the connection was lost still counts
+            try:
+                return self._decoder.decode(self._socket.recv())
+            except msgspec.MsgspecError as error:
+                raise PeerLost(f"rank 0 at {self._address} sent what cannot be read: {error}") from error
+        if recv_monitor_message(self._monitor)["event"] & _REFUSALS:
+            raise PeerLost(
+                f"rank 0 at {self._address} does not accept this rank: is the secret the same on both machines?"
+            )
+        raise PeerLost(f"rank 0 at {self._address} is gone")
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+
+
+class _Holders:
+    """Lets in who has the keys that the secret gives."""
+
+    def __init__(self, secret: str) -> None:
+        self._public, _ = _keys(secret, b"ramet rank")
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        return key == self._public
+
+
+def _keys(secret: str, role: bytes) -> tuple[bytes, bytes]:
+    """The public and the private CURVE key of a role. scrypt (RFC 7914) makes guessing a weak secret slow."""
+    private = z85.encode(hashlib.scrypt(secret.encode(), salt=role, n=2**14, r=8, p=1, dklen=32))
+    return zmq.curve_public(private), private
+
+
+def _set_up(socket: Any) -> None:
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+
+
 def _bind(context: "zmq.Context[Any]", address: str) -> Any:
     if len(os.fsencode(address)) > MAX_SOCKET_PATH:
         raise ChannelError(f"socket path {address!r} is longer than the {MAX_SOCKET_PATH} bytes a Unix socket allows")
@@ -132,4 +260,4 @@ def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T | None:
         return None
 
 
-__all__ = ["Addresses", "AsyncInbox", "ChannelError", "Inbox", "Outbox"]
+__all__ = ["Addresses", "AsyncInbox", "ChannelError", "Inbox", "Outbox", "PeerLost", "RankClient", "RankServer"]

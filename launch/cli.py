@@ -26,13 +26,10 @@ Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
 # Flags people type by habit from other servers, whose meaning this version does not have yet.
 _NOT_YET = {
-    "base-gpu-id",
     "cuda-graph-max-bs",
     "disable-cuda-graph",
     "disable-overlap-schedule",
-    "dist-init-addr",
     "kv-cache-dtype",
-    "node-rank",
 }
 
 
@@ -46,6 +43,7 @@ _FOR_CLIENTS = {
     "max_file_size",
     "max_storage_size",
     "metrics_buckets",
+    "node_rank",
     "otlp_traces_endpoint",
     "port",
     "ssl_certfile",

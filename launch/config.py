@@ -26,8 +26,9 @@ from ramet.launch.logs import LogFormat
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.parsers import choose_parsers
 from ramet.launch.placement import parse_cpus
+from ramet.launch.tensor_parallel import tensor_parallel
 from ramet.model_runner.config import RunnerConfig
-from ramet.scheduler.config import Policy, SchedulerConfig
+from ramet.scheduler.config import Policy, SchedulerConfig, TpConfig
 from ramet.tokenizer_worker.chat_template import load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 
@@ -177,14 +178,26 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Count | None, _flag("engine", "compute threads of the scheduler (one for each of its CPUs)")
     ] = None
 
-    tp_size: Annotated[int, _flag("parallel", "tensor-parallel ranks; this version has only 1")] = 1
+    tp_size: Annotated[int, _flag("parallel", "processes that share the model, one for each GPU", ge=1, le=256)] = 1
     dp_size: Annotated[int, _flag("parallel", "copies of the model; this version has only 1")] = 1
-    nnodes: Annotated[int, _flag("parallel", "machines; this version has only 1")] = 1
+    base_gpu_id: Annotated[int, _flag("parallel", "the first GPU to use", ge=0)] = 0
+    nnodes: Annotated[int, _flag("parallel", "machines that share the model; start it on each", ge=1)] = 1
+    node_rank: Annotated[int, _flag("parallel", "number of this machine; 0 serves, the others only compute", ge=0)] = 0
+    dist_init_addr: Annotated[str | None, _flag("parallel", "HOST:PORT on machine 0 where the others connect")] = None
+    dist_secret_file: Annotated[
+        str | None, _flag("parallel", "file with the secret that all machines share (RAMET_DIST_SECRET)")
+    ] = None
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "dp_size", "nnodes"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but this version supports only 1")
+        if self.dp_size != 1:
+            raise ValueError(f"dp_size is {self.dp_size}, but this version supports only 1")
+        if self.tp_size % self.nnodes:
+            raise ValueError(f"tp_size {self.tp_size} cannot be divided over nnodes {self.nnodes}")
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank is {self.node_rank}, but nnodes {self.nnodes} are counted from 0")
+        for name in ("dist_init_addr", "dist_secret_file"):
+            if self.nnodes == 1 and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for several machines: give --nnodes too")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)
         for name in ("max_body_size", "max_file_size", "max_storage_size"):
@@ -235,7 +248,8 @@ def parse_size(given: str | int, name: str = "size") -> int:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What each process is started with. `cpus` and `num_threads` are of the scheduler's process."""
+    """What each process is started with. `num_ranks` scheduler processes run on this machine, the first at the place in
+    `scheduler.tp`; `cpus` and `num_threads` are of all of them together."""
 
     frontend: FrontendConfig
     tokenizer: TokenizerConfig
@@ -243,6 +257,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig
     runner: RunnerConfig
     num_tokenizers: int
+    num_ranks: int = 1
     cpus: tuple[int, ...] | None
     num_threads: int | None
 
@@ -283,6 +298,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         load_format=model.load_format,
         dtype=dtype,
         device=device,
+        device_index=args.base_gpu_id,
         page_size=args.page_size,
         max_running=max_running,
         max_step_tokens=max_step_tokens,
@@ -314,9 +330,11 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             tokenizer_dir=model.tokenizer_dir,
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
+            tp=_tensor_parallel(args, device, is_embedding),
         ),
         runner=runner,
         num_tokenizers=args.tokenizer_worker_num,
+        num_ranks=args.tp_size // args.nnodes,
         cpus=parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None,
         num_threads=args.num_threads,
     )
@@ -413,6 +431,13 @@ def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None
         return choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template is not valid: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _tensor_parallel(args: ServerArgs, device: str, is_embedding: bool) -> TpConfig:
+    try:
+        return tensor_parallel(args, device, is_embedding)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

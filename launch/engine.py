@@ -36,7 +36,7 @@ Conversation = list[dict[str, Any]]
 Make = Callable[[Job], Chat | Completion]
 
 # Settings of `ServerArgs` that mean nothing without HTTP, besides the group "server"; of that, those that do.
-_HTTP_ONLY = {"file_storage_path", "reasoning_parser", "served_model_name", "tool_call_parser"}
+_HTTP_ONLY = {"file_storage_path", "node_rank", "reasoning_parser", "served_model_name", "tool_call_parser"}
 _NOT_HTTP = {"log_format", "log_level", "max_restarts", "start_timeout", "watchdog_timeout"}
 
 

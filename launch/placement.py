@@ -39,9 +39,14 @@ def light() -> Placement:
     return Placement(env={**env, "TOKENIZERS_PARALLELISM": "false"}, nice=_LIGHT_NICE)
 
 
-def computing(cpus: tuple[int, ...] | None, num_threads: int | None, environ: Mapping[str, str]) -> Placement:
-    """For the scheduler: a thread for each of its CPUs, unless `--num-threads` or OMP_NUM_THREADS say otherwise."""
+def computing(
+    cpus: tuple[int, ...] | None, num_threads: int | None, environ: Mapping[str, str], num_ranks: int = 1
+) -> Placement:
+    """For the scheduler: a thread for each of its CPUs, unless `--num-threads` or OMP_NUM_THREADS say otherwise.
+    Several ranks on this machine share the threads."""
     threads = str(num_threads or environ.get("OMP_NUM_THREADS") or len(cpus or os.sched_getaffinity(0)))
+    if num_ranks > 1:
+        threads = str(max(1, int(threads.partition(",")[0]) // num_ranks))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     if "OMP_WAIT_POLICY" not in environ:  # which the spin count would overrule
         env["GOMP_SPINCOUNT"] = environ.get("GOMP_SPINCOUNT", _SPIN_COUNT)

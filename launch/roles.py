@@ -12,15 +12,34 @@ from ramet.launch.supervisor import FRONTEND, SCHEDULER
 
 
 def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process]:
-    """The scheduler first, because it takes longest to start."""
+    """The scheduler first, because it takes longest to start. If rank 0 is on another machine, there are only ranks."""
 
     def process(name: str, target: str, *arguments: object) -> Process:
-        placement = computing(config.cpus, config.num_threads, os.environ) if name == SCHEDULER else light()
-        return Process(name, target, [msgspec.to_builtins(value) for value in (*arguments, addresses)], placement)
+        placement, group = light(), ""
+        if name.startswith("scheduler-"):  # no rank can go on without the others
+            placement = computing(config.cpus, config.num_threads, os.environ, config.num_ranks)
+            group = "scheduler"
+        values = [msgspec.to_builtins(value) for value in (*arguments, addresses)]
+        return Process(name, target, values, placement, group)
 
+    runner = config.runner
+    if runner.device == "cpu":  # each rank sizes its part of the KV pool by the memory that all of them share
+        runner = msgspec.structs.replace(runner, memory_fraction=runner.memory_fraction / config.num_ranks)
+    tp = msgspec.structs.replace(config.scheduler.tp, address=config.scheduler.tp.address or addresses.ranks)
+    followers = []
+    for index in range(config.num_ranks):
+        if rank := tp.rank + index:
+            place = msgspec.structs.replace(tp, rank=rank)
+            local = msgspec.structs.replace(runner, device_index=runner.device_index + index)
+            followers.append(process(f"scheduler-{rank}", "ramet.scheduler.follower:run", place, local))
+    if tp.rank:
+        return followers
     scheduler = "embedding_worker" if config.frontend.is_embedding else "worker"
     return [
-        process(SCHEDULER, f"ramet.scheduler.{scheduler}:run", config.scheduler, config.runner),
+        process(
+            SCHEDULER, f"ramet.scheduler.{scheduler}:run", msgspec.structs.replace(config.scheduler, tp=tp), runner
+        ),
+        *followers,
         process(FRONTEND, "ramet.frontend.main:run", config.frontend),
         process("detokenizer", "ramet.detokenizer.worker:run", config.detokenizer),
         *(

@@ -26,6 +26,11 @@ INTERRUPTED = 130
 
 def serve(args: ServerArgs) -> int:
     def start() -> int:
+        if args.node_rank:
+            config = configure(args)
+            supervisor = make_supervisor(args, config)
+            run(supervisor, engine_processes(config, supervisor.addresses), lambda: logger.info("the ranks are ready"))
+            return 0
         check_port(args.host, args.port)
         tls(args)  # a bad file is known before the model is fetched
         if args.file_storage_path is not None:

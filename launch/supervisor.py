@@ -86,6 +86,7 @@ class Supervisor:
         self._stuck: dict[str, float] = {}  # those that were killed for it: how long they had been, in seconds
         self._restarts: collections.deque[tuple[float, str]] = collections.deque()  # when, and of which group
         self._progress: dict[str, tuple[str, float]] = {}
+        self._doing: dict[str, str] = {}  # the latest progress of each
         self._stop_requests = 0
         # Runs at the latest when the interpreter ends.
         self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
@@ -155,7 +156,8 @@ class Supervisor:
         if dead := self._await_ready(self._children.keys() - {FRONTEND}):
             return dead
         pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
-        self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
+        if SCHEDULER in self._ready:  # else this machine only has other ranks
+            self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
         return self._await_ready(set(self._children))
 
     def _await_ready(self, names: set[str]) -> list[str]:
@@ -164,7 +166,8 @@ class Supervisor:
             if self._stop_requests:
                 raise StopRequested
             if time.monotonic() > deadline:
-                raise EngineFailed(f"not ready after {self._start_timeout_s:g} s: {', '.join(sorted(missing))}")
+                waiting = [f"{name} ({self._doing[name]})" if name in self._doing else name for name in sorted(missing)]
+                raise EngineFailed(f"not ready after {self._start_timeout_s:g} s: {', '.join(waiting)}")
             if dead := self._watch(0):
                 return dead
             self._read_inbox(0.1)
@@ -186,6 +189,7 @@ class Supervisor:
 
     def _show_progress(self, message: Progress) -> None:
         """A line for each kind of work, and for the numbers in it one a second at most."""
+        self._doing[message.process] = message.text
         kind = re.sub(r"\d+", "#", message.text)
         shown_kind, shown_at = self._progress.get(message.process, ("", 0.0))
         if kind != shown_kind or time.monotonic() - shown_at >= 1:

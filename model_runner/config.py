@@ -22,8 +22,9 @@ ENCODER_TYPES = frozenset({"bert", "camembert", "distilbert", "roberta", "xlm-ro
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`model_dir` holds config.json (and safetensors); `weights` is the .gguf file or the folder of weight files.
 
-    `dtype` is a torch dtype's name. `max_total_tokens` is the size of the KV pool; None sizes it from
-    `memory_fraction` of the memory that is free once the weights are loaded. `quantization` rounds weights on load.
+    `dtype` is a torch dtype's name. `device_index`: which GPU, if `device` is cuda. `max_total_tokens` is the size of
+    the KV pool; None sizes it from `memory_fraction` of the memory that is free once the weights are loaded.
+    `quantization` rounds weights on load.
     """
 
     model_dir: str
@@ -31,6 +32,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: LoadFormat
     dtype: str
     device: str
+    device_index: int = 0
     page_size: int
     max_running: int
     max_step_tokens: int

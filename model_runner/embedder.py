@@ -12,7 +12,7 @@ from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.context import SequencesContext
 from ramet.model_runner.models.bert import Encoder
 from ramet.model_runner.models.loader import load_embedder
-from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.parallel import TpGroup, use_device
 from ramet.model_runner.pooling import read_pooling
 
 
@@ -20,7 +20,7 @@ class Embedder:
     """Raises `WeightsError` or ValueError, with words for the user, if it cannot be set up."""
 
     def __init__(self, config: RunnerConfig, progress: Callable[[str], None]) -> None:
-        self._device = torch.device(config.device)
+        self._device = use_device(config)
         self._model = load_embedder(config, TpGroup(), lambda done, total: progress(f"loading weights {done}/{total}"))
         self._causal = not isinstance(self._model, Encoder)
         self._pooling = read_pooling(Path(config.weights), "lasttoken" if self._causal else "mean")

@@ -19,7 +19,7 @@ from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.memory import size_pool
 from ramet.model_runner.models.loader import load_model
-from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.parallel import TpGroup, use_device
 from ramet.model_runner.sampler import make_chooser, rank_tokens, sample
 
 log = logging.getLogger(__name__)
@@ -32,28 +32,30 @@ class ModelRunner:
     """Raises `WeightsError`, `PoolTooLarge` or ValueError, with words for the user, if it cannot be set up."""
 
     def __init__(self, config: RunnerConfig, progress: Callable[[str], None], group: TpGroup | None = None) -> None:
-        self.device = torch.device(config.device)
+        self.device = use_device(config)
         dtype = getattr(torch, config.dtype)
         self._backend = make_backend(config.attention_backend, self.device, dtype)
+        self._group = group or TpGroup()
         self._model = load_model(
-            config, group or TpGroup(), lambda done, total: progress(f"loading weights {done}/{total}")
+            config, self._group, lambda done, total: progress(f"loading weights {done}/{total}")
         ).eval()
         size = size_pool(config, self._model.kv_specs, dtype, self.device)
-        self.num_pages = size.num_pages
+        self.num_pages = self._group.minimum(size.num_pages)
         self.vocab_size = self._model.vocab_size
-        self._pool = KVPool(self._model.kv_specs, size.num_pages, config.page_size, dtype, self.device)
+        self._pool = KVPool(self._model.kv_specs, self.num_pages, config.page_size, dtype, self.device)
         self._choose = make_chooser(self.device)
         max_pages = -(-config.context_length // config.page_size)
         self._slots = SlotTable(config.max_running, max_pages, self.vocab_size, self.device)
         progress("warming up")
         started_s = time.perf_counter()
-        self._warm_up(min(config.max_step_tokens, config.context_length, size.num_pages * config.page_size))
+        self._warm_up(min(config.max_step_tokens, config.context_length, self.num_pages * config.page_size))
         self.warm_up_s = time.perf_counter() - started_s
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
         """Compute one step. Rows fail alone where they can; an exception means that the whole step did not happen,
-        although the slots have taken in the plan. `masks` waits for what the grammars of sampled rows allow."""
+        although the slots have taken in the plan. `masks` waits for what the grammars of sampled rows allow. Only rank
+        0 chooses tokens."""
         self._slots.update(plan)
         batch = build(plan, self._slots, self._pool, self._backend, self.device)
         hidden = self._model.forward(batch.token_ids, batch.context)
@@ -78,6 +80,8 @@ class ModelRunner:
         if not batch.sampled_rows:
             return []
         logits = self._model.logits(hidden[batch.sampled_at])
+        if self._group.rank:
+            return [RowResult()] * len(batch.sampled_rows)  # rank 0 chooses
         return sample(logits, batch.sampled_rows, self._choose, masks() if masks is not None else None)
 
     def _score_prompt(self, hidden: Tensor, row: Row) -> list[Logprob]:

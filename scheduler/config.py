@@ -12,6 +12,20 @@ class Policy(enum.StrEnum):
     LPM = "lpm"
 
 
+class TpConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `size` tensor-parallel ranks. `address`: where rank 0 awaits the others, `ipc://PATH` or `tcp://HOST:PORT`.
+
+    With ranks on several machines there is a `host`, that of rank 0, and a `secret` that all share. `setup_timeout_s`:
+    how long ranks wait for each other's weights."""
+
+    rank: int = 0
+    size: int = 1
+    address: str = ""
+    host: str = ""
+    secret: str = ""
+    setup_timeout_s: float = 900.0
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`max_step_tokens` bounds the tokens computed in one step, and `max_prefill_tokens` the share of prompts in a
     step in which other requests are decoding, so that streams do not freeze. `eos_ids` end any request.
@@ -26,3 +40,4 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str = ""
     policy: Policy = Policy.FCFS
     prefix_cache: bool = True
+    tp: TpConfig = TpConfig()

@@ -26,12 +26,11 @@ from ramet.ipc.messages import (
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.step import StepPlan, StepResult
 from ramet.model_runner.config import RunnerConfig
-from ramet.model_runner.memory import PoolTooLarge
 from ramet.model_runner.runner import ModelRunner
-from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.grammar_pool import GrammarPool
+from ramet.scheduler.ranks import SETUP_ERRORS, Ranks, lead
 from ramet.scheduler.stats import StatsReporter
 
 log = logging.getLogger(__name__)
@@ -45,10 +44,15 @@ def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Address
     """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
     launcher = Outbox(addresses.launcher)
     inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+
+    def progress(text: str) -> None:
+        launcher.send(Progress(NAME, text))
+
     try:
-        runner = ModelRunner(runner_config, lambda text: launcher.send(Progress(NAME, text)))
+        ranks = lead(config.tp, runner_config, progress)
+        runner = ModelRunner(runner_config, progress, ranks.group)
         core = SchedulerCore(config, runner.num_pages)
-    except (WeightsError, PoolTooLarge, ValueError) as error:
+    except SETUP_ERRORS as error:
         log.debug("set-up failed", exc_info=True)
         launcher.send(Fatal(NAME, str(error)))
         launcher.close()
@@ -58,7 +62,7 @@ def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Address
         "kv_tokens": capacity,
         "context_length": min(config.context_length, capacity),
     }
-    worker = Worker(config, core, runner, inbox, addresses)
+    worker = Worker(config, core, runner, ranks, inbox, addresses)
     launcher.send(Ready(NAME, info))
     worker.loop()
 
@@ -71,12 +75,14 @@ class Worker:
         config: SchedulerConfig,
         core: SchedulerCore,
         runner: ModelRunner,
+        ranks: Ranks,
         inbox: "Inbox[ToScheduler]",
         addresses: Addresses,
     ) -> None:
         self._config = config
         self._core = core
         self._runner = runner
+        self._ranks = ranks
         self._inbox = inbox
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
@@ -93,6 +99,8 @@ class Worker:
             plan = self._core.schedule(begun)
             if plan is not None:
                 self._step(plan, begun)
+            else:
+                self._ranks.check()
             outputs = self._core.take_outputs()
             if outputs:
                 self._detokenizer.send(TokenBatch(outputs))
@@ -141,10 +149,13 @@ class Worker:
         try:
             constrained = self._core.constrained(plan)
             masks = self._grammars.fill(constrained) if constrained else None
+            self._ranks.send(plan)
             result: StepResult = self._runner.execute(plan, masks)
-        # Whatever goes wrong inside a step ends that step's requests, not the server. An error in the core's own
-        # bookkeeping, here and below, is not caught: nobody could trust its pages afterwards.
+        # Whatever goes wrong inside a step ends that step's requests, not the server; but several ranks are not in step
+        # any more. An error in the core's own bookkeeping, here and below, is not caught: nobody could trust its pages.
         except Exception as error:
+            if self._ranks.group.size > 1:
+                raise
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
             ran = time.monotonic()
             self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))

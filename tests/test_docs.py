@@ -9,7 +9,7 @@ from ramet.launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/api.md", "docs/architecture.md", "docs/batches.md"]
-PAGES += ["docs/benchmarking.md", "docs/metrics.md", "docs/security.md"]
+PAGES += ["docs/benchmarking.md", "docs/metrics.md", "docs/security.md", "docs/tensor_parallel.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")

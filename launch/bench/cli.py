@@ -112,6 +112,8 @@ def _settle(server: ServerArgs) -> EngineConfig:
     config = resolve(server, model)
     if config.frontend.is_embedding:
         raise ConfigError("only models that generate are measured; this one embeds")
+    if config.scheduler.tp.size > 1:
+        raise ConfigError(f"tp_size is {config.scheduler.tp.size}, but this runs in one process")
     placement = computing(config.cpus, config.num_threads, os.environ)
     assert "torch" not in sys.modules, "OpenMP reads its settings when torch is imported"
     os.environ.update(placement.env)

@@ -1,4 +1,7 @@
-"""The token embedding and the LM head, both split by vocabulary over the ranks; they may share one matrix."""
+"""The token embedding and the LM head, both split by vocabulary over the ranks; they may share one matrix.
+
+Ranks hold equally many rows, so that one collective gathers the logits; where the vocabulary does not divide, the last
+rows stand for no token, and their logits are cut off."""
 
 from collections.abc import Iterator
 
@@ -12,14 +15,14 @@ from ramet.model_runner.weights.mapping import WeightPart
 
 
 class VocabMatrix(nn.Module):
-    """[vocab, hidden], of which this rank holds the rows in `span`."""
+    """[vocab, hidden], of which this rank holds the rows in `span`, and then padding."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = (vocab_size, hidden_size)
         self.group = group
-        self.span = group.shard(vocab_size, "vocabulary")
-        self.weight = empty_parameter(len(self.span), hidden_size, dtype=dtype)
+        self.span = group.padded_shard(vocab_size)
+        self.weight = empty_parameter(-(-vocab_size // group.size), hidden_size, dtype=dtype)
         self._packed: Tensor | None = None
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -34,11 +37,11 @@ class VocabMatrix(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab] float32."""
         weight = self.weight if self._packed is None else self._packed
-        return self.group.all_gather(linear(hidden, weight)).float()
+        return self.group.all_gather(linear(hidden, weight))[:, : self.shape[0]].float().contiguous()
 
     def pack(self) -> None:
         """For `logits`; the plain weight stays, since rows of it may be embedded."""
         self._packed = pack(self.weight)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
-        yield WeightPart(f"{prefix}.weight", self.weight, self.shape, dim=0, span=self.span)
+        yield WeightPart(f"{prefix}.weight", self.weight[: len(self.span)], self.shape, dim=0, span=self.span)

@@ -62,8 +62,9 @@ def pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
 class ColumnParallelLinear(nn.Module):
     """`outputs`: name of each fused matrix and its number of output features; each is split over the ranks.
 
-    `unit`: output features come in blocks of so many that must stay together (a head). forward: [N, in] -> [N, sum of
-    this rank's outputs], in the order of `outputs`.
+    `unit`: output features come in blocks of so many that must stay together (a head). Blocks of those in `replicated`
+    may be fewer than ranks, some of which then hold the same one. forward: [N, in] -> [N, sum of this rank's outputs],
+    in the order of `outputs`.
     """
 
     def __init__(
@@ -75,13 +76,15 @@ class ColumnParallelLinear(nn.Module):
         *,
         bias: bool = False,
         unit: int = 1,
+        replicated: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.outputs = outputs
         self.spans = {}
         for name, features in outputs.items():
-            units = group.shard(features // unit, f"{name} blocks of {unit} features")
+            what = f"{name} blocks of {unit} features"
+            units = group.shard(features // unit, what, replicated=name in replicated)
             self.spans[name] = range(units.start * unit, units.stop * unit)
         self.local_sizes = [len(span) for span in self.spans.values()]
         self.weight: Tensor = empty_parameter(sum(self.local_sizes), in_features, dtype=dtype)

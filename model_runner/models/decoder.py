@@ -85,10 +85,19 @@ class Attention(nn.Module):
             "k_proj": spec.num_kv_heads * dim,
             "v_proj": spec.num_kv_heads * dim,
         }
-        self.qkv = ColumnParallelLinear(spec.hidden_size, outputs, group, dtype, bias=spec.qkv_bias, unit=dim)
+        self.heads = len(group.shard(spec.num_heads, "query heads"))
+        self.kv_heads = len(group.shard(spec.num_kv_heads, "key-value heads", replicated=True))
+        self.qkv = ColumnParallelLinear(
+            spec.hidden_size,
+            outputs,
+            group,
+            dtype,
+            bias=spec.qkv_bias,
+            unit=dim,
+            replicated=("k_proj", "v_proj"),
+        )
         self.out = RowParallelLinear(spec.num_heads * dim, spec.hidden_size, group, dtype, bias=spec.o_bias, unit=dim)
         self.head_dim = dim
-        self.heads, self.kv_heads = spec.num_heads // group.size, spec.num_kv_heads // group.size
         self.norm = QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, spec.norm_offset) if spec.qk_norm else None
         self.rope = layer.rope
         scale = spec.attention_scale if spec.attention_scale is not None else dim**-0.5
@@ -179,7 +188,7 @@ class Decoder(CausalLM):
         # Rounded to the model's precision, as the reference implementation does.
         scale = spec.embedding_scale
         self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
-        kv_heads = spec.num_kv_heads // group.size
+        kv_heads = layers[0].attention.kv_heads
         self.kv_specs = [KVSpec(kv_heads, spec.head_dim, spec.head_dim) for _ in spec.layers]
 
     @torch.inference_mode()

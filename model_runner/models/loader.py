@@ -119,7 +119,7 @@ def _load_native(
         if isinstance(source, GGUFSource):
             spec = _as_in_gguf(spec, hf_config, source)
         elif source is not None and spec.tied_embeddings:
-            spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source))
+            spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source, group))
         if headless:
             spec = dataclasses.replace(spec, tied_embeddings=True)  # no memory for a head
         try:
@@ -148,8 +148,8 @@ def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
     """The model in the form that is fastest here, its weights in the layout for it."""
     bits = {None: 16, "int8": 8, "int4": 4}[config.quantization]
     why_not = (
-        "it computes dense models in bfloat16 on a CPU, with pages of a multiple of 16 tokens and layers whose sizes "
-        f"are multiples of {32 if bits < 16 else 16}"
+        "it computes dense models in bfloat16 on one CPU rank, with pages of a multiple of 16 tokens and layers whose "
+        f"sizes are multiples of {32 if bits < 16 else 16}"
     )
     if config.attention_backend in ("auto", "cpu") and covers(model, config.page_size, bits):
         try:
@@ -177,15 +177,15 @@ def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource 
             return None
 
 
-def _has_own_head(spec: DecoderSpec, source: WeightSource) -> bool:
+def _has_own_head(spec: DecoderSpec, source: WeightSource, group: TpGroup) -> bool:
     """Whether the checkpoint holds a head unlike the embedding although its config ties them (as transformers reads
-    such a checkpoint, the head counts)."""
+    such a checkpoint, the head counts). Each rank compares its rows."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     if not source.names().issuperset(names):
         return False
-    shape = (spec.vocab_size, spec.hidden_size)
-    head, embedding = (source.read(WeightPart(name, torch.empty(0), shape)) for name in names)
-    return not torch.equal(head, embedding)
+    shape, span = (spec.vocab_size, spec.hidden_size), group.padded_shard(spec.vocab_size)
+    head, embedding = (source.read(WeightPart(name, torch.empty(0), shape, 0, span)) for name in names)
+    return group.minimum(int(torch.equal(head, embedding))) == 0
 
 
 def _as_in_gguf(spec: DecoderSpec, hf_config: PretrainedConfig, source: GGUFSource) -> DecoderSpec:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -65,6 +66,62 @@ def test_the_defaults_on_cuda() -> None:
     config = resolve(ServerArgs(device="cuda"), model())
     assert (config.scheduler.max_step_tokens, config.scheduler.max_prefill_tokens) == (8192, 2048)
     assert (config.scheduler.max_running, config.runner.dtype) == (256, "bfloat16")
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMET_DIST_SECRET", "sixteen characters")
+
+
+TWO_NODES = {"tp_size": 4, "nnodes": 2, "dist_init_addr": "localhost:5000", "device": "cpu", "num_threads": 5}
+
+
+@pytest.mark.usefixtures("secret")
+def test_ranks_on_two_machines() -> None:
+    """Machine 0 has the whole engine, machine 1 only ranks; a secret goes to nobody else."""
+    both = [
+        engine_processes(resolve(ServerArgs(node_rank=rank, **TWO_NODES), model()), Addresses("/x"))
+        for rank in range(2)
+    ]
+    names = [[process.name for process in processes] for processes in both]
+    assert names == [
+        ["scheduler-0", "scheduler-1", "frontend", "detokenizer", "tokenizer-0"],
+        ["scheduler-2", "scheduler-3"],
+    ]
+    for process in both[0] + both[1]:
+        assert ("sixteen characters" in str(process.arguments)) == process.name.startswith("scheduler-")
+        if process.name.startswith("scheduler-"):
+            assert process.placement.env["OMP_NUM_THREADS"] == "2"
+    place, runner, _ = both[1][1].arguments
+    assert (place["rank"], place["size"], place["address"]) == (3, 4, "tcp://127.0.0.1:5000")
+    assert (runner["device_index"], runner["memory_fraction"]) == (1, 0.25)
+
+
+def test_ranks_on_one_machine_have_a_gpu_each() -> None:
+    config = resolve(ServerArgs(tp_size=2, base_gpu_id=4, device="cuda"), model())
+    first, second, *_ = engine_processes(config, Addresses("/x"))
+    assert (first.arguments[0]["tp"]["address"], first.arguments[1]["device_index"]) == ("ipc:///x/ranks", 4)
+    assert (second.name, second.arguments[0]["rank"], second.arguments[1]["device_index"]) == ("scheduler-1", 1, 5)
+    assert second.arguments[1]["memory_fraction"] == 0.85
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"dist_init_addr": None}, "dist_init_addr must be HOST:PORT of machine 0, the same on all machines, got None"),
+        ({"dist_init_addr": "host"}, "got host"),
+        ({"dist_init_addr": "host.invalid:99999"}, "got host.invalid:99999"),
+        ({"dist_init_addr": "host.invalid:80"}, "dist_init_addr 'host.invalid:80': "),
+        ({"dist_secret_file": "/nowhere"}, "dist_secret_file '/nowhere' cannot be read"),
+        ({"dist_secret_file": "/dev/null"}, "of at least 16 characters, got 0; `openssl rand -hex 32` makes one"),
+        ({"is_embedding": True}, "tp_size is 4, but models that embed run on one device"),
+        ({"base_gpu_id": 1}, "base_gpu_id is 1, but the model runs on a CPU"),
+    ],
+)
+@pytest.mark.usefixtures("secret")
+def test_machines_that_cannot_work_together(args: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        resolve(ServerArgs(**{**TWO_NODES, **args}), model())
 
 
 @pytest.mark.parametrize(

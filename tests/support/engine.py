@@ -1,12 +1,15 @@
 """The scheduler core and a real model runner in one process: what the scheduler process runs, without its sockets."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ramet.ipc.messages import Generate, TokenOut
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import StepPlan
 from ramet.model_runner.config import LoadFormat, RunnerConfig
+from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
@@ -17,10 +20,19 @@ CONTEXT = 256
 
 
 class InlineEngine:
-    """Add requests, `run` them to their end, read `tokens` and `outputs` by request id."""
+    """Add requests, `run` them to their end, read `tokens` and `outputs` by request id. `send` gets each plan before it
+    is executed."""
 
     def __init__(
-        self, folder: Path, *, total_tokens: int = 1024, max_running: int = 8, dtype: str = "float32", **scheduler
+        self,
+        folder: Path,
+        *,
+        total_tokens: int = 1024,
+        max_running: int = 8,
+        dtype: str = "float32",
+        group: TpGroup | None = None,
+        send: Callable[[StepPlan], None] = lambda plan: None,
+        **scheduler,
     ) -> None:
         defaults = {
             "page_size": 16,
@@ -32,21 +44,18 @@ class InlineEngine:
         }
         config = SchedulerConfig(**{**defaults, "tokenizer_dir": str(folder), **scheduler})
         self.runner = ModelRunner(
-            RunnerConfig(
-                model_dir=str(folder),
-                weights=str(folder),
-                load_format=LoadFormat.SAFETENSORS,
+            runner_config(
+                folder,
                 dtype=dtype,
-                device="cpu",
                 page_size=config.page_size,
                 max_running=max_running,
                 max_step_tokens=config.max_step_tokens,
-                context_length=CONTEXT,
-                memory_fraction=0.1,
                 max_total_tokens=total_tokens,
             ),
             lambda text: None,
+            group,
         )
+        self.send = send
         self.config = config
         self.core = SchedulerCore(config, self.runner.num_pages)
         self.grammars = GrammarPool(config, self.runner.vocab_size, lambda: None)
@@ -69,12 +78,30 @@ class InlineEngine:
                 break
             constrained = self.core.constrained(plan)
             masks = self.grammars.fill(constrained) if constrained else None
+            self.send(plan)
             self.core.commit(plan, self.runner.execute(plan, masks))
             for out in self.core.take_outputs():
                 assert out.failure is None, out.failure
                 self.tokens.setdefault(out.rid, []).extend(out.token_ids)
                 self.outputs.setdefault(out.rid, []).append(out)
             steps = None if steps is None else steps - 1
+
+
+def runner_config(folder: Path, **settings) -> RunnerConfig:
+    defaults = {
+        "model_dir": str(folder),
+        "weights": str(folder),
+        "load_format": LoadFormat.SAFETENSORS,
+        "dtype": "float32",
+        "device": "cpu",
+        "page_size": 16,
+        "max_running": 8,
+        "max_step_tokens": 64,
+        "context_length": CONTEXT,
+        "memory_fraction": 0.1,
+        "max_total_tokens": 1024,
+    }
+    return RunnerConfig(**{**defaults, **settings})
 
 
 def reference_greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:

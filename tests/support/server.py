@@ -38,7 +38,14 @@ def tiny_flags(folder: Path) -> tuple[str, ...]:
 class RunningServer:
     """`with RunningServer("--model-path", …) as server:` is ready inside the block, and gone after it."""
 
-    def __init__(self, *flags: str, module: str = "ramet.launch_server", api_key: str = "None") -> None:
+    def __init__(
+        self,
+        *flags: str,
+        module: str = "ramet.launch_server",
+        api_key: str = "None",
+        roles: tuple[str, ...] = ROLES,
+    ) -> None:
+        self.roles = roles
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = flags
@@ -75,7 +82,6 @@ class RunningServer:
         try:
             self.wait_until_ready()
             self.start_s = time.monotonic() - started_at
-            self.model: str = httpx.get(f"{self.url}/v1/models", headers=self.headers).json()["data"][0]["id"]
         except BaseException:
             self._clean_up()
             raise
@@ -95,6 +101,10 @@ class RunningServer:
             self._clean_up()
 
     @functools.cached_property
+    def model(self) -> str:
+        return httpx.get(f"{self.url}/v1/models", headers=self.headers).json()["data"][0]["id"]
+
+    @functools.cached_property
     def client(self) -> openai.OpenAI:
         """It hides no failure by trying again."""
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._api_key, max_retries=0, timeout=60)
@@ -107,7 +117,7 @@ class RunningServer:
     def pids(self) -> dict[str, int]:
         """The processes of the engine by name, and the launcher."""
         children = {child.cmdline()[-1]: child.pid for child in psutil.Process(self.process.pid).children()}
-        assert set(children) >= set(ROLES), children
+        assert set(children) >= set(self.roles), children
         return {"launcher": self.process.pid, **children}
 
     def metrics(self) -> dict[str, float]:

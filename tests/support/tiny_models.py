@@ -130,7 +130,7 @@ def make_tiny_model(arch: str, folder: Path, **changes: Any) -> Path:
     config_class, settings = _CONFIGS[arch]
     eos_ids = [tokenizer.convert_tokens_to_ids(IM_END), tokenizer.convert_tokens_to_ids(EOS)]
     tokens = {"eos_token_id": eos_ids, "pad_token_id": eos_ids[1], "bos_token_id": None}
-    config = config_class(vocab_size=len(tokenizer), **tokens, **(settings | changes))
+    config = config_class(**({"vocab_size": len(tokenizer)} | tokens | settings | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,156 @@
+"""Several ranks as a user starts them: on one machine and on two, with ranks that die and machines that do not fit.
+
+The two machines are two launchers on loopback, which meet at 127.0.0.2 and share nothing but a secret.
+"""
+
+import concurrent.futures
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engine import InlineEngine, runner_config
+from support.server import ROLES, RunningServer, free_port, tiny_flags, until
+
+from ramet.ipc.channel import RankServer
+from ramet.ipc.ranks import Hello
+from ramet.scheduler.config import TpConfig
+from ramet.scheduler.ranks import lead
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [(7 * i * i + 3) % 300 + 3 for i in range(50)]
+SECRET = "a secret of two machines"
+# How long a start may take that is bound to fail; most of it is spent on importing torch.
+FAILS_S = 60.0
+
+
+class Node(RunningServer):
+    """A machine that only computes: it answers nobody."""
+
+    def wait_until_ready(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _alone(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers.close()
+    monkeypatch.setenv("RAMET_DIST_SECRET", SECRET)
+
+
+def node_flags(folder: Path, rank: int, address: str) -> tuple[str, ...]:
+    flags = ("--tp-size", "2", "--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", address)
+    return (*tiny_flags(folder), "--device", "cpu", *flags)
+
+
+def address_of_node_0() -> str:
+    return f"127.0.0.2:{free_port()}"
+
+
+def check_tokens(server: RunningServer, folder: Path) -> None:
+    """Greedy and seeded tokens are those of one rank."""
+    torch.set_num_threads(1)
+    engine = InlineEngine(folder)
+    for name, sampling in (("greedy", {"temperature": 0.0}), ("seeded", {"temperature": 0.8, "seed": 7})):
+        engine.add(name, PROMPT, 16, **sampling)
+        engine.run()
+        named = {"sampling_seed" if key == "seed" else key: value for key, value in sampling.items()}
+        params = {"max_new_tokens": 16, "ignore_eos": True, **named}
+        answer = server.http.post("/generate", json={"input_ids": PROMPT, "sampling_params": params})
+        assert answer.json()["output_ids"] == engine.tokens[name], answer.text
+
+
+def endless_stream(server: RunningServer) -> Iterator[str]:
+    """Pieces of an answer that no test waits for the end of, after the first."""
+    stream = server.client.completions.create(
+        model=server.model, prompt=PROMPT, max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = (chunk.choices[0].text for chunk in stream)
+    next(pieces)
+    return pieces
+
+
+def test_two_ranks_serve_and_start_again_when_one_is_killed(tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model("gemma3")
+    flags = (*tiny_flags(folder), "--device", "cpu", "--tp-size", "2")
+    with RunningServer(*flags, roles=(*ROLES, "scheduler-1")) as server:
+        check_tokens(server, folder)
+        chat = server.client.chat.completions.create(
+            model=server.model, messages=[{"role": "user", "content": "Hello!"}], max_tokens=8
+        )
+        assert chat.usage is not None and chat.usage.completion_tokens > 0
+        pieces = endless_stream(server)
+        os.kill(server.pids()["scheduler-1"], signal.SIGKILL)
+        with pytest.raises(Exception, match="the engine is down: scheduler-1 was killed by SIGKILL"):
+            list(pieces)
+        server.wait_until_ready()
+        check_tokens(server, folder)
+
+
+@pytest.mark.parametrize("victim", ["rank on machine 1", "launcher of machine 0"])
+def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str], Path], victim: str) -> None:
+    folder, address = tiny_model("qwen3_moe"), address_of_node_0()
+    with (
+        Node(*node_flags(folder, 1, address), roles=("scheduler-1",)) as node_1,
+        RunningServer(*node_flags(folder, 0, address)) as node_0,
+    ):
+        until(lambda: "the ranks are ready" in node_1.log(), 10, node_1.log)
+        check_tokens(node_0, folder)
+        time.sleep(1.5)  # idle: rank 0 looks after the others
+        if victim == "rank on machine 1":
+            os.kill(node_1.pids()["scheduler-1"], signal.SIGKILL)  # nobody computes: only the channel tells
+            until(lambda: "rank is gone: Host unreachable; it is started again" in node_0.log(), 20, node_0.log)
+            assert "scheduler-1 was killed by SIGKILL" in node_1.log()
+        else:
+            node_0.process.kill()
+            node_0.process.wait()
+            until(lambda: "scheduler-1: PeerLost: rank 0" in node_1.log(), 20, node_1.log)
+            node_0.start_again()
+        node_0.wait_until_ready()
+        check_tokens(node_0, folder)
+
+
+def test_a_machine_that_nobody_awaits_gives_up(tiny_model: Callable[[str], Path]) -> None:
+    address = address_of_node_0()
+    with Node(*node_flags(tiny_model("llama"), 1, address), "--start-timeout", "15") as node:
+        assert node.exit_code(FAILS_S) == 1
+        assert f"not ready after 15 s: scheduler-1 (waiting for rank 0 at tcp://{address})" in node.log()
+        node.assert_nothing_left()
+
+
+def test_a_machine_with_another_secret_is_turned_away(tiny_model: Callable[[str], Path]) -> None:
+    address = address_of_node_0()
+    server: RankServer[Hello] = RankServer(f"tcp://{address}", SECRET + "!", Hello)
+    try:
+        with Node(*node_flags(tiny_model("llama"), 1, address)) as node:
+            assert node.exit_code(FAILS_S) == 1
+            assert "does not accept this rank: is the secret the same on both machines?" in node.log()
+            node.assert_nothing_left()
+    finally:
+        server.close()
+
+
+def test_a_machine_with_another_model_is_refused_on_both(tiny_model: Callable[[str], Path]) -> None:
+    address = address_of_node_0()
+    config = TpConfig(size=2, address=f"tcp://{address}", host="127.0.0.2", secret=SECRET)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        leading = pool.submit(lead, config, runner_config(tiny_model("llama")), lambda text: None)
+        with Node(*node_flags(tiny_model("qwen2"), 1, address)) as node:
+            assert node.exit_code(FAILS_S) == 1
+            with pytest.raises(ValueError, match="rank 1 cannot work with rank 0") as refused:
+                leading.result(10)
+            assert "config.json (" in str(refused.value)
+            assert "weight files (" in str(refused.value)
+            assert f"error: scheduler-1: {refused.value}" in node.log()
+            node.assert_nothing_left()
+
+
+def test_heads_that_do_not_divide_end_the_start(tiny_model: Callable[[str], Path]) -> None:
+    with Node(*tiny_flags(tiny_model("llama")), "--device", "cpu", "--tp-size", "3") as server:
+        assert server.exit_code(FAILS_S) == 1
+        assert "query heads (4) cannot be divided over 3 tensor-parallel ranks" in server.log()
+        server.assert_nothing_left()

@@ -1,0 +1,85 @@
+"""The channel between tensor-parallel ranks: who is let in, and how a loss is noticed."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.server import free_port, until
+
+from ramet.ipc.channel import ChannelError, PeerLost, RankClient, RankServer
+from ramet.ipc.ranks import Execute, Hello, Ping, ToRank, Welcome
+from ramet.ipc.step import Row, StepPlan
+
+SECRET = "sixteen characters"
+HELLO = Hello(1, {"version": "1"})
+PLAN = StepPlan(7, [Row(0, 0, 2, sample=True)], [5, 6])
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """An address and its secret."""
+    return (f"ipc://{tmp_path}/ranks", "") if request.param == "ipc" else (f"tcp://127.0.0.2:{free_port()}", SECRET)
+
+
+@contextlib.contextmanager
+def connected(place: tuple[str, str]) -> Iterator[tuple[RankServer[Hello], bytes, RankClient[ToRank]]]:
+    """The client first: it waits for the server to come."""
+    client: RankClient[ToRank] = RankClient(*place, ToRank)
+    client.send(HELLO)
+    server: RankServer[Hello] = RankServer(*place, Hello)
+    try:
+        peer, hello = server.receive()
+        assert hello == HELLO
+        yield server, peer, client
+    finally:
+        server.close()
+        if not client._socket.closed:
+            client.close()
+
+
+def test_plans_arrive_in_order_and_whole(place: tuple[str, str]) -> None:
+    with connected(place) as (server, peer, client):
+        sent = [Welcome("/store"), Execute(PLAN), Ping()]
+        for message in sent:
+            server.send([peer], message)
+        assert [client.receive() for _ in sent] == sent
+
+
+def test_a_rank_hears_that_rank_0_is_gone_after_what_it_said(place: tuple[str, str]) -> None:
+    with connected(place) as (server, peer, client):
+        server.send([peer], Execute(PLAN))
+        server.close()
+        assert client.receive() == Execute(PLAN)
+        with pytest.raises(PeerLost, match=f"rank 0 at {place[0]} is gone"):
+            client.receive()
+
+
+def test_rank_0_finds_out_that_a_rank_is_gone(place: tuple[str, str]) -> None:
+    def is_lost() -> bool:
+        try:
+            server.send([peer], Ping())
+        except PeerLost:
+            return True
+        return False
+
+    with connected(place) as (server, peer, client):
+        assert not is_lost()
+        client.close()
+        until(is_lost, 5, lambda: "the loss is noticed")
+
+
+@pytest.mark.parametrize("secret", ["another secret of some length", ""])
+def test_without_the_secret_nobody_gets_in(secret: str) -> None:
+    address = f"tcp://127.0.0.2:{free_port()}"
+    stranger: RankClient[ToRank] = RankClient(address, secret, ToRank)
+    stranger.send(Hello(2, {}))
+    refused = pytest.raises(PeerLost, match="does not accept this rank: is the secret the same on both machines")
+    with connected((address, SECRET)), refused:  # rank 0 hears the right one's word, not the stranger's
+        stranger.receive()
+    stranger.close()
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(ChannelError, match=r"cannot listen on tcp://192\.0\.2\.1:5000 for the other ranks"):
+        RankServer("tcp://192.0.2.1:5000", SECRET, Hello)
