@@ -137,7 +137,7 @@ def test_the_counters_equal_what_the_clients_counted(server: RunningServer) -> N
     for code, count in ((200, 8), (400, 2), (404, 1)):
         assert new(f'ramet_http_requests_total{{code="{code}",route="/v1/completions"}}') == count, code
     steps = new("ramet_scheduler_step_rows_count")
-    assert steps >= 12
+    assert steps >= 10  # of the longest answer
     for phase in ("schedule", "run", "commit"):
         assert new(f'ramet_scheduler_step_seconds_count{{phase="{phase}"}}') == steps
     # Whoever samples is a row; prompts are rows of steps that need not sample.

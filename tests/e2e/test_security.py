@@ -26,7 +26,16 @@ OPEN = {"/health", "/ready", "/metrics", "/openapi.json"}
 @pytest.fixture(scope="module")
 def server(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     servers.close()
-    flags = [*tiny_flags(tiny_model("llama")), "--api-key", KEY, OTHER_KEY, "--log-level", "debug", "--log-requests"]
+    flags = [
+        *tiny_flags(tiny_model("llama")),
+        "--api-key",
+        KEY,
+        OTHER_KEY,
+        "--log-level",
+        "debug",
+        "--log-requests",
+        "content",
+    ]
     with RunningServer(*flags, api_key=KEY) as server:
         yield server
         assert "Traceback" not in server.log()
@@ -64,7 +73,7 @@ def test_secrets_stay_out_of_logs_and_answers(server: RunningServer) -> None:
     told = [server.http.get(path).text for path in ("/get_server_info", "/get_model_info", "/openapi.json", "/metrics")]
     assert json.loads(told[0])["port"] == server.port  # it does tell settings
     told.append(server.log())
-    assert "method=POST route=/v1/completions status=200" in told[-1]
+    assert "/v1/completions" in told[-1]
     # The launcher's own arguments are what the operator typed; nothing passes them on.
     for name, pid in server.pids().items():
         if name != "launcher":
@@ -77,10 +86,13 @@ def test_secrets_stay_out_of_logs_and_answers(server: RunningServer) -> None:
 def test_log_lines_cannot_be_forged(server: RunningServer) -> None:
     server.http.get("/v1/models/%0aFORGED%0d%1b[31m")
     server.http.get("/v1/models", headers={"x-request-id": "a b"})
-    log = server.log()
-    assert "method=GET route=/v1/models" in log
-    assert "FORGED" not in log  # the route is told, not what the client wrote
-    assert "id=a b" not in log
+    body = {"model": server.model, "prompt": "a\nFORGED", "max_tokens": 1, "user": "x\r\nFORGED"}
+    assert server.http.post("/v1/completions", json=body).status_code == 200
+    lines = server.log().splitlines()
+    assert any("/v1/completions" in line and "200" in line for line in lines)
+    assert not [line for line in lines if line.startswith("FORGED")]
+    assert "\x1b[31m" not in server.log()
+    assert "id=a b" not in server.log()
 
 
 def test_only_this_machine_is_listened_to(server: RunningServer) -> None:

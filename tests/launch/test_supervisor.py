@@ -160,12 +160,21 @@ def test_what_dies_or_hangs_is_started_again(
     assert len(psutil.Process(run.process.pid).children()) == len(NAMES)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_frontend_is_started_again_alone(launch: Callable[[str], Run], number: signal.Signals) -> None:
+def test_a_bug_that_ends_a_process_is_survived(launch: Callable[[str], Run]) -> None:
+    """Its `Fatal` comes when it had been ready; one at a start is another matter."""
+    run = launch("plain")
+    run.wait_for("launcher", "ready")
+    os.kill(run.pid("tokenizer-0"), signal.SIGUSR1)
+    assert run.wait_for("frontend", "down")[4] == "tokenizer-0: RuntimeError: a bug"
+    run.wait_until_up(2)
+    assert run.count("tokenizer-0", "started") == 2
+
+
+def test_the_frontend_is_started_again_alone(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("launcher", "ready")
     before = run.pids()
-    os.kill(before["frontend"], number)
+    os.kill(before["frontend"], signal.SIGSTOP)
     run.wait_until_up(2)
     assert not run.find("frontend", "down")
     assert {name for name, pid in run.pids().items() if pid != before[name]} == {"frontend"}

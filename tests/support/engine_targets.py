@@ -36,6 +36,11 @@ def worker(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
     launcher.send(Progress(name, "warming up"))
     time.sleep(delay_s)
     note(diary, name, "ready")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    signal.signal(signal.SIGUSR1, fail)
     pulse = Pulse(addresses, name)
     launcher.send(Ready(name, {"pages": 7}))
     while True:
