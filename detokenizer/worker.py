@@ -4,6 +4,8 @@ Keeps the state of each request from its first `TokenOut` to its last word. On a
 once, and aborts it at the scheduler; what still comes of it is then unknown here and passes by.
 """
 
+import msgspec
+
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.detokenizer.incremental import IncrementalText
 from ramet.ipc.channel import Addresses, Inbox, Outbox
@@ -65,18 +67,15 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
             scheduler.send(Abort(stopped))
 
 
-class _Stream:
+class _Stream(msgspec.Struct):
     """One request: its text, and what has not been sent of it."""
 
-    __slots__ = ("logprobs", "prompt", "stream", "text", "texts", "token_ids")
-
-    def __init__(self, text: IncrementalText, prompt: PromptInfo, stream: bool) -> None:
-        self.text = text
-        self.stream = stream
-        self.prompt: PromptInfo | None = prompt
-        self.texts: list[str] = []
-        self.logprobs: list[TokenText] = []
-        self.token_ids: list[int] = []
+    text: IncrementalText
+    prompt: PromptInfo | None
+    stream: bool
+    texts: list[str] = []
+    logprobs: list[TokenText] = []
+    token_ids: list[int] = []
 
 
 class Detokenizer:

@@ -1,7 +1,7 @@
 """`AnswerReader`: one choice's text, read as reasoning, content and tool calls, in deltas of the API.
 
 A whole answer is the sum of its deltas (`whole_message`), so both ways of answering have one reading. A plain answer,
-without tools or reasoning, needs no reader.
+without tools or reasoning, passes as it is.
 
 Log-probabilities are those of all tokens, markup and reasoning included.
 """

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +25,7 @@ from ramet.frontend import errors
 from ramet.frontend.api.batches import BatchesApi
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
-from ramet.frontend.api.embeddings import Embeddings, Rerank, Score
+from ramet.frontend.api.embeddings import Embeddings
 from ramet.frontend.api.files import BINARY, Files, UploadForm
 from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.models import Models
@@ -79,6 +79,7 @@ def build_app(
         exception_handlers={
             RequestError: errors.on_request_error,
             errors.ModelNotFoundError: errors.on_model_not_found,
+            ClientDisconnect: errors.on_disconnect,
             ClientDisconnectedError: errors.on_disconnect,
             StoreError: errors.on_store_error,
             HTTPException: errors.on_http_error,
@@ -116,13 +117,13 @@ def endpoints(
     models = Models(config)
     health = Health(config, client, metrics)
     server = Server(config, client, metrics)
-    tokens = Tokens(config, client, models)
-    chat = ChatCompletions(config, client, models)
-    completions = Completions(config, client, models)
+    tokens = Tokens(config, client)
+    chat = ChatCompletions(config, client)
+    completions = Completions(config, client)
     generate = NativeGenerate(config, client)
     files = Files(config, store, worker.notify)
     batches = BatchesApi(config, store, worker)
-    shared = (config, client, models)
+    vectors = Embeddings(config, client)
 
     async def describe(_request: Request) -> Response:
         return json_response(description)
@@ -132,9 +133,9 @@ def endpoints(
     table = [
         Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, events),
         Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, events),
-        Endpoint("Embeddings of texts or token ids", post, ("/v1/embeddings",), Embeddings(*shared), EmbeddingRequest),
-        Endpoint("How alike texts are", post, ("/v1/score",), Score(*shared), ScoreRequest),
-        Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), Rerank(*shared), RerankRequest),
+        Endpoint("Embeddings of texts or token ids", post, ("/v1/embeddings",), vectors.embed, EmbeddingRequest),
+        Endpoint("How alike texts are", post, ("/v1/score",), vectors.score, ScoreRequest),
+        Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), vectors.rerank, RerankRequest),
         Endpoint("The models served", get, ("/v1/models",), models.list),
         Endpoint("One model", get, ("/v1/models/{model:path}",), models.retrieve),
         Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media="multipart/form-data"),

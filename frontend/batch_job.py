@@ -11,6 +11,7 @@ its index entry.
 """
 
 import collections
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -85,7 +86,8 @@ class BatchJob:
                     self._again.appendleft(position)
                     break
                 if self._attempts[position] >= MAX_ATTEMPTS:
-                    self._give_up(position)
+                    died = f"the engine died {self._attempts[position]} times while it ran this line"
+                    self._report([position], "engine_died", died)
                     continue
                 self._has_suspect = True
             self._attempts[position] += 1
@@ -119,11 +121,8 @@ class BatchJob:
     def expire(self, most: int) -> bool:
         """Report so many of the lines that are left as expired; False when none is left."""
         left = (position for position in range(self.total) if not self._settled[position])
-        positions = [position for position, _ in zip(left, range(most), strict=False)]
-        error = {"code": "batch_expired", "message": "the batch expired before this line was run"}
-        self._add_errors([self._result(self._read(position), None, error) for position in positions])
-        for position in positions:
-            self._settled[position] = 1
+        positions = list(itertools.islice(left, most))
+        self._report(positions, "batch_expired", "the batch expired before this line was run")
         return bool(positions)
 
     def close(self, *, in_peace: bool) -> None:
@@ -172,10 +171,12 @@ class BatchJob:
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def _give_up(self, position: int) -> None:
-        message = f"the engine died {self._attempts[position]} times while it ran this line"
-        self._add_errors([self._result(self._read(position), None, {"code": "engine_died", "message": message})])
-        self._settled[position] = 1
+    def _report(self, positions: list[int], code: str, message: str) -> None:
+        """Settle lines that have no answer."""
+        error = {"code": code, "message": message}
+        self._add_errors([self._result(self._read(position), None, error) for position in positions])
+        for position in positions:
+            self._settled[position] = 1
 
     def _result(self, line: BatchLine, response: dict[str, object] | None, error: dict[str, str] | None) -> bytes:
         result = {

@@ -27,8 +27,7 @@ from ramet.frontend.store import (
     link_or_copy,
     new_file,
     new_id,
-    page_clause,
-    page_values,
+    page,
 )
 from ramet.ipc.errors import invalid
 
@@ -72,7 +71,8 @@ class Batches:
 
     def page(self, after: str | None, limit: int) -> list[Batch]:
         """The newest first, from the id `after` on."""
-        return self._select("WHERE 1 " + page_clause(after, True), *page_values(after, limit))
+        clause, cursor = page(after, descending=True)
+        return self._select(f"WHERE {clause}", cursor, limit)
 
     def unfinished(self) -> list[Batch]:
         """The oldest first."""

@@ -15,9 +15,9 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 
+import httpx
 import msgspec
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 
 from ramet.frontend.batch_input import InputCheck
 from ramet.frontend.batch_job import INDEX, INPUT, BatchJob, BatchLine
@@ -40,7 +40,10 @@ _TROUBLE_S = 10.0
 _BACKOFF_S = 1.0
 _IDLE_S = 3600.0
 
+# Status, request id and body.
 Answer = tuple[int, str, bytes]
+Result = tuple[BatchLine, int, str, bytes]
+Sending = asyncio.Task[tuple[BatchLine, Answer | None]]
 
 
 class BatchWorker:
@@ -52,20 +55,19 @@ class BatchWorker:
         self._store = store
         self._client = client
         self._metrics = metrics
-        self._app: ASGIApp
+        self._app: httpx.ASGITransport
         self._clerk, self._feeder = asyncio.Event(), asyncio.Event()
         self._stopping = asyncio.Event()
         self._news = False
         self._active = ""
         self._window = float(config.batch_window)
-        self._answers: list[tuple[BatchLine, Answer | None]] = []
 
     async def run(self, app: ASGIApp) -> None:
         """Returns after `stop`, when the lines in the engine have ended."""
-        self._app = app
+        self._app = httpx.ASGITransport(app, raise_app_exceptions=False)
         for batch in await self._unfinished():
             log.info("batch %s: %s, goes on", batch.id, batch.status)
-            if batch.model is not None and not self._serves(batch.model):
+            if batch.model is not None and not self._config.serves(batch.model):
                 log.warning("batch %s: waits for a server of its model %r", batch.id, batch.model)
         await asyncio.gather(self._loop(self._clerk, self._tidy), self._loop(self._feeder, self._feed))
 
@@ -113,7 +115,7 @@ class BatchWorker:
             InputCheck,
             folder / INPUT,
             batch.endpoint,
-            self._serves,
+            self._config.serves,
             self._config.max_batch_lines,
             self._config.max_body_bytes,
         )
@@ -162,9 +164,6 @@ class BatchWorker:
     async def _unfinished(self) -> list[Batch]:
         return await self._store.call(self.batches.unfinished) if self._store.exists else []
 
-    def _serves(self, model: str) -> bool:
-        return model in self._config.served_names or model == self._config.model_path
-
     async def _observe(self) -> None:
         unfinished = await self._unfinished()
         self._metrics.batches.show(
@@ -178,7 +177,7 @@ class BatchWorker:
         now = time.time()
         for batch in unfinished:
             # The clerk leaves the active batch alone; no waiting between this check and that mark.
-            if batch.status == "in_progress" and batch.expires_at > now and self._serves(batch.model or ""):
+            if batch.status == "in_progress" and batch.expires_at > now and self._config.serves(batch.model or ""):
                 self._active = batch.id
                 try:
                     await self._guarded(batch, self._run)
@@ -199,29 +198,26 @@ class BatchWorker:
         job = await self._store.call(open_job)
         if job is None:
             return
-        tasks: set[asyncio.Task[None]] = set()
-        results: list[tuple[BatchLine, int, str, bytes]] = []
+        tasks: set[Sending] = set()
+        results: list[Result] = []
         flushed_at = time.monotonic()
-        in_flight = 0
-        self._answers.clear()
         try:
             while True:
                 self._feeder.clear()
-                in_flight -= self._take_answers(job, results)
-                if results and (in_flight == 0 or time.monotonic() - flushed_at >= _FLUSH_S):
+                self._take_answers(job, tasks, results)
+                if results and (not tasks or time.monotonic() - flushed_at >= _FLUSH_S):
                     await self._flush(batch.id, job, results)
                     flushed_at = time.monotonic()
                 if not await self._goes_on(batch):
                     break
-                room = int(self._window) - in_flight
+                room = int(self._window) - len(tasks)
                 if room > 0 and not self._stopping.is_set():
                     for line in await self._store.call(job.take, room):
                         task = asyncio.create_task(self._send(batch.endpoint, line))
+                        task.add_done_callback(lambda _: self._feeder.set())
                         tasks.add(task)
-                        task.add_done_callback(tasks.discard)
-                        in_flight += 1
-                self._metrics.batches.in_flight.set(in_flight)
-                if not in_flight and not results:
+                self._metrics.batches.in_flight.set(len(tasks))
+                if not tasks and not results:
                     break
                 await _wait(self._feeder, _FLUSH_S if results else batch.expires_at - time.time())
         finally:
@@ -229,8 +225,8 @@ class BatchWorker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._take_answers(job, results)
             try:
+                self._take_answers(job, tasks, results)
                 await self._flush(batch.id, job, results)
             finally:
                 await self._store.call(self._close, batch.id, job, in_peace=self._client.down is None)
@@ -243,15 +239,16 @@ class BatchWorker:
             batch = await self._store.call(self.batches.get, batch.id)
         return batch.status == "in_progress" and batch.expires_at > time.time()
 
-    def _take_answers(self, job: BatchJob, results: list[tuple[BatchLine, int, str, bytes]]) -> int:
-        """How many lines have left the engine; those that need not be sent again are added to the results."""
-        answers, self._answers = self._answers, []
-        for line, answer in answers:
-            if answer is not None and (answer[0] < 500 or not job.retry(line)):
-                results.append((line, *answer))
-        return len(answers)
+    def _take_answers(self, job: BatchJob, tasks: set[Sending], results: list[Result]) -> None:
+        """Move the lines that have left the engine, but for those to be sent again, from the tasks to the results."""
+        for task in [task for task in tasks if task.done()]:
+            tasks.remove(task)
+            if not task.cancelled():
+                line, answer = task.result()
+                if answer is not None and (answer[0] < 500 or not job.retry(line)):
+                    results.append((line, *answer))
 
-    async def _flush(self, batch_id: str, job: BatchJob, results: list[tuple[BatchLine, int, str, bytes]]) -> None:
+    async def _flush(self, batch_id: str, job: BatchJob, results: list[Result]) -> None:
         # Taken before the write: one that fails may have written some of them, and must not be made again. What is on
         # disk is found out when the job is opened anew.
         ready = results.copy()
@@ -274,13 +271,13 @@ class BatchWorker:
             self.batches.set_counts(batch_id, after)
             self._metrics.batches.add_lines(after.completed - before.completed, after.failed - before.failed)
 
-    async def _send(self, endpoint: str, line: BatchLine) -> None:
-        """Leaves the answer in `_answers`, or None if the server stops first."""
+    async def _send(self, endpoint: str, line: BatchLine) -> tuple[BatchLine, Answer | None]:
+        """The line with its answer, or None if the server stops first."""
         answer: Answer | None = None
         body = _with_priority(line.body)
         while not self._stopping.is_set():
             if self._client.refusal is None:
-                answer = await call(self._app, endpoint, self._headers(), body)
+                answer = await self._ask(endpoint, body)
                 if answer[0] != 429:
                     break
                 # Interactive requests have filled the queue: ask for less, and slowly for more.
@@ -291,51 +288,16 @@ class BatchWorker:
             await _wait(self._stopping, _BACKOFF_S)
             if self._stopping.is_set():
                 answer = None
-        self._answers.append((line, answer))
-        self._feeder.set()
+        return line, answer
 
-    def _headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(b"content-type", b"application/json")]
+    async def _ask(self, endpoint: str, body: bytes) -> Answer:
+        """Cancelling aborts the request."""
+        headers = {"content-type": "application/json"}
         if self._config.api_keys:
-            headers.append((b"authorization", f"Bearer {self._config.api_keys[0]}".encode()))
-        return headers
-
-
-async def call(app: ASGIApp, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> Answer:
-    """POST to an application in this process: status, request id and body. Cancelling aborts the request."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": headers,
-        "server": BATCH_SERVER,
-        "client": None,
-    }
-    requests = [{"type": "http.request", "body": body, "more_body": False}]
-    status, request_id, parts = 500, "", []
-
-    async def receive() -> Message:
-        if requests:
-            return requests.pop()
-        await asyncio.Event().wait()  # this client never leaves
-        raise AssertionError
-
-    async def send(message: Message) -> None:
-        nonlocal status, request_id
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            request_id = Headers(raw=message["headers"]).get("x-request-id", "")
-        else:
-            parts.append(message.get("body", b""))
-
-    await app(scope, receive, send)
-    return status, request_id, b"".join(parts) or b"null"
+            headers["authorization"] = f"Bearer {self._config.api_keys[0]}"
+        request = httpx.Request("POST", f"http://{BATCH_SERVER[0]}{endpoint}", headers=headers, content=body)
+        response = await self._app.handle_async_request(request)
+        return response.status_code, response.headers.get("x-request-id", ""), await response.aread() or b"null"
 
 
 def _with_priority(body: bytes) -> bytes:

@@ -92,3 +92,6 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     is_embedding: bool = False
     embedding_size: int = 0
     dimensions: tuple[int, ...] | None = None
+
+    def serves(self, model: str) -> bool:
+        return model in self.served_names or model == self.model_path

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from ramet.frontend.engine_client import ClientDisconnectedError, Generation
 from ramet.frontend.errors import invalid_json
@@ -28,39 +28,33 @@ TIMEOUT_HEADER = "x-request-timeout"
 BATCH_SERVER = ("batch", None)
 
 
-async def read_json(scope: Scope, receive: Receive, decoder: "msgspec.json.Decoder[T]", max_bytes: int) -> T:
+async def read_json(http: Request, schema: type[T], max_bytes: int) -> T:
     """The body, decoded, and left in the scope for the log. Raises `HTTPException` 413 and 415, and `RequestError` for
     JSON that is not of the type."""
-    headers = Headers(scope=scope)
+    headers = http.headers
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPException(415, f"content-type must be application/json, got {content_type or 'none'!r}")
     if (encoding := headers.get("content-encoding", "identity")) != "identity":
         raise HTTPException(415, f"a body with content-encoding {encoding!r} is not supported")
-    body = await _read_body(headers, receive, max_bytes)
+    body = await _read_body(http, max_bytes)
     try:
-        scope["ramet.request"] = request = decoder.decode(body)
+        http.scope["ramet.request"] = request = msgspec.json.decode(body, type=schema)
         return request
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise invalid_json(error) from None
 
 
-async def _read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     """Stops reading at the limit, whether the client announced the length or sends chunks."""
-    if int(headers.get("content-length", "0")) > max_bytes:
-        raise _too_large(max_bytes, headers["content-length"])
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnectedError
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_bytes:
-            raise _too_large(max_bytes, f"at least {size}")
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise _too_large(max_bytes, request.headers["content-length"])
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes, f"at least {len(body)}")
+    return bytes(body)
 
 
 def _too_large(max_bytes: int, size: str) -> HTTPException:
@@ -130,13 +124,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit_
 
 def json_response(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-async def send_json(send: Send, value: Any) -> None:
-    body = msgspec.json.encode(value)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def read_query(request: Request, kind: type[T]) -> T:

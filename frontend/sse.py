@@ -1,17 +1,18 @@
-"""Server-sent events: writes a generation's changes as they come, one write for all that is new.
+"""Answers a request with a generation: whole, or as server-sent events, one write for all that is new.
 
-Knows nothing of what a chunk holds: an `EventSource` renders it. Whatever goes wrong after the status line is told
-in the stream as one error event; the last event is always `[DONE]`.
+Knows nothing of what an answer looks like: a `Rendering` makes it. Whatever goes wrong after the status line is told in
+the stream as one error event; the last event is always `[DONE]`.
 """
 
 import logging
 from typing import Any, Protocol
 
 import msgspec
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.engine_client import ClientDisconnectedError, Generation
 from ramet.frontend.errors import error_body
+from ramet.frontend.exchange import json_response, watching
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import TextDelta
 
@@ -26,8 +27,8 @@ _HEADERS = [
 ]
 
 
-class EventSource(Protocol):
-    """Renders one response's events; keeps what it must know of each choice."""
+class Rendering(Protocol):
+    """One answer in the form of its API; keeps what it must know of each choice."""
 
     def render(self, index: int, delta: TextDelta) -> bytes:
         """The events of a choice's news; empty if there is nothing to show."""
@@ -35,19 +36,45 @@ class EventSource(Protocol):
     def end(self) -> bytes:
         """The events after the last choice has ended."""
 
+    def whole(self, parts: list[list[TextDelta]]) -> Any:
+        """The JSON body, from the deltas of each choice."""
+
+
+async def respond(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    generation: Generation,
+    rendering: Rendering,
+    *,
+    stream: bool | None,
+    limit_s: float | None,
+) -> None:
+    """Answer, and abort what still runs if the client leaves or the time is up. The generation stays in the scope for
+    the log. Raises what failed before an answer began."""
+    scope["ramet.generation"] = generation
+    with generation:
+        async with watching(receive, generation, limit_s):
+            if stream:
+                await generation.started()
+                await write_events(send, generation, rendering)
+            else:
+                response = json_response(rendering.whole(await generation.parts()))
+                await response(scope, receive, send)
+
 
 def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def write_events(send: Send, generation: Generation, source: EventSource) -> None:
+async def write_events(send: Send, generation: Generation, rendering: Rendering) -> None:
     """Answer 200 and stream to the end. The generation has started: what fails now can only be told in the stream."""
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     try:
         async for changes in generation.changes():
-            if body := b"".join([source.render(index, delta) for index, delta in changes]):
+            if body := b"".join([rendering.render(index, delta) for index, delta in changes]):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-        tail = source.end()
+        tail = rendering.end()
     except ClientDisconnectedError:
         return
     except RequestError as error:

@@ -20,7 +20,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 
@@ -64,8 +64,8 @@ class ConflictError(StoreError):
     """Not in this state of the batch."""
 
 
-class File(msgspec.Struct, kw_only=True, frozen=True):
-    """A row, in the API's form. Times are Unix seconds."""
+class File(msgspec.Struct, frozen=True):
+    """A row (its columns first), in the API's form. Times are Unix seconds."""
 
     id: str
     filename: str
@@ -225,7 +225,7 @@ class Store:
         row = self.db.execute(f"SELECT {_COLUMNS} FROM files WHERE {where}", (file_id, time.time())).fetchone()
         if row is None:
             raise MissingError(f"no such file: {file_id!r}")
-        return _file(row)
+        return File(*row)
 
     def open_content(self, file_id: str) -> tuple[File, BinaryIO]:
         """An open content can be read to its end, even if the file is deleted meanwhile."""
@@ -234,12 +234,12 @@ class Store:
 
     def page(self, purpose: str | None, after: str | None, limit: int, descending: bool) -> list[File]:
         """At most `limit` files that come after the id `after`."""
+        clause, cursor = page(after, descending)
         rows = self.db.execute(
-            f"SELECT {_COLUMNS} FROM files WHERE coalesce(expires_at > ?, 1) AND coalesce(purpose = ?, 1) "
-            + page_clause(after, descending),
-            (time.time(), purpose, *page_values(after, limit)),
+            f"SELECT {_COLUMNS} FROM files WHERE coalesce(expires_at > ?, 1) AND coalesce(purpose = ?, 1) AND {clause}",
+            (time.time(), purpose, cursor, limit),
         )
-        return [_file(row) for row in rows]
+        return [File(*row) for row in rows]
 
     def delete(self, file_id: str) -> None:
         """Raises MissingError."""
@@ -248,7 +248,7 @@ class Store:
     def expire(self) -> float | None:
         """Delete what has expired; when the next file will."""
         for row in self.db.execute(f"SELECT {_COLUMNS} FROM files WHERE expires_at <= ?", (time.time(),)).fetchall():
-            self._remove(_file(row))
+            self._remove(File(*row))
         next_at: float | None = self.db.execute("SELECT min(expires_at) FROM files").fetchone()[0]
         return next_at
 
@@ -259,27 +259,17 @@ class Store:
         self.used_bytes -= file.bytes
 
 
-def page_clause(after: str | None, descending: bool) -> str:
-    """The end of a SELECT for a page of a list; `page_values` fills it."""
-    cursor = "" if after is None else f"AND id {'<' if descending else '>'} ? "
-    return f"{cursor}ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?"
-
-
-def page_values(after: str | None, limit: int) -> tuple[Any, ...]:
-    return (limit,) if after is None else (after, limit)
+def page(after: str | None, descending: bool) -> tuple[str, str]:
+    """The end of a SELECT for a page of a list, and the first of its two values; the other is the limit."""
+    if descending:
+        return "id < ? ORDER BY id DESC LIMIT ?", "~" if after is None else after
+    return "id > ? ORDER BY id LIMIT ?", after or ""
 
 
 def new_file(filename: str, purpose: str, num_bytes: int, expires_after_s: int | None) -> File:
     now = int(time.time())
     expires_at = None if expires_after_s is None else now + expires_after_s
-    return File(
-        id=new_id("file-"),
-        filename=filename,
-        purpose=purpose,
-        bytes=num_bytes,
-        created_at=now,
-        expires_at=expires_at,
-    )
+    return File(new_id("file-"), filename, purpose, num_bytes, now, expires_at)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -336,7 +326,3 @@ def _locked(folder: Path) -> BinaryIO:
     file.write(b"%d\n" % os.getpid())
     file.flush()
     return file
-
-
-def _file(row: tuple[Any, ...]) -> File:
-    return File(**dict(zip(_COLUMNS.split(", "), row, strict=True)))

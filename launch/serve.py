@@ -12,10 +12,11 @@ from types import FrameType
 
 from ramet.frontend.port import bind
 from ramet.frontend.store import StoreError
+from ramet.launch.cache import ModelUnavailable
 from ramet.launch.child import Process
 from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve, tls
 from ramet.launch.logs import set_up_logging
-from ramet.launch.model_source import ModelUnavailable, resolve_model
+from ramet.launch.model_source import resolve_model
 from ramet.launch.roles import engine_processes
 from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
 

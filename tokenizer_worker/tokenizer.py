@@ -5,13 +5,9 @@ Shared with the detokenizer. Does not know chats (`chat_template.py`) or request
 """
 
 import json
-import logging
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-
-log = logging.getLogger(__name__)
 
 
 class TokenizerError(Exception):
@@ -33,7 +29,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added = {i: token.content for i, token in added.items()}
-        self._bytes = _ByteDecoder(json.loads(self._tokenizer.to_str()).get("decoder"))
+        self._bytes = _ByteDecoder(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -66,36 +62,16 @@ class Tokenizer:
 
 
 class _ByteDecoder:
-    """From a token as the vocabulary spells it to its bytes, for the ways of spelling that tokenizer.json knows:
-    byte-level (GPT-2's alphabet), metaspace with byte fallback (SentencePiece), suffixed words (BPEDecoder), and words
-    whose later pieces have a prefix (WordPiece)."""
+    """From a token as the vocabulary spells it to its bytes. Byte-level tokens (GPT-2's alphabet) and SentencePiece's
+    byte tokens may be parts of characters; how others are spelled, the library's decoder knows."""
 
-    def __init__(self, decoder: dict[str, Any] | None) -> None:
-        parts = [] if decoder is None else decoder.get("decoders", [decoder])
-        kinds = {part["type"] for part in parts}
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        found = json.loads(tokenizer.to_str())["decoder"] or {}
+        kinds = {part["type"] for part in found.get("decoders", [found] if found else [])}
         self._alphabet = _byte_level_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
-        self._replacements = [
-            (part["pattern"].get("String", ""), part["content"]) for part in parts if part["type"] == "Replace"
-        ]
-        self._piece_prefix = next((part["prefix"] for part in parts if part["type"] == "WordPiece"), None)
-        for part in parts:
-            if part["type"] == "Metaspace":
-                self._replacements.append((part.get("replacement", "▁"), " "))
-            elif part["type"] == "BPEDecoder":
-                self._replacements.append((part.get("suffix", "</w>"), " "))
-        unknown = kinds - {
-            "ByteLevel",
-            "ByteFallback",
-            "Replace",
-            "Metaspace",
-            "BPEDecoder",
-            "WordPiece",
-            "Fuse",
-            "Strip",
-        }
-        if unknown:
-            log.warning("tokenizer decoder %s is not known: tokens are taken as they are spelled", sorted(unknown))
+        self._decoder = tokenizer.decoder
+        self._end = "" if self._decoder is None else self._decoder.decode(["x", "##x"])[1:]
 
     def decode(self, token: str) -> bytes:
         if self._alphabet is not None:
@@ -104,11 +80,10 @@ class _ByteDecoder:
             return token.encode() if None in codes else bytes(c for c in codes if c is not None)
         if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
-        if self._piece_prefix is not None:
-            token = token.removeprefix(self._piece_prefix) if token.startswith(self._piece_prefix) else f" {token}"
-        for old, new in self._replacements:
-            token = token.replace(old, new)
-        return token.encode()
+        if self._decoder is None:
+            return token.encode()
+        # Between two others: the first and the last token of a text lose spaces. "##x" continues a word of WordPiece.
+        return self._decoder.decode(["x", token, "##x"])[1:].removesuffix(self._end).encode()
 
 
 def _byte_level_alphabet() -> dict[str, int]:

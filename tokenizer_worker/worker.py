@@ -124,9 +124,6 @@ class Encoder:
             case _:
                 return self.encode(message)
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        return self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-
     def _encode(self, text: str, add_special_tokens: bool, param: str | None = None) -> list[int]:
         limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
         if len(text) > limit:
@@ -142,7 +139,8 @@ class Encoder:
             text = self._render(message)
             ids, tail = self._encode(text, add_special_tokens=False), text[-_TAIL_CHARS:]
         elif message.suffix is None:
-            ids = self._ids(message.prompt)
+            prompt = message.prompt
+            ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         else:
             ids, params = self._between(message, params)
         max_tokens = self._check_lengths(ids, job)

@@ -25,10 +25,9 @@ class BatchesApi:
         self._store = store
         self._worker = worker
         self._batches = worker.batches
-        self._decoder = msgspec.json.Decoder(BatchRequest)
 
     async def create(self, request: Request) -> Response:
-        body = await read_json(request.scope, request.receive, self._decoder, self._config.max_body_bytes)
+        body = await read_json(request, BatchRequest, self._config.max_body_bytes)
         body.check()
         batch = await self._store.call(self._batches.create, body, self._config.completion_window_s)
         self._worker.notify()

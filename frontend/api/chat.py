@@ -4,170 +4,100 @@ The stream of each choice: a delta with the role, deltas of text, an empty delta
 interleave by index and end on their own.
 """
 
-import functools
-import time
-import uuid
 from typing import Any
 
-import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend import sse
 from ramet.frontend.answer import AnswerReader, whole_message
-from ramet.frontend.api.chunks import ChunkFrame, Usage
-from ramet.frontend.api.models import Models
-from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import EngineClient, Generation, merged
-from ramet.frontend.exchange import read_json, send_json, time_limit, watching
+from ramet.frontend.api.base import Api, head
+from ramet.frontend.api.chunks import OpenAIAnswer
+from ramet.frontend.engine_client import merged
 from ramet.frontend.schemas.chat import ChatRequest
-from ramet.frontend.schemas.tools import ToolUse
-from ramet.ipc.messages import Chat, Finish, TextDelta, TokenText
-from ramet.ipc.sampling import SamplingParams
+from ramet.frontend.sse import respond
+from ramet.frontend.tool_calls import Delta
+from ramet.ipc.messages import TextDelta, TokenText
 
 LOWEST_LOGPROB = -9999.0
 
 
-class ChatCompletions:
+class ChatCompletions(Api):
     """The endpoint, as an ASGI application."""
 
-    def __init__(self, config: FrontendConfig, client: EngineClient, models: Models) -> None:
-        self._config = config
-        self._client = client
-        self._models = models
-        self._decoder = msgspec.json.Decoder(ChatRequest)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
-        self._models.check(request.model)
+        request = await self._read(Request(scope, receive), ChatRequest)
         request.check()
-        limit_s = time_limit(scope, self._config.request_timeout_s)
-        head = {
-            "id": request.rid or f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        limit_s = self._limit_s(scope)
         params = request.sampling(self._config)
         tools, reasons = request.tool_use(), request.splits_reasoning(self._config, params)
-        readers: list[AnswerReader] = []
-        if tools is not None or reasons:
-            family = self._config.reasoning_parser if reasons else None
-            readers = [AnswerReader(family, self._config.tool_call_parser, tools) for _ in range(request.choices)]
-        # Tokens of the reasoning are counted as they come.
-        with self._submit(request, params, tools, bool(request.stream) or reasons) as generation:
-            scope["ramet.generation"] = generation
-            async with watching(receive, generation, limit_s):
-                if request.stream:
-                    await generation.started()
-                    await sse.write_events(send, generation, ChatStream(head, request, readers))
-                else:
-                    await send_json(send, _response(head, request, await generation.parts(), readers))
-
-    def _submit(self, request: ChatRequest, params: SamplingParams, tools: ToolUse | None, stream: bool) -> Generation:
-        prompt = functools.partial(
-            Chat,
-            messages=request.template_messages(),
-            tools=tools.shown if tools is not None else None,
-            template_kwargs=request.template_variables(self._config),
-            add_generation_prompt=request.opens_answer,
-            continue_final_message=bool(request.continue_final_message),
-        )
-        return self._client.submit(
-            [prompt],
+        family = self._config.reasoning_parser if reasons else None
+        readers = [AnswerReader(family, self._config.tool_call_parser, tools) for _ in range(request.choices)]
+        generation = self._client.submit(
+            [request.prompt(self._config)],
             params,
             n=request.choices,
             priority=request.priority or 0,
-            stream=stream,
+            stream=bool(request.stream) or reasons,  # tokens of the reasoning are counted as they come
             names=[request.rid],
+        )
+        await respond(
+            scope, receive, send, generation, ChatAnswer(request, readers), stream=request.stream, limit_s=limit_s
         )
 
 
-class ChatStream:
-    """Renders the chunks of one response; `readers`, one a choice, are there if its text is not just content."""
+class ChatAnswer(OpenAIAnswer):
+    """`readers` has one for each choice."""
 
-    def __init__(self, head: dict[str, Any], request: ChatRequest, readers: list[AnswerReader]) -> None:
-        self._frame = ChunkFrame(head, "chat.completion.chunk", request)
+    def __init__(self, request: ChatRequest, readers: list[AnswerReader]) -> None:
+        start = head("chatcmpl", request.model, request.rid)
+        super().__init__(start, "chat.completion.chunk", request, request.choices)
+        self._with_logprobs = bool(request.logprobs)
         self._begun: set[int] = set()
         self._readers = readers
 
     def render(self, index: int, delta: TextDelta) -> bytes:
-        self._frame.usage.add(index, delta)
-        events = b""
+        """A chunk for each thing that is certain now; log-probabilities go with the first, or alone."""
+        reader = self._readers[index]
+        found = reader.read(delta) or ([{}] if delta.logprobs else [])
+        self._usage.add(index, delta, reader.reasoning_tokens)
+        logprobs = [None if delta.logprobs is None else _logprobs(delta.logprobs)] + [None] * len(found)
+        chunks = [self._choice(index, item, logprobs[i]) for i, item in enumerate(found)]
         if index not in self._begun:
             self._begun.add(index)
-            events += self._chunk(index, b'{"role":"assistant","content":""}')
-        if self._readers:
-            return events + self._read(index, delta, self._readers[index])
-        if delta.text or delta.logprobs:
-            content = b'{"content":' + msgspec.json.encode(delta.text) + b"}"
-            events += self._chunk(index, content, delta.logprobs)
-        if delta.finish is not None:
-            events += self._chunk(index, b"{}", finish=delta.finish)
-        return events
-
-    def _read(self, index: int, delta: TextDelta, reader: AnswerReader) -> bytes:
-        """A chunk for each thing that is certain now; log-probabilities go with the first, or alone."""
-        found = reader.read(delta)
-        if reader.reasoning_tokens is not None:
-            self._frame.usage.reasoning_tokens[index] = reader.reasoning_tokens
-        if delta.logprobs and not found:
-            found = [{}]
-        logprobs = [delta.logprobs] + [None] * len(found)
-        chunks = [self._chunk(index, msgspec.json.encode(item), logprobs[i]) for i, item in enumerate(found)]
-        if delta.finish is not None:
-            chunks.append(self._chunk(index, b"{}", finish=delta.finish, reason=reader.finish_reason(delta.finish)))
+            chunks.insert(0, self._choice(index, {"role": "assistant", "content": ""}))
+        if (finish := delta.finish) is not None:
+            chunks.append(self._choice(index, {}, None, reader.finish_reason(finish), finish.matched))
         return b"".join(chunks)
 
-    def end(self) -> bytes:
-        return self._frame.last()
-
-    def _chunk(
+    def _choice(
         self,
         index: int,
-        content: bytes,
-        logprobs: list[TokenText] | None = None,
-        finish: Finish | None = None,
+        delta: Delta,
+        logprobs: Any = None,
         reason: str | None = None,
+        matched: int | str | None = None,
     ) -> bytes:
-        """`reason` stands in place of that of `finish`."""
-        return b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b,"matched_stop":%b}%b' % (
-            self._frame.start,
-            index,
-            content,
-            b"null" if logprobs is None else msgspec.json.encode(_logprobs(logprobs)),
-            b"null" if finish is None else msgspec.json.encode(reason or finish.reason),
-            b"null" if finish is None else msgspec.json.encode(finish.matched),
-            self._frame.tail(),
+        return self._chunk(
+            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
         )
 
-
-def _response(
-    head: dict[str, Any], request: ChatRequest, parts: list[list[TextDelta]], readers: list[AnswerReader]
-) -> dict[str, Any]:
-    """`parts`: the deltas of each choice."""
-    usage = Usage(request.choices)
-    choices = []
-    for index, deltas in enumerate(parts):
-        whole = merged(deltas)
-        assert whole.finish is not None
-        usage.add(index, whole)
-        message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
-        reason: str = whole.finish.reason
-        if readers:
-            reader = readers[index]
+    def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
+        choices = []
+        for index, (deltas, reader) in enumerate(zip(parts, self._readers, strict=True)):
             message = whole_message([found for delta in deltas for found in reader.read(delta)])
-            reason = reader.finish_reason(whole.finish)
-            if reader.reasoning_tokens is not None:
-                usage.reasoning_tokens[index] = reader.reasoning_tokens
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": _logprobs(whole.logprobs or []) if request.logprobs else None,
-                "finish_reason": reason,
-                "matched_stop": whole.finish.matched,
-            }
-        )
-    return {**head, "object": "chat.completion", "choices": choices, "usage": usage.as_dict()}
+            whole = merged(deltas)
+            assert whole.finish is not None
+            self._usage.add(index, whole, reader.reasoning_tokens)
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": _logprobs(whole.logprobs or []) if self._with_logprobs else None,
+                    "finish_reason": reader.finish_reason(whole.finish),
+                    "matched_stop": whole.finish.matched,
+                }
+            )
+        return self._body("chat.completion", choices)
 
 
 def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:

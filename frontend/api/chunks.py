@@ -1,4 +1,4 @@
-"""What chat completions and completions have in common in their responses: the usage, and the frame of a chunk."""
+"""What chat completions and completions have in common in their answers: usage, and what stands around choices."""
 
 from typing import Any
 
@@ -15,10 +15,12 @@ class Usage:
         self._n = n
         self._prompts: dict[int, PromptInfo] = {}
         self._completions: dict[int, int] = {}
-        # By choice, where reasoning is told apart.
-        self.reasoning_tokens: dict[int, int] = {}
+        self._reasoning: dict[int, int] = {}
 
-    def add(self, index: int, delta: TextDelta) -> None:
+    def add(self, index: int, delta: TextDelta, reasoning_tokens: int | None = None) -> None:
+        """`reasoning_tokens` of this choice so far, where reasoning is told apart."""
+        if reasoning_tokens is not None:
+            self._reasoning[index] = reasoning_tokens
         self._completions[index] = delta.completion_tokens
         if delta.prompt is not None:
             number = index // self._n
@@ -36,28 +38,34 @@ class Usage:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(info.cached_tokens for info in self._prompts.values())},
         }
-        if self.reasoning_tokens:
-            usage["completion_tokens_details"] = {"reasoning_tokens": sum(self.reasoning_tokens.values())}
+        if self._reasoning:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(self._reasoning.values())}
         return usage
 
 
-class ChunkFrame:
-    """What stands around the choice in every chunk of one response, encoded once, with the usage where it is asked."""
+class OpenAIAnswer:
+    """The base of an answer, whole or in chunks: what stands around the choices, and the usage where it is asked. `n`:
+    how many choices are generated for each prompt."""
 
-    def __init__(self, head: dict[str, Any], kind: str, request: GenerationRequest) -> None:
-        self.start = b"data: " + msgspec.json.encode({**head, "object": kind})[:-1] + b',"choices":['
-        self.usage = Usage(request.choices)
+    def __init__(self, head: dict[str, Any], kind: str, request: GenerationRequest, n: int) -> None:
+        self._head = head
+        self._start = b"data: " + msgspec.json.encode({**head, "object": kind})[:-1] + b',"choices":['
+        self._usage = Usage(n)
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
 
-    def tail(self) -> bytes:
-        """What follows the choice."""
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
         if self._continuous_usage:
-            return b'],"usage":' + msgspec.json.encode(self.usage.as_dict()) + b"}\n\n"
-        return b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+            tail = b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
+        else:
+            tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+        return self._start + msgspec.json.encode(choice) + tail
 
-    def last(self) -> bytes:
+    def end(self) -> bytes:
         """The chunk without choices that ends a stream whose usage was asked for."""
         if not self._include_usage:
             return b""
-        return self.start + b'],"usage":' + msgspec.json.encode(self.usage.as_dict()) + b"}\n\n"
+        return self._start + b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage.as_dict()}

@@ -7,54 +7,29 @@ come first.
 
 import functools
 import math
-import time
-import uuid
 from typing import Any
 
-import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend import sse
+from ramet.frontend.api.base import Api, head
 from ramet.frontend.api.chat import LOWEST_LOGPROB
-from ramet.frontend.api.chunks import ChunkFrame, Usage
-from ramet.frontend.api.models import Models
-from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import EngineClient, Generation
-from ramet.frontend.exchange import read_json, send_json, time_limit, watching
+from ramet.frontend.api.chunks import OpenAIAnswer
+from ramet.frontend.engine_client import merged
 from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.sse import respond
 from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
 
-class Completions:
+class Completions(Api):
     """The endpoint, as an ASGI application."""
 
-    def __init__(self, config: FrontendConfig, client: EngineClient, models: Models) -> None:
-        self._config = config
-        self._client = client
-        self._models = models
-        self._decoder = msgspec.json.Decoder(CompletionRequest)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
-        self._models.check(request.model)
+        request = await self._read(Request(scope, receive), CompletionRequest)
         request.check()
-        limit_s = time_limit(scope, self._config.request_timeout_s)
+        limit_s = self._limit_s(scope)
         prompts = request.prompts(self._config.vocab_size)
-        head = {"id": request.rid or f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
-        choices = [
-            Choice(index, prompts[index // request.choices], request) for index in range(len(prompts) * request.choices)
-        ]
-        with self._submit(request, prompts) as generation:
-            scope["ramet.generation"] = generation
-            async with watching(receive, generation, limit_s):
-                if request.stream:
-                    await generation.started()
-                    await sse.write_events(send, generation, CompletionStream(head, request, choices))
-                else:
-                    await send_json(send, _response(head, request, choices, await generation.whole()))
-
-    def _submit(self, request: CompletionRequest, prompts: list[str | list[int]]) -> Generation:
-        return self._client.submit(
+        generation = self._client.submit(
             [functools.partial(Completion, prompt=prompt, suffix=request.suffix or None) for prompt in prompts],
             request.sampling(self._config),
             n=request.candidates,
@@ -63,6 +38,9 @@ class Completions:
             names=[request.rid] * len(prompts),
             # Offsets of log-probabilities count from the start of the prompt: of ids, only the engine knows the text.
             echo=bool(request.echo) or (request.logprobs is not None and not isinstance(prompts[0], str)),
+        )
+        await respond(
+            scope, receive, send, generation, CompletionAnswer(request, prompts), stream=request.stream, limit_s=limit_s
         )
 
 
@@ -114,38 +92,28 @@ class Choice:
         }
 
 
-class CompletionStream:
-    """Renders the chunks of one response."""
-
-    def __init__(self, head: dict[str, Any], request: CompletionRequest, choices: list[Choice]) -> None:
-        self._frame = ChunkFrame(head, "text_completion", request)
-        self._choices = choices
+class CompletionAnswer(OpenAIAnswer):
+    def __init__(self, request: CompletionRequest, prompts: list[str | list[int]]) -> None:
+        super().__init__(head("cmpl", request.model, request.rid), "text_completion", request, request.candidates)
+        n = request.choices
+        self._choices = [Choice(index, prompts[index // n], request) for index in range(len(prompts) * n)]
+        self._candidates, self._n = request.candidates, n
 
     def render(self, index: int, delta: TextDelta) -> bytes:
-        self._frame.usage.add(index, delta)
+        self._usage.add(index, delta)
         choice = self._choices[index].news(delta)
         if not choice["text"] and not delta.logprobs and delta.finish is None:
             return b""
-        return self._frame.start + msgspec.json.encode(choice) + self._frame.tail()
+        return self._chunk(choice)
 
-    def end(self) -> bytes:
-        return self._frame.last()
-
-
-def _response(
-    head: dict[str, Any], request: CompletionRequest, choices: list[Choice], deltas: list[TextDelta]
-) -> dict[str, Any]:
-    usage = Usage(request.candidates)
-    for index, delta in enumerate(deltas):
-        usage.add(index, delta)
-    if request.candidates > request.choices:
-        deltas = _best(deltas, request.candidates, request.choices)
-    return {
-        **head,
-        "object": "text_completion",
-        "choices": [choice.news(delta) for choice, delta in zip(choices, deltas, strict=True)],
-        "usage": usage.as_dict(),
-    }
+    def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
+        deltas = list(map(merged, parts))
+        for index, delta in enumerate(deltas):
+            self._usage.add(index, delta)
+        if self._candidates > self._n:
+            deltas = _best(deltas, self._candidates, self._n)
+        choices = [choice.news(delta) for choice, delta in zip(self._choices, deltas, strict=True)]
+        return self._body("text_completion", choices)
 
 
 def _best(deltas: list[TextDelta], candidates: int, n: int) -> list[TextDelta]:

@@ -3,8 +3,7 @@
 An upload takes the memory of one piece of it, whatever its size; each limit is checked while the body is being read.
 """
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, BinaryIO, Literal, get_args
 
 import msgspec
@@ -12,11 +11,10 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import ClientDisconnectedError
 from ramet.frontend.exchange import json_response, read_query
 from ramet.frontend.schemas.batches import ExpiresAfter
 from ramet.frontend.store import File, Store, Upload
@@ -59,28 +57,28 @@ class Files:
         self._changed = changed
 
     async def create(self, request: Request) -> Response:
-        form = Form(request.headers.get("content-type", ""))
         largest = self._config.max_file_bytes + _FORM_BYTES
         if int(request.headers.get("content-length", "0")) > largest:
             raise _too_large(self._config.max_file_bytes, "a longer body")
-        upload = await self._store.call(Upload, self._store)
         try:
-            file = await self._receive(request, form, upload)
-        except BaseException:
-            await self._store.call(upload.discard)
-            raise
+            form = Form(request.headers.get("content-type", ""))
+            upload = await self._store.call(Upload, self._store)
+            try:
+                file = await self._receive(request, form, upload)
+            except BaseException:
+                await self._store.call(upload.discard)
+                raise
+        except FormParserError as error:
+            raise invalid(f"the multipart body is malformed: {error}", code="invalid_multipart") from error
         self._changed()
         return json_response(file)
 
     async def _receive(self, request: Request, form: "Form", upload: Upload) -> File:
-        try:
-            async for chunk in request.stream():
-                form.feed(chunk)
-                self._check_size(form)
-                if len(form.pending) >= _PIECE_BYTES:
-                    await self._store.call(upload.write, form.take())
-        except ClientDisconnect:
-            raise ClientDisconnectedError from None
+        async for chunk in request.stream():
+            form.feed(chunk)
+            self._check_size(form)
+            if len(form.pending) >= _PIECE_BYTES:
+                await self._store.call(upload.write, form.take())
         form.finish()
         self._check_size(form)  # the purpose may have come after the file
         purpose, expires_after_s = form.checked_fields()
@@ -120,7 +118,7 @@ class Files:
 
 
 class Form:
-    """The form of an upload, fed piece by piece. What it raises is a RequestError or HTTPException."""
+    """The form of an upload, fed piece by piece. Raises RequestError, HTTPException and FormParserError."""
 
     def __init__(self, content_type: str) -> None:
         kind, options = parse_options_header(content_type)
@@ -144,12 +142,7 @@ class Form:
             "on_part_data": self._on_part_data,
             "on_end": lambda: setattr(self, "_ended", True),
         }
-        with _form_errors():
-            self._parser = MultipartParser(options[b"boundary"], callbacks)
-
-    def feed(self, chunk: bytes) -> None:
-        with _form_errors():
-            self._parser.write(chunk)
+        self.feed = MultipartParser(options[b"boundary"], callbacks).write
 
     def finish(self) -> None:
         if not self._ended:
@@ -223,11 +216,3 @@ def list_response(entries: list[Any], limit: int) -> Response:
 
 def _too_large(largest: int, got: str) -> HTTPException:
     return HTTPException(413, f"the file must be at most {largest} bytes, got {got}")
-
-
-@contextlib.contextmanager
-def _form_errors() -> Iterator[None]:
-    try:
-        yield
-    except FormParserError as error:
-        raise invalid(f"the multipart body is malformed: {error}", code="invalid_multipart") from error

@@ -10,41 +10,35 @@ import time
 import uuid
 from typing import Any
 
-import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend import sse
+from ramet.frontend.api.base import Api
 from ramet.frontend.api.chat import LOWEST_LOGPROB
-from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import read_json, send_json, time_limit, watching
+from ramet.frontend.engine_client import merged
 from ramet.frontend.schemas.generate import GenerateRequest
+from ramet.frontend.sse import event, respond
 from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, TokenText
 
 
-class NativeGenerate:
+class NativeGenerate(Api):
     """The endpoint, as an ASGI application."""
 
-    def __init__(self, config: FrontendConfig, client: EngineClient) -> None:
-        self._config = config
-        self._client = client
-        self._decoder = msgspec.json.Decoder(GenerateRequest)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await read_json(scope, receive, self._decoder, self._config.max_body_bytes)
+        request = await self._read(Request(scope, receive), GenerateRequest)
         try:
             await self._answer(request, scope, receive, send)
         except RequestError as error:
             raise request.renamed(error) from None
 
     async def _answer(self, request: GenerateRequest, scope: Scope, receive: Receive, send: Send) -> None:
-        limit_s = time_limit(scope, self._config.request_timeout_s)
+        limit_s = self._limit_s(scope)
         prompts = request.prompts(self._config.vocab_size)
         rids = request.rids(len(prompts))
         n, params = request.sampling(self._config, len(prompts))
         many = request.is_batch or n > 1
-        answers = [Answer(index if many else None, rids[index // n], request) for index in range(len(prompts) * n)]
+        choices = [Choice(rids[index // n], request) for index in range(len(prompts) * n)]
         generation = self._client.submit(
             [functools.partial(Completion, prompt=prompt) for prompt in prompts],
             params,
@@ -54,23 +48,33 @@ class NativeGenerate:
             names=rids,
             keeps_aborted=True,
         )
-        scope["ramet.generation"] = generation
-        with generation:
-            async with watching(receive, generation, limit_s):
-                if request.stream:
-                    await generation.started()
-                    await sse.write_events(send, generation, NativeStream(answers))
-                else:
-                    deltas = await generation.whole()
-                    bodies = [answer.add(delta) for answer, delta in zip(answers, deltas, strict=True)]
-                    await send_json(send, bodies if many else bodies[0])
+        await respond(
+            scope, receive, send, generation, NativeAnswer(choices, many), stream=request.stream, limit_s=limit_s
+        )
 
 
-class Answer:
-    """One choice as far as it has come. `index` is shown, if not None, in a stream's events."""
+class NativeAnswer:
+    """`many`: whether the body is a list, and events tell their choice."""
 
-    def __init__(self, index: int | None, rid: str | None, request: GenerateRequest) -> None:
-        self.index = index
+    def __init__(self, choices: list["Choice"], many: bool) -> None:
+        self._choices, self._many = choices, many
+
+    def render(self, index: int, delta: TextDelta) -> bytes:
+        body = self._choices[index].add(delta)
+        return event({**body, "index": index} if self._many else body)
+
+    def end(self) -> bytes:
+        return b""
+
+    def whole(self, parts: list[list[TextDelta]]) -> Any:
+        bodies = [choice.add(merged(deltas)) for choice, deltas in zip(self._choices, parts, strict=True)]
+        return bodies if self._many else bodies[0]
+
+
+class Choice:
+    """One choice as far as it has come."""
+
+    def __init__(self, rid: str | None, request: GenerateRequest) -> None:
         self._text = ""
         self._ids: list[int] = []
         self._started_s = time.monotonic()
@@ -113,21 +117,6 @@ class Answer:
 
     def _top(self, token: TokenText) -> list[tuple[float | None, int, str | None]] | None:
         return [self._entry(other) for other in token.top] or None
-
-
-class NativeStream:
-    """Renders the events of one response."""
-
-    def __init__(self, answers: list[Answer]) -> None:
-        self._answers = answers
-
-    def render(self, index: int, delta: TextDelta) -> bytes:
-        answer = self._answers[index]
-        body = answer.add(delta)
-        return sse.event(body if answer.index is None else {**body, "index": answer.index})
-
-    def end(self) -> bytes:
-        return b""
 
 
 def _finish_reason(finish: Finish, completion_tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `/v1/models/{model}`, and the check of the `model` field that every endpoint makes."""
+"""`GET /v1/models` and `/v1/models/{model}`."""
 
 import time
 from typing import Any
@@ -17,17 +17,13 @@ class Models:
         self._config = config
         self._created = int(time.time())
 
-    def check(self, model: str | None) -> None:
-        """Raise `ModelNotFoundError` for a name that is not served; None names none."""
-        if model is not None and model not in self._config.served_names and model != self._config.model_path:
-            raise ModelNotFoundError(model)
-
     async def list(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(name) for name in self._config.served_names]})
 
     async def retrieve(self, request: Request) -> Response:
         model = request.path_params["model"]
-        self.check(model)
+        if not self._config.serves(model):
+            raise ModelNotFoundError(model)
         return JSONResponse(self._card(model))
 
     def _card(self, name: str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import ramet
+from ramet.frontend.api.base import Api
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import json_response, read_json
+from ramet.frontend.exchange import json_response
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import invalid
 from ramet.ipc.messages import FlushCache, Flushed
@@ -23,12 +24,10 @@ class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     abort_all: bool | None = None
 
 
-class Server:
+class Server(Api):
     def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
-        self._config = config
-        self._client = client
+        super().__init__(config, client)
         self._metrics = metrics
-        self._abort = msgspec.json.Decoder(AbortRequest)
 
     async def version(self, _http: Request) -> Response:
         return json_response({"version": ramet.__version__})
@@ -68,7 +67,7 @@ class Server:
         return json_response({"success": True, "pages": answer.pages})
 
     async def abort(self, http: Request) -> Response:
-        request = await read_json(http.scope, http.receive, self._abort, self._config.max_body_bytes)
+        request = await self._read(http, AbortRequest)
         if not request.rid and not request.abort_all:
             raise invalid("give the rid of the requests to abort, or abort_all", "rid")
         return json_response({"aborted": self._client.abort_named(None if request.abort_all else request.rid)})

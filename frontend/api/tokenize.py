@@ -5,31 +5,20 @@ A detokenized text comes back as `prompt` and as `text`: clients of vLLM read th
 
 from collections.abc import Callable
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.frontend.api.models import Models
-from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import json_response, read_json, time_limit, while_connected
+from ramet.frontend.api.base import Api
+from ramet.frontend.exchange import json_response, while_connected
 from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.ipc.messages import Answer, Detokenize, Detokenized, Tokenize, Tokenized
 
 
-class Tokens:
-    def __init__(self, config: FrontendConfig, client: EngineClient, models: Models) -> None:
-        self._config = config
-        self._client = client
-        self._models = models
-        self._tokenize = msgspec.json.Decoder(TokenizeRequest)
-        self._detokenize = msgspec.json.Decoder(DetokenizeRequest)
-
+class Tokens(Api):
     async def tokenize(self, http: Request) -> Response:
-        request = await read_json(http.scope, http.receive, self._tokenize, self._config.max_body_bytes)
-        self._models.check(request.model)
-        what = request.what()
+        request = await self._read(http, TokenizeRequest)
+        what = request.what(self._config)
         answer = await self._ask(http, lambda rid: Tokenize(rid, what, request.add_special_tokens is not False))
         assert isinstance(answer, Tokenized)
         tokens = answer.token_ids
@@ -37,8 +26,7 @@ class Tokens:
         return json_response({**body, "token_strs": answer.tokens} if request.return_token_strs else body)
 
     async def detokenize(self, http: Request) -> Response:
-        request = await read_json(http.scope, http.receive, self._detokenize, self._config.max_body_bytes)
-        self._models.check(request.model)
+        request = await self._read(http, DetokenizeRequest)
         check_token_ids(request.tokens, self._config.vocab_size, "tokens")
         skips = bool(request.skip_special_tokens)
         answer = await self._ask(http, lambda rid: Detokenize(rid, request.tokens, skips))
@@ -46,5 +34,4 @@ class Tokens:
         return json_response({"prompt": answer.text, "text": answer.text})
 
     async def _ask(self, http: Request, make: Callable[[str], Tokenize | Detokenize]) -> Answer:
-        limit_s = time_limit(http.scope, self._config.request_timeout_s)
-        return await while_connected(http.receive, self._client.ask(make), limit_s)
+        return await while_connected(http.receive, self._client.ask(make), self._limit_s(http.scope))

@@ -5,6 +5,8 @@ No-ops, accepted because they cannot change the answer here: `store`, `metadata`
 `parallel_tool_calls`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -14,17 +16,10 @@ from ramet.frontend.schemas.common import GenerationRequest, Int, refuse_unsuppo
 from ramet.frontend.schemas.tools import FunctionChoice, FunctionTool, Tool, ToolChoice, ToolUse, function_use, tool_use
 from ramet.frontend.tool_grammar import tool_grammar
 from ramet.ipc.errors import invalid
+from ramet.ipc.messages import Chat, Job
 from ramet.ipc.sampling import SamplingParams
 
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
-
-_NOT_BUILT = (
-    "audio",
-    "moderation",
-    "prediction",
-    "verbosity",
-    "web_search_options",
-)
 
 
 class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +97,17 @@ def _part_text(part: dict[str, Any], path: str) -> str:
     return text
 
 
-class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+class _NotBuilt(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """Fields that are known, and refused."""
+
+    audio: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+
+
+class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
     """`check` must pass before the rest is used."""
 
     messages: list[ChatMessage]
@@ -115,12 +120,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     functions: list[FunctionTool] | None = None
     function_call: FunctionChoice | None = None
     modalities: list[str] | None = None
-    audio: dict[str, Any] | None = None
-    moderation: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    verbosity: str | None = None
-    web_search_options: dict[str, Any] | None = None
     # No-ops.
     store: bool | None = None
     metadata: dict[str, str] | None = None
@@ -137,10 +137,10 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         self.check_common()
-        refuse_unsupported(self, _NOT_BUILT)
+        refuse_unsupported(self, _NotBuilt.__annotations__)
         self.tool_use()
         if self.modalities is not None and self.modalities != ["text"]:
-            raise _only("modalities", '["text"]')
+            raise invalid('modalities: this server supports only ["text"]', "modalities", "unsupported_parameter")
         if not self.messages:
             raise invalid("messages must not be empty", "messages")
         if self.top_logprobs is not None and not self.logprobs:
@@ -158,6 +158,19 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
             return function_use(self.functions or [], self.function_call)
         return tool_use(self.tools or [], self.tool_choice, self.parallel_tool_calls is not False)
 
+    def prompt(self, config: FrontendConfig) -> Callable[[Job], Chat]:
+        """What makes the message to a tokenizer. Raises `RequestError` for what no template can show."""
+        tools = self.tool_use()
+        opens = self.add_generation_prompt
+        return functools.partial(
+            Chat,
+            messages=[message.for_template(f"messages[{index}]") for index, message in enumerate(self.messages)],
+            tools=tools.shown if tools is not None else None,
+            template_kwargs=self.template_variables(config),
+            add_generation_prompt=not self.continue_final_message if opens is None else opens,
+            continue_final_message=bool(self.continue_final_message),
+        )
+
     def template_variables(self, config: FrontendConfig) -> dict[str, Any]:
         """What the template gets beside messages and tools. An effort to reason is honoured if the template reads one;
         if it can only switch reasoning on and off, "none" and "medium" do that."""
@@ -174,16 +187,6 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
                 f'reasoning_effort: this model knows only "none" and "medium", got "{effort}"', "reasoning_effort"
             )
         return {"enable_thinking": effort == "medium", **given}
-
-    @property
-    def opens_answer(self) -> bool:
-        """Whether the prompt ends with the start of an assistant's message."""
-        if self.add_generation_prompt is None:
-            return not self.continue_final_message
-        return self.add_generation_prompt
-
-    def template_messages(self) -> list[dict[str, Any]]:
-        return [message.for_template(f"messages[{index}]") for index, message in enumerate(self.messages)]
 
     def sampling(self, config: FrontendConfig) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -208,7 +211,3 @@ def _with_tools(params: SamplingParams, use: ToolUse, config: FrontendConfig) ->
     if (grammar := params.grammar) is not None:
         raise invalid(f'{grammar.param} and tools exclude each other, unless tool_choice is "none"', grammar.param)
     return msgspec.structs.replace(params, grammar=tool_grammar(use, config)) if use.required else params
-
-
-def _only(name: str, values: str) -> Exception:
-    return invalid(f"{name}: this server supports only {values}", name, "unsupported_parameter")

@@ -20,21 +20,6 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 MAX_CHOICES = 128
 
-# Sampling fields that go to the engine under their own name, where they are given.
-_PASSED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "seed",
-    "skip_special_tokens",
-)
-
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`include_obfuscation` pads OpenAI's chunks against traffic analysis; only its absence is honoured."""
@@ -80,33 +65,28 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         ]
 
     def to_sampling(
-        self,
-        config: FrontendConfig,
-        max_tokens: int | None,
-        logprobs: int | None,
-        prompt_logprobs: int | None = None,
-        grammar: Grammar | None = None,
+        self, config: FrontendConfig, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
-        """The validated parameters; the model's own defaults stand where the request is silent. A `grammar` takes the
-        place of the one that the request asks for itself."""
-        values: dict[str, Any] = dict(config.default_sampling)
-        if "top_k" in values:
-            values["top_k"] = int(values["top_k"])
-        for name in _PASSED:
-            if (value := getattr(self, name)) is not None:
-                values[name] = value
+        """The validated parameters; the model's own defaults stand where the request is silent."""
+        if not 1 <= self.choices <= MAX_CHOICES:
+            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
+        defaults: dict[str, Any] = dict(config.default_sampling)
+        if "top_k" in defaults:
+            defaults["top_k"] = int(defaults["top_k"])
+        # Most fields have the engine's own name and form; the rest are below.
+        names = [name for name in SamplingParams.__struct_fields__ if getattr(self, name, None) is not None]
         check_token_ids(self.stop_token_ids or (), config.vocab_size, "stop_token_ids")
-        params = SamplingParams(
-            **values,
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            logit_bias=_logit_bias(self.logit_bias or {}, config.vocab_size),
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            include_stop_str_in_output=bool(self.include_stop_str_in_output or self.no_stop_trim),
-            grammar=grammar or only_one(self.grammars()),
-        )
+        others: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
+            "logit_bias": _logit_bias(self.logit_bias or {}, config.vocab_size),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop_str_in_output": bool(self.include_stop_str_in_output or self.no_stop_trim),
+            "grammar": only_one(self.grammars()),
+        }
+        params = SamplingParams(**{**defaults, **{name: getattr(self, name) for name in names}, **others})
         params.validate()
         return params
 
@@ -135,8 +115,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
     def check_common(self) -> None:
         """Raise `RequestError` for what is wrong with the fields of this class that are not sampling parameters."""
-        if not 1 <= self.choices <= MAX_CHOICES:
-            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
         if self.stream_options is not None and self.stream_options.include_obfuscation:

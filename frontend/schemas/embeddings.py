@@ -14,13 +14,18 @@ from ramet.ipc.errors import invalid
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class EmbeddingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the three have in common."""
+
     model: str
+    user: str | None = None
+    priority: Int | None = None
+
+
+class EmbeddingRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True):
     input: str | list[str | Int | list[Int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Int | None = None
-    user: str | None = None
-    priority: Int | None = None
 
     def inputs(self, vocab_size: int) -> list[str | list[int]]:
         """One text or list of token ids per embedding. Raises `RequestError`."""
@@ -43,14 +48,11 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             raise invalid(f"dimensions must be {known}, got {self.dimensions}", "dimensions")
 
 
-class ScoreRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ScoreRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True):
     """Each text of `text_1` with that of `text_2` in its place; a single `text_1` with each of `text_2`."""
 
-    model: str
     text_1: str | list[str]
     text_2: str | list[str]
-    user: str | None = None
-    priority: Int | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
         first, second = _texts(self.text_1, "text_1"), _texts(self.text_2, "text_2")
@@ -61,16 +63,13 @@ class ScoreRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return first, second
 
 
-class RerankRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class RerankRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True):
     """`top_n`: only so many of the best documents are returned."""
 
-    model: str
     query: str
     documents: list[str]
     top_n: Int | None = None
     return_documents: bool | None = None
-    user: str | None = None
-    priority: Int | None = None
 
     def check(self) -> None:
         _texts(self.query, "query")

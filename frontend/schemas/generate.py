@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.schemas.common import MAX_CHOICES, Int, SamplingFields, refuse_unsupported
+from ramet.frontend.schemas.common import Int, SamplingFields, refuse_unsupported
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
@@ -21,16 +21,6 @@ DEFAULT_MAX_NEW_TOKENS = 128
 _SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 # Here by the names that the engine has for them.
 _NAMES = {**_SAMPLING_NAMES, "top_logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
-_NOT_BUILT = (
-    "input_embeds",
-    "image_data",
-    "lora_path",
-    "token_ids_logprob",
-    "return_hidden_states",
-    "return_routed_experts",
-    "session_params",
-    "custom_logit_processor",
-)
 
 
 class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, rename=_SAMPLING_NAMES):
@@ -42,8 +32,6 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
 
     def native_sampling(self, config: FrontendConfig, logprobs: int | None, of_prompt: int | None) -> SamplingParams:
         """The validated parameters; the model's own defaults stand where the request is silent."""
-        if not 1 <= self.choices <= MAX_CHOICES:
-            raise invalid(f"n must be between 1 and {MAX_CHOICES}, got {self.n}", "n")
         max_tokens = DEFAULT_MAX_NEW_TOKENS if self.max_tokens is None else self.max_tokens
         return self.to_sampling(config, max_tokens, logprobs, of_prompt)
 
@@ -54,7 +42,20 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
         return [None if schema is None else json_grammar(schema, "json_schema"), *super().grammars()]
 
 
-class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _NotBuilt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that are known, and refused unless they ask for nothing."""
+
+    input_embeds: Any = None
+    image_data: Any = None
+    lora_path: Any = None
+    token_ids_logprob: Any = None
+    return_hidden_states: Any = None
+    return_routed_experts: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+
+
+class GenerateRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
     """`logprob_start_len` is the first position of the prompt whose log-probability is wanted; -1, the default, wants
     none. `return_text_in_logprobs` adds the texts to the ids of tokens there."""
 
@@ -68,18 +69,10 @@ class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_logprobs_num: Int | None = None
     return_text_in_logprobs: bool | None = None
     priority: Int | None = None
-    input_embeds: Any = None
-    image_data: Any = None
-    lora_path: Any = None
-    token_ids_logprob: Any = None
-    return_hidden_states: Any = None
-    return_routed_experts: Any = None
-    session_params: Any = None
-    custom_logit_processor: Any = None
 
     def prompts(self, vocab_size: int) -> list[str | list[int]]:
         """Raises `RequestError` for what is wrong outside of `sampling_params`."""
-        refuse_unsupported(self, (name for name in _NOT_BUILT if getattr(self, name)))
+        refuse_unsupported(self, (name for name in _NotBuilt.__struct_fields__ if getattr(self, name)))
         if (self.text is None) == (self.input_ids is None):
             raise invalid("give either text or input_ids", "text")
         if self.start < -1:

@@ -53,14 +53,9 @@ class NamedChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag=
     function: FunctionName
 
 
-class AllowedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    function: FunctionName
-    type: Literal["function"] = "function"
-
-
 class AllowedTools(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     mode: Literal["auto", "required"]
-    tools: list[AllowedTool]
+    tools: list[NamedChoice]
 
 
 class AllowedChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="allowed_tools"):

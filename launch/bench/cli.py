@@ -15,11 +15,12 @@ from ramet.launch.bench.http_client import RequestFailed
 from ramet.launch.bench.load import LoadArgs, run_load
 from ramet.launch.bench.report import load_table, summarize, write_html, write_json
 from ramet.launch.bench.workload import Workload, flag
+from ramet.launch.cache import ModelUnavailable
 from ramet.launch.cli import Commands, parse_structs, run_command
-from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve
+from ramet.launch.config import ConfigError, EngineConfig, ServerArgs
 from ramet.launch.logs import set_up_logging
-from ramet.launch.model_source import ModelUnavailable, resolve_model
 from ramet.launch.placement import computing
+from ramet.launch.serve import configure
 from ramet.model_runner.weights.errors import WeightsError
 
 _INTERRUPTED = 130
@@ -102,14 +103,7 @@ _COMMANDS: Commands = {
 def _settle(server: ServerArgs) -> EngineConfig:
     """The configuration of a server with these flags; this process becomes like its scheduler."""
     set_up_logging("bench", server.log_level)
-    model = resolve_model(
-        server.model_path,
-        tokenizer_path=server.tokenizer_path,
-        revision=server.revision,
-        load_format=server.load_format,
-        trust_remote_code=server.trust_remote_code,
-    )
-    config = resolve(server, model)
+    config = configure(server)
     if config.frontend.is_embedding:
         raise ConfigError("only models that generate are measured; this one embeds")
     if config.scheduler.tp.size > 1:

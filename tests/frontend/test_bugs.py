@@ -65,7 +65,7 @@ def test_endpoint_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFix
 
 
 def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixture) -> None:
-    class Source:
+    class Broken:
         def render(self, index: int, delta: TextDelta) -> bytes:
             raise ZeroDivisionError("secret detail")
 
@@ -87,7 +87,7 @@ def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixtu
         with client.submit([prompt], SamplingParams()) as generation:
             [rid] = jobs[0].rids
             client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(1, 0))]))
-            await sse.write_events(send, generation, Source())
+            await sse.write_events(send, generation, Broken())
 
     asyncio.run(stream())
     assert client.live == 0

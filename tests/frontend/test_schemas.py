@@ -11,6 +11,7 @@ from ramet.frontend.errors import error_body, invalid_json
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.ipc.errors import Failure, RequestError
+from ramet.ipc.messages import Chat, Job
 from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 
 CONFIG = FrontendConfig(
@@ -36,6 +37,10 @@ def chat(**fields: Any) -> ChatRequest:
     return decode(ChatRequest, {"model": "m", "messages": [USER], **fields})
 
 
+def prompt(**fields: Any) -> Chat:
+    return chat(**fields).prompt(CONFIG)(Job([], SamplingParams()))
+
+
 def completion(**fields: Any) -> CompletionRequest:
     return decode(CompletionRequest, {"model": "m", "prompt": "hi", **fields})
 
@@ -44,8 +49,7 @@ def to_engine(make: Any, fields: dict[str, Any]) -> None:
     request = make(**fields)
     request.sampling(CONFIG)
     if isinstance(request, ChatRequest):
-        request.template_messages()
-        request.template_variables(CONFIG)
+        request.prompt(CONFIG)
     else:
         request.prompts(CONFIG.vocab_size)
 
@@ -298,7 +302,7 @@ def test_conversation_with_tools_as_templates_want_it() -> None:
         {"role": "function", "name": "g", "content": "7"},
         {"role": "assistant", "content": None, "refusal": "no"},
     ]
-    assert chat(messages=messages).template_messages() == [
+    assert prompt(messages=messages).messages == [
         {"role": "system", "content": "st", "name": "n"},
         {
             "role": "assistant",
@@ -317,6 +321,6 @@ def test_conversation_with_tools_as_templates_want_it() -> None:
 
 
 def test_continuing_a_message_does_not_open_another() -> None:
-    assert chat().opens_answer
-    assert not chat(continue_final_message=True).opens_answer
-    assert not chat(add_generation_prompt=False).opens_answer
+    assert prompt().add_generation_prompt
+    assert not prompt(continue_final_message=True).add_generation_prompt
+    assert not prompt(add_generation_prompt=False).add_generation_prompt

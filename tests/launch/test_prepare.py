@@ -11,8 +11,9 @@ import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ramet.launch import gguf_files
+from ramet.launch.cache import ModelUnavailable
 from ramet.launch.model_info import read_model_info
-from ramet.launch.prepare import PrepareError, prepared_folder
+from ramet.launch.prepare import prepared_folder
 
 TEXT = ["The rain in Spain, 1234 times.", "def f(x):\n    return x + 10_000", "I'm sure it's naïve: 東京 🎉"] * 3
 SAMPLES = [*TEXT, "", "  two  spaces\n\n\ttab", "We'LL see 2024-12-31", "<|im_start|>user\nhi<|im_end|>", "e\u0301"]
@@ -137,7 +138,7 @@ def test_the_folder_is_made_once_for_a_file(tmp_path: Path) -> None:
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_file(path, trained("gpt-2"), "brand-new")
-    with pytest.raises(PrepareError, match="pre-tokenizer 'brand-new' is not known; give the tokenizer with"):
+    with pytest.raises(ModelUnavailable, match="pre-tokenizer 'brand-new' is not known; give the tokenizer with"):
         prepared_folder(path)
 
 
