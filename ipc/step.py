@@ -17,6 +17,10 @@ from ramet.ipc.errors import Failure
 from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
 
+# In place of an input token that the step before samples, whose result has not been read yet: the runner takes the
+# token that it chose last for the row's slot.
+UNKNOWN_TOKEN = -1
+
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A request takes a slot with this step (first time, or again after a preemption).
@@ -55,7 +59,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step. `token_ids` holds the input tokens of all rows, one row after the other."""
+    """One step. `token_ids` holds the input tokens of all rows, one row after the other. Plans are executed in their
+    order, and may be made while the one before runs: pages and slots that it still uses may be given anew here."""
 
     step: int
     rows: list[Row]

@@ -26,9 +26,6 @@ Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
 # Flags people type by habit from other servers, whose meaning this version does not have yet.
 _NOT_YET = {
-    "cuda-graph-max-bs",
-    "disable-cuda-graph",
-    "disable-overlap-schedule",
     "kv-cache-dtype",
 }
 

@@ -72,8 +72,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Literal["auto", "bfloat16", "float16", "float32"], _flag("model", "type of weights and KV cache")
     ] = "auto"
     quantization: Annotated[
-        Literal["int8", "int4"] | None,
-        _flag("model", "round weights on load, to 8 bits by output or 4 by groups of 32 inputs; on a CPU"),
+        Literal["int8", "int4", "fp8"] | None,
+        _flag("model", "round weights on load: on a CPU int8 by output or int4 by 32 inputs, on CUDA fp8 by output"),
     ] = None
     context_length: Annotated[
         Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
@@ -150,7 +150,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _flag("engine", "where the model runs")] = "auto"
     mem_fraction_static: Annotated[
-        Share | None, _flag("engine", "share of free memory for the KV cache (0.5 on cpu, 0.85 on cuda)")
+        Share | None,
+        _flag("engine", "cpu: share of free memory for the KV cache (0.5); cuda: of all memory, for all (0.95)"),
     ] = None
     max_total_tokens: Annotated[Count | None, _flag("engine", "tokens the KV cache holds")] = None
     max_running_requests: Annotated[
@@ -166,8 +167,16 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = Policy.FCFS
     disable_radix_cache: Annotated[bool, _flag("engine", "do not reuse the KV cache of equal prefixes")] = False
     attention_backend: Annotated[
-        Literal["auto", "cpu", "torch"], _flag("engine", "attention: the C kernel for CPUs, or plain torch")
+        Literal["auto", "cpu", "torch", "triton", "fa3", "flashinfer"],
+        _flag("engine", "attention: cpu (C kernel), triton or fa3 (on CUDA), or plain torch"),
     ] = "auto"
+    disable_overlap_schedule: Annotated[
+        bool, _flag("engine", "on cuda, plan a step only when the one before has ended")
+    ] = False
+    disable_cuda_graph: Annotated[bool, _flag("engine", "on cuda, launch each kernel of a decode by itself")] = False
+    cuda_graph_max_bs: Annotated[
+        Count | None, _flag("engine", "on cuda, most requests in a captured decode (max_running_requests, 256 at most)")
+    ] = None
     tokenizer_worker_num: Annotated[int, _flag("engine", "tokenizer processes", ge=1, le=64)] = 1
     stream_interval: Annotated[Count, _flag("engine", "send streamed text every so many tokens")] = 1
     random_seed: Annotated[int, _flag("engine", "seed of random weights (--load-format dummy)", ge=0)] = 0
@@ -272,7 +281,10 @@ class _Defaults(msgspec.Struct, frozen=True):
 
 
 # On a CPU a step of 512 prompt tokens takes about half a second for a small model; longer ones would freeze streams.
-_DEFAULTS = {"cpu": _Defaults(512, 256, 64, 0.5), "cuda": _Defaults(8192, 2048, 256, 0.85)}
+_DEFAULTS = {"cpu": _Defaults(512, 256, 64, 0.5), "cuda": _Defaults(8192, 2048, 256, 0.95)}
+
+# Each captured batch size takes a second at start and some memory.
+_CUDA_GRAPH_MAX_BS = 256
 
 
 def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
@@ -309,6 +321,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         trust_remote_code=args.trust_remote_code,
         seed=args.random_seed,
         quantization=args.quantization,
+        cuda_graph_max_bs=_cuda_graph_max_bs(args, device, max_running),
     )
     return EngineConfig(
         frontend=_frontend(args, model, runner, is_embedding, _parsers(args, model, template)),
@@ -331,6 +344,8 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
             tp=_tensor_parallel(args, device, is_embedding),
+            # Only the first rank of several knows the tokens that a step chose.
+            steps_ahead=int(device == "cuda" and args.tp_size == 1 and not args.disable_overlap_schedule),
         ),
         runner=runner,
         num_tokenizers=args.tokenizer_worker_num,
@@ -338,6 +353,12 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         cpus=parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None,
         num_threads=args.num_threads,
     )
+
+
+def _cuda_graph_max_bs(args: ServerArgs, device: str, max_running: int) -> int:
+    if device != "cuda" or args.disable_cuda_graph or args.tp_size != 1:
+        return 0
+    return min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running)
 
 
 # What `/get_server_info` must not show.

@@ -1,44 +1,60 @@
 """From a `StepPlan` to the tensors of one forward pass.
 
-`SlotTable` keeps what the plans have told so far (page tables, sampling state); `build` turns one plan's rows into a
-`Batch`. Host arrays are numpy and go to the device in one copy each.
+`SlotTable` keeps what the plans have told so far (page tables, sampling state, the last token chosen in each slot);
+`step_arrays` says in numpy what the device must know of one step, `to_device` takes it there in one copy, and
+`make_batch` finishes it there: all of that happens at fixed addresses, so that it can be captured in a CUDA graph.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import Admission, PageGrant, StepPlan
+from ramet.ipc.step import UNKNOWN_TOKEN, Admission, PageGrant, StepPlan
 from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.context import ForwardContext
 from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.logits import LogitsProcessor, needs_processing
-from ramet.model_runner.sampler import SampledRow
+from ramet.model_runner.sampler import CHOOSING, Choices, SampledRow, choice_arrays, choosing
+
+Arrays = Mapping[str, np.ndarray]
+
+_ALIGNMENT = 16  # bytes; of each array in a packed step
+_TORCH_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """token_ids: [N] int64. sampled_at: [S] int64, the tokens whose hidden state gives a next token, in row order."""
+    """token_ids: [N] int64. sampled_at: [S] int64, the tokens whose hidden state gives a next token, in row order.
+    sampled_slots: [S] int64."""
 
     token_ids: Tensor
     context: ForwardContext
     sampled_at: Tensor
-    sampled_rows: list[SampledRow]
+    sampled_slots: Tensor
+    choices: Choices
 
 
 class SlotTable:
-    """State per slot. A slot's page table is a row of `pages` [slots, max_pages]; unused entries are stale."""
+    """State per slot. A slot's page table is a row of `pages` [slots + 1, max_pages]; unused entries are stale. The
+    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`."""
 
-    def __init__(self, num_slots: int, max_pages: int, vocab_size: int, device: torch.device) -> None:
-        self.pages = np.zeros((num_slots, max_pages), dtype=np.int32)
+    def __init__(self, num_slots: int, max_pages: int, dummy_page: int, vocab_size: int, device: torch.device) -> None:
+        self.padding = num_slots
+        self.pages = np.zeros((num_slots + 1, max_pages), dtype=np.int32)
+        self.pages[num_slots] = dummy_page
+        # On a CPU the same memory.
+        self.device_pages = torch.from_numpy(self.pages).to(device)
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self.choosing = np.zeros(num_slots + 1, dtype=CHOOSING)
         self.params: list[SamplingParams | None] = [None] * num_slots
         self.prompts: list[list[int]] = [[] for _ in range(num_slots)]
         self.processors: list[LogitsProcessor | None] = [None] * num_slots
+        self.device = device
         self._vocab_size = vocab_size
-        self._device = device
 
     def update(self, plan: StepPlan) -> None:
         """Take in what changed: released slots first, for one may be given again in the same plan."""
@@ -48,60 +64,131 @@ class SlotTable:
         for admission in plan.admissions:
             self._admit(admission)
         for grant in plan.grants:
-            self._grant(grant)
+            self.pages[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
+        if plan.grants and self.device.type != "cpu":
+            self._grant_on_device(plan.grants)
+
+    def sampled_row(self, slot: int) -> SampledRow:
+        params = self.params[slot]
+        assert params is not None, f"slot {slot} holds no request"
+        return SampledRow(params, self.processors[slot])
+
+    def keep_tokens(self, slots: Tensor, tokens: Tensor) -> None:
+        """The tokens [S] just chosen in `slots` [S], for a next step that is planned before the host knows them. A row
+        that failed may have chosen what is no token: an index beyond the embedding would end the process."""
+        self.last_tokens.index_copy_(0, slots, tokens.clamp(0, self._vocab_size - 1))
 
     def _admit(self, admission: Admission) -> None:
         slot = admission.slot
         assert self.params[slot] is None, f"slot {slot} is taken"
         self.params[slot] = admission.params
+        self.choosing[slot] = choosing(admission.params)
         if admission.params.prompt_logprobs is not None:
             self.prompts[slot] = admission.token_ids[: admission.prompt_len]
         if needs_processing(admission):
-            self.processors[slot] = LogitsProcessor(admission, self._vocab_size, self._device)
+            self.processors[slot] = LogitsProcessor(admission, self._vocab_size, self.device)
 
-    def _grant(self, grant: PageGrant) -> None:
-        self.pages[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
+    def _grant_on_device(self, grants: list[PageGrant]) -> None:
+        width = self.pages.shape[1]
+        places = [g.slot * width + i for g in grants for i in range(g.first, g.first + len(g.pages))]
+        pages = np.array([page for grant in grants for page in grant.pages], dtype=np.int32)
+        tensors = to_device({"places": np.array(places), "pages": pages}, self.device)
+        self.device_pages.view(-1).index_copy_(0, tensors["places"], tensors["pages"])
 
 
-def build(plan: StepPlan, slots: SlotTable, pool: KVPool, backend: AttentionBackend, device: torch.device) -> Batch:
-    """The tensors of one step; `slots` has been updated with the plan."""
-    lengths = np.array([row.length for row in plan.rows])
-    starts = np.array([row.start for row in plan.rows])
-    rows = np.array([row.slot for row in plan.rows])
+def step_arrays(plan: StepPlan, slots: SlotTable, page_size: int, padding: int = 0) -> Arrays:
+    """By name, what `make_batch` takes. `slots` has been updated with the plan. `padding` decode rows are added."""
+    table = [(row.slot, row.start, row.length) for row in plan.rows] + [(slots.padding, 0, 1)] * padding
+    row_slots, starts, lengths = np.array(table).T
     ends = lengths.cumsum()
     # Token i of the step stands at starts[row] + its index within the row.
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-    token_rows = np.repeat(rows, lengths)
-    page, offset = np.divmod(positions, pool.page_size)
-    slot_mapping = slots.pages[token_rows, page].astype(np.int64) * pool.page_size + offset
+    page, offset = np.divmod(positions, page_size)
     contexts = starts + lengths
-    max_pages = -(-int(contexts.max()) // pool.page_size)
+    sampled = [i for i, row in enumerate(plan.rows) if row.sample] + list(range(len(plan.rows), len(table)))
+    return {
+        "token_ids": np.array(plan.token_ids + [0] * padding),
+        "positions": positions,
+        "slot_mapping": slots.pages[np.repeat(row_slots, lengths), page].astype(np.int64) * page_size + offset,
+        "cu_q": np.concatenate(([0], ends)).astype(np.int32),
+        "seq_lens": contexts.astype(np.int32),
+        "row_slots": np.ascontiguousarray(row_slots),
+        "sampled_at": ends[sampled] - 1,
+        "sampled_slots": row_slots[sampled],
+        **choice_arrays(slots.choosing[row_slots[sampled]], contexts[sampled]),
+    }
 
-    def to_device(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
 
+def build(plan: StepPlan, slots: SlotTable, pool: KVPool, backend: AttentionBackend) -> Batch:
+    """The tensors of one step; `slots` has been updated with the plan."""
+    arrays = step_arrays(plan, slots, pool.page_size)
+    lengths = [row.length for row in plan.rows]
+    contexts: list[int] = arrays["seq_lens"].tolist()
+    unknown = UNKNOWN_TOKEN in plan.token_ids
+    return make_batch(to_device(arrays, slots.device), lengths, contexts, slots, pool, backend, unknown=unknown)
+
+
+def make_batch(
+    tensors: Mapping[str, Tensor],
+    lengths: list[int],
+    contexts: list[int],
+    slots: SlotTable,
+    pool: KVPool,
+    backend: AttentionBackend,
+    *,
+    unknown: bool,
+) -> Batch:
+    """`lengths` and `contexts` of the rows, as the host may know them. `unknown`: input tokens may be missing."""
+    token_ids, num_decodes = tensors["token_ids"], sum(length == 1 for length in lengths)
+    if unknown:
+        first = token_ids[:num_decodes]
+        last = slots.last_tokens.index_select(0, tensors["row_slots"][:num_decodes])
+        first.copy_(torch.where(first == UNKNOWN_TOKEN, last, first))
+    max_pages = -(-max(contexts) // pool.page_size)
     context = ForwardContext(
-        positions=to_device(positions, torch.int64),
-        slot_mapping=to_device(slot_mapping, torch.int64),
-        cu_q=to_device(np.concatenate(([0], ends)), torch.int32),
-        seq_lens=to_device(contexts, torch.int32),
-        block_table=to_device(slots.pages[rows, :max_pages], torch.int32),
-        query_lens=lengths.tolist(),
-        context_lens=contexts.tolist(),
-        num_decodes=int((lengths == 1).sum()),
+        positions=tensors["positions"],
+        slot_mapping=tensors["slot_mapping"],
+        cu_q=tensors["cu_q"],
+        seq_lens=tensors["seq_lens"],
+        block_table=slots.device_pages[:, :max_pages].index_select(0, tensors["row_slots"]),
+        query_lens=lengths,
+        context_lens=contexts,
+        num_decodes=num_decodes,
         kv_pool=pool,
         backend=backend,
     )
-    sampled = [i for i, row in enumerate(plan.rows) if row.sample]
-    return Batch(
-        token_ids=torch.tensor(plan.token_ids, dtype=torch.int64).to(device, non_blocking=True),
-        context=context,
-        sampled_at=to_device(ends[sampled] - 1, torch.int64),
-        sampled_rows=[_sampled_row(slots, plan.rows[i].slot, int(contexts[i])) for i in sampled],
-    )
+    choices = Choices(**{name: tensors[name] for name in Choices._fields})
+    return Batch(token_ids, context, tensors["sampled_at"], tensors["sampled_slots"], choices)
 
 
-def _sampled_row(slots: SlotTable, slot: int, position: int) -> SampledRow:
-    params = slots.params[slot]
-    assert params is not None, f"slot {slot} holds no request"
-    return SampledRow(params, position, slots.processors[slot])
+def to_device(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors on the device, after one copy; on a CPU they are the arrays' own memory."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return unpack(pack(arrays, pinned=True).to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Arrays, *, pinned: bool) -> Tensor:
+    """All arrays in one piece of host memory [bytes]. Pinned memory is torch's to reuse once it has been copied."""
+    end = sum(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values())
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    memory = packed.numpy()
+    for _, start, array in _places(arrays):
+        memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return packed
+
+
+def unpack(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:
+    """Views of what `pack` made of arrays of these shapes; `packed` may be longer."""
+    return {
+        name: packed[start : start + array.nbytes].view(_TORCH_TYPES[array.dtype.name]).view(array.shape)
+        for name, start, array in _places(arrays)
+    }
+
+
+def _places(arrays: Arrays) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Name, first byte and content of each array."""
+    start = 0
+    for name, array in arrays.items():
+        yield name, start, array
+        start += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -23,8 +23,9 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`model_dir` holds config.json (and safetensors); `weights` is the .gguf file or the folder of weight files.
 
     `dtype` is a torch dtype's name. `device_index`: which GPU, if `device` is cuda. `max_total_tokens` is the size of
-    the KV pool; None sizes it from `memory_fraction` of the memory that is free once the weights are loaded.
-    `quantization` rounds weights on load.
+    the KV pool; None sizes it from `memory_fraction`: on a CPU of the memory that is free once the weights are loaded,
+    on CUDA the share of the device's memory that may be taken in all. `quantization` rounds weights on load. Decode
+    steps of at most `cuda_graph_max_bs` rows are CUDA graphs; 0 for none.
     """
 
     model_dir: str
@@ -42,4 +43,5 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str = "auto"
     trust_remote_code: bool = False
     seed: int = 0
-    quantization: Literal["int8", "int4"] | None = None
+    quantization: Literal["int8", "int4", "fp8"] | None = None
+    cuda_graph_max_bs: int = 0

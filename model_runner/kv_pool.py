@@ -43,6 +43,10 @@ class KVPool:
         self.keys = [allocate(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [allocate(spec.num_kv_heads, spec.value_dim) for spec in specs]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def store(self, layer: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
         """Write key [N, kv_heads, key_dim] and value [N, kv_heads, value_dim] of N tokens.
 

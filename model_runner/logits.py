@@ -34,7 +34,7 @@ def _has_penalties(params: SamplingParams) -> bool:
 def apply_masks(logits: Tensor, masks: TokenMasks) -> None:
     """Ban in place what the masks do not allow. logits: [R, vocab_size]."""
     bits = np.unpackbits(~masks.bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    banned = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    banned = torch.from_numpy(bits.view(np.bool_)).to(logits.device, non_blocking=True)
     for row, line in zip(masks.rows, banned, strict=True):
         logits[row].masked_fill_(line, float("-inf"))
 
@@ -75,9 +75,9 @@ class LogitsProcessor:
         if params.presence_penalty:
             logits -= params.presence_penalty * (self._counts > 0)
 
-    def observe(self, token_id: int) -> None:
-        """The request's next token was chosen."""
+    def observe(self, token: Tensor) -> None:
+        """The request's next token was chosen: [1] int64, which the host need not know."""
         self._num_generated += 1
         if self._counts is not None:
-            self._counts[token_id] += 1
-            self._seen[token_id] = True
+            self._counts.index_add_(0, token, torch.ones_like(self._counts[:1]))
+            self._seen.index_fill_(0, token, True)

@@ -1,6 +1,6 @@
-"""How large the KV pool may be."""
+"""How large the KV pool may be: on a CPU a share of the memory that is free; on CUDA all that the largest step, as
+`Measured`, leaves of a share of the device's memory."""
 
-import dataclasses
 import logging
 
 import psutil
@@ -20,34 +20,56 @@ class PoolTooLarge(ValueError):
     """The memory that is free does not hold what was asked; the message has the numbers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolSize:
-    num_pages: int
-    bytes_per_page: int
+class Measured:
+    """In a `with` block, counts what is taken of a device's memory: `peak_bytes`, by torch's allocator at most, and by
+    what CUDA keeps for itself (kernels, libraries)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "Measured":
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._free, self._reserved = torch.cuda.mem_get_info(self._device)[0], torch.cuda.memory_reserved(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize(self._device)
+        taken = self._free - torch.cuda.mem_get_info(self._device)[0]
+        outside = taken - (torch.cuda.memory_reserved(self._device) - self._reserved)
+        self.peak_bytes = torch.cuda.max_memory_reserved(self._device) - self._reserved + max(0, outside)
 
 
-def size_pool(config: RunnerConfig, specs: list[KVSpec], dtype: torch.dtype, device: torch.device) -> PoolSize:
-    """The number of pages, from `max_total_tokens` or from the memory that is free now.
+def size_pool(
+    config: RunnerConfig, specs: list[KVSpec], dtype: torch.dtype, device: torch.device, reserve: int = 0
+) -> int:
+    """The number of pages, from `max_total_tokens` or from the memory that is free now, of which `reserve` bytes must
+    stay so.
 
     Raises `PoolTooLarge` if the pool asked for does not fit, or not even one page does.
     """
     per_page = config.page_size * sum(spec.bytes_per_token(dtype) for spec in specs)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, total = _memory(device)
     if config.max_total_tokens is not None:
         pages = -(-config.max_total_tokens // config.page_size)
-        if pages * per_page > free:
+        if pages * per_page > free - reserve:
             raise PoolTooLarge(
-                f"a KV pool of {config.max_total_tokens} tokens needs {_mib(pages * per_page)} MiB, "
-                f"{_mib(free)} MiB are free on {device}: lower --max-total-tokens"
+                f"a KV pool of {config.max_total_tokens} tokens needs {_mib(pages * per_page)} MiB, {_mib(free)} MiB "
+                f"are free on {device}, {_mib(reserve)} of them for the steps: lower --max-total-tokens"
             )
-        return PoolSize(pages, per_page)
-    pages = int(free * config.memory_fraction) // per_page
+        return pages
     if device.type == "cpu":
+        pages = int(free * config.memory_fraction) // per_page
         pages = min(pages, max(_CPU_TOKENS, 4 * config.context_length) // config.page_size)
+    else:
+        pages = int(free - (1 - config.memory_fraction) * total - reserve) // per_page
     if pages < 1:
         raise PoolTooLarge(
-            f"{_mib(free)} MiB are free on {device}; {config.memory_fraction:g} of it does not hold one page of "
-            f"{_mib(per_page)} MiB: raise --mem-fraction-static or free memory"
+            f"{_mib(free)} of {_mib(total)} MiB are free on {device}, {_mib(reserve)} of them for the steps; with a "
+            f"share of {config.memory_fraction:g} that does not hold one page of {_mib(per_page)} MiB: raise "
+            "--mem-fraction-static, free memory, or lower --chunked-prefill-size and --max-running-requests"
         )
     log.info(
         "KV pool: %d pages of %d tokens (%d MiB); --max-total-tokens or --mem-fraction-static changes it",
@@ -55,7 +77,16 @@ def size_pool(config: RunnerConfig, specs: list[KVSpec], dtype: torch.dtype, dev
         config.page_size,
         _mib(pages * per_page),
     )
-    return PoolSize(pages, per_page)
+    return pages
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and that there are."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def _mib(num_bytes: float) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
+MASK64 = (1 << 64) - 1
 # The odd multipliers as signed 32-bit numbers: products wrap, as they should.
 _MIX = (0x21F0AAAD, 0x735A2D97)
 _STRIDE = 0x9E3779B1 - (1 << 32)
@@ -18,8 +18,13 @@ _STRIDE = 0x9E3779B1 - (1 << 32)
 
 def gumbel(seeds: list[int], positions: list[int], vocab_size: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise [rows, vocab_size] float32 for rows that draw the token at `positions`."""
-    keys = row_keys(seeds, positions).to(device)
-    x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _STRIDE + keys[:, :1]
+    masked = np.array([seed & MASK64 for seed in seeds], dtype=np.uint64)
+    return keyed_gumbel(torch.from_numpy(row_keys(masked, np.array(positions))).to(device), vocab_size)
+
+
+def keyed_gumbel(keys: Tensor, vocab_size: int) -> Tensor:
+    """The same from `row_keys` [rows, 2] int32."""
+    x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _STRIDE + keys[:, :1]
     x = _mix(x) ^ keys[:, 1:]
     x = _mix(x)
     # 23 bits, centred so that neither 0 nor 1 occurs: with one bit more, the half would round up to 1 in float32, and a
@@ -36,14 +41,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 15) & (0xFFFFFFFF >> 15))
 
 
-def row_keys(seeds: list[int], positions: list[int]) -> Tensor:
-    """What makes a row's noise its own: [rows, 2] int32."""
-    keys = [_splitmix64(_splitmix64(s & _MASK64) + p) for s, p in zip(seeds, positions, strict=True)]
-    return torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int32).reshape(-1, 2))
+def row_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What makes a row's noise its own: [rows, 2] int32 from seeds [rows] uint64 and positions [rows]."""
+    return _splitmix64(_splitmix64(seeds) + positions.astype(np.uint64)).view(np.int32).reshape(-1, 2)
 
 
-def _splitmix64(value: int) -> int:
-    z = (value + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+def _splitmix64(value: np.ndarray) -> np.ndarray:
+    """[rows] uint64, wrapping."""
+    z = value + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

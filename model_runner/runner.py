@@ -1,31 +1,54 @@
 """`ModelRunner`: executes step plans. Owns the model, the KV pool and the state of each slot.
 
 Does not decide anything: what to compute, in which pages and when to stop is in the plan. Does not know sockets.
+Plans are executed in the order in which they are launched; on CUDA, `launch` does not wait for the device, and the next
+plan may be launched before the result is read.
 """
 
-import logging
+import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ramet.ipc.messages import Logprob
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult, TokenMasks
 from ramet.model_runner.attention.registry import make_backend
-from ramet.model_runner.batch import Batch, SlotTable, build
+from ramet.model_runner.batch import SlotTable, build
 from ramet.model_runner.config import RunnerConfig
+from ramet.model_runner.cuda_graph import DecodeGraphs, capture_graphs, graph_bytes
 from ramet.model_runner.kv_pool import KVPool
-from ramet.model_runner.memory import size_pool
+from ramet.model_runner.memory import Measured, PoolTooLarge, size_pool
 from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup, use_device
-from ramet.model_runner.sampler import make_chooser, rank_tokens, sample
-
-log = logging.getLogger(__name__)
+from ramet.model_runner.sampler import Ranked, Sampled, is_plain, make_chooser, sample
 
 # Prompt log-probabilities need the whole vocabulary's logits of each position; so many positions at a time.
 _SCORED_POSITIONS = 64
+
+
+class PendingStep:
+    """A launched step. `sampled`: None if no row samples, or another rank does it. `scored`: by row, the
+    log-probabilities of prompt tokens."""
+
+    def __init__(self, plan: StepPlan, sampled: Sampled | None, scored: dict[int, list[Ranked]], cuda: bool) -> None:
+        self._plan, self._sampled, self._scored = plan, sampled, scored
+        self._done = torch.cuda.Event() if cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self._done is not None:
+            self._done.synchronize()
+        sampled = iter(self._sampled.results() if self._sampled is not None else itertools.repeat(RowResult()))
+        results = [next(sampled) if row.sample else RowResult() for row in self._plan.rows]
+        for i, ranked in self._scored.items():
+            logprobs = [logprob for some in ranked for logprob in some.logprobs()]
+            results[i] = RowResult(results[i].token_id, results[i].logprob, logprobs, results[i].error)
+        return StepResult(self._plan.step, results)
 
 
 class ModelRunner:
@@ -33,41 +56,102 @@ class ModelRunner:
 
     def __init__(self, config: RunnerConfig, progress: Callable[[str], None], group: TpGroup | None = None) -> None:
         self.device = use_device(config)
-        dtype = getattr(torch, config.dtype)
-        self._backend = make_backend(config.attention_backend, self.device, dtype)
+        self._config = config
         self._group = group or TpGroup()
+        self._dtype = getattr(torch, config.dtype)
+        self._backend = make_backend(config.attention_backend, self.device, self._dtype)
+        self._graphs: DecodeGraphs | None = None
+        self.warm_up_s = 0.0  # how long a full step takes, on a CPU, where it may be seconds
+        try:
+            self._set_up(progress)
+        except torch.OutOfMemoryError as error:
+            raise PoolTooLarge(
+                f"the memory of {self.device} does not hold the weights and one full step ({error}): use a smaller "
+                "model or --quantization fp8, or lower --chunked-prefill-size and --max-running-requests"
+            ) from error
+
+    def _set_up(self, progress: Callable[[str], None]) -> None:
+        config = self._config
         self._model = load_model(
             config, self._group, lambda done, total: progress(f"loading weights {done}/{total}")
         ).eval()
-        size = size_pool(config, self._model.kv_specs, dtype, self.device)
-        self.num_pages = self._group.minimum(size.num_pages)
         self.vocab_size = self._model.vocab_size
-        self._pool = KVPool(self._model.kv_specs, self.num_pages, config.page_size, dtype, self.device)
         self._choose = make_chooser(self.device)
-        max_pages = -(-config.context_length // config.page_size)
-        self._slots = SlotTable(config.max_running, max_pages, self.vocab_size, self.device)
         progress("warming up")
-        started_s = time.perf_counter()
-        self._warm_up(min(config.max_step_tokens, config.context_length, self.num_pages * config.page_size))
-        self.warm_up_s = time.perf_counter() - started_s
+        if self.device.type == "cpu":
+            self._make_pool(size_pool(config, self._model.kv_specs, self._dtype, self.device))
+            started_s = time.perf_counter()
+            self._run_prompts([min(config.max_step_tokens, config.context_length, self.num_pages * config.page_size)])
+            self.warm_up_s = time.perf_counter() - started_s
+            return
+        reserve = self._measure_steps() + graph_bytes(config, self.vocab_size)
+        self._make_pool(size_pool(config, self._model.kv_specs, self._dtype, self.device, reserve))
+        if config.cuda_graph_max_bs and self._backend.capturable and self._model.capturable:
+            self._graphs = capture_graphs(
+                config, self._model, self._slots, self._pool, self._backend, self._choose, progress
+            )
+
+    def _measure_steps(self) -> int:
+        """Bytes that a step takes beside weights and KV cache, at most: one prompt, and as many prompts and then
+        decodes as run together, sampled in the way that takes most. Their KV cache is just large enough. Also the
+        first request finds kernels compiled."""
+        config = self._config
+        with Measured(self.device) as measured:
+            self._make_pool(-(-config.max_step_tokens // config.page_size) + config.max_running)
+            self._run_prompts([min(config.max_step_tokens, config.context_length)])
+            share = min(max(1, config.max_step_tokens // config.max_running), config.context_length)
+            self._run_prompts([share] * config.max_running, temperature=1.0, top_p=0.9, logprobs=1)
+        held = self._pool.num_bytes
+        del self._pool, self._slots
+        return measured.peak_bytes - held
+
+    def _make_pool(self, num_pages: int) -> None:
+        config = self._config
+        self.num_pages = num_pages = self._group.minimum(num_pages)
+        self._pool = KVPool(self._model.kv_specs, num_pages, config.page_size, self._dtype, self.device)
+        max_pages = -(-config.context_length // config.page_size)
+        self._slots = SlotTable(config.max_running, max_pages, num_pages, self.vocab_size, self.device)
+
+    def execute(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
+        """`launch` a step and wait for its result."""
+        return self.launch(plan, masks).result()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
-        """Compute one step. Rows fail alone where they can; an exception means that the whole step did not happen,
-        although the slots have taken in the plan. `masks` waits for what the grammars of sampled rows allow. Only rank
-        0 chooses tokens."""
+    def launch(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> PendingStep:
+        """Start one step. Rows fail alone where they can; an exception here or from the result means that the whole
+        step did not happen, although the slots have taken in the plan. `masks` waits for what the grammars of sampled
+        rows allow. Only rank 0 chooses tokens."""
+        cuda = self.device.type == "cuda"
         self._slots.update(plan)
-        batch = build(plan, self._slots, self._pool, self._backend, self.device)
-        hidden = self._model.forward(batch.token_ids, batch.context)
-        sampled = iter(self._sample(hidden, batch, masks))
-        results = [next(sampled) if row.sample else RowResult() for row in plan.rows]
+        rows = [self._slots.sampled_row(row.slot) for row in plan.rows if row.sample]
+        if self._graphs is not None and self._graphs.cover(plan):
+            logits, choices, sampled_slots, chosen = self._graphs.replay(plan)
+            if masks is None and all(is_plain(row) for row in rows):
+                return PendingStep(plan, Sampled(rows, *chosen), {}, cuda)
+            scored = {}
+        else:
+            batch = build(plan, self._slots, self._pool, self._backend)
+            hidden = self._model.forward(batch.token_ids, batch.context)
+            scored = self._score_prompts(hidden, plan)
+            if not rows:
+                return PendingStep(plan, None, scored, cuda)
+            logits = self._model.logits(hidden[batch.sampled_at])
+            if self._group.rank:
+                return PendingStep(plan, None, scored, cuda)
+            choices, sampled_slots = batch.choices, batch.sampled_slots
+        sampled = sample(logits, rows, choices, self._choose, masks() if masks is not None else None)
+        self._slots.keep_tokens(sampled_slots, sampled.tokens)
+        return PendingStep(plan, sampled, scored, cuda)
+
+    def _score_prompts(self, hidden: Tensor, plan: StepPlan) -> dict[int, list[Ranked]]:
+        """Log-probabilities of the prompt tokens that rows' positions predict: position p predicts token p + 1."""
+        scored: dict[int, list[Ranked]] = {}
         first = 0
         for i, row in enumerate(plan.rows):
             if row.prompt_logprobs:
-                scored = self._score_prompt(hidden[first : first + row.length], row)
-                results[i] = RowResult(results[i].token_id, results[i].logprob, scored, results[i].error)
+                scored[i] = self._score(hidden[first : first + row.length], row)
             first += row.length
-        return StepResult(plan.step, results)
+        return scored
 
     def recover(self) -> None:
         """After a step that raised: give back what its allocations left behind. Raises if the device is lost, as after
@@ -76,40 +160,33 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _sample(self, hidden: Tensor, batch: Batch, masks: Callable[[], TokenMasks] | None) -> list[RowResult]:
-        if not batch.sampled_rows:
-            return []
-        logits = self._model.logits(hidden[batch.sampled_at])
-        if self._group.rank:
-            return [RowResult()] * len(batch.sampled_rows)  # rank 0 chooses
-        return sample(logits, batch.sampled_rows, self._choose, masks() if masks is not None else None)
-
-    def _score_prompt(self, hidden: Tensor, row: Row) -> list[Logprob]:
-        """Log-probabilities of the prompt tokens that a row's positions predict: position p predicts token p + 1."""
+    def _score(self, hidden: Tensor, row: Row) -> list[Ranked]:
         prompt, params = self._slots.prompts[row.slot], self._slots.params[row.slot]
         assert params is not None
         targets = prompt[row.start + 1 : row.start + row.length + 1]
-        scored: list[Logprob] = []
+        scored: list[Ranked] = []
         for at in range(0, len(targets), _SCORED_POSITIONS):
-            some = targets[at : at + _SCORED_POSITIONS]
+            some = torch.tensor(targets[at : at + _SCORED_POSITIONS]).to(self.device, non_blocking=True)
             logprobs = self._model.logits(hidden[at : at + len(some)]).log_softmax(dim=-1)
-            scored += rank_tokens(logprobs, some, [params.prompt_logprobs or 0] * len(some))
+            scored.append(Ranked(logprobs, some, [params.prompt_logprobs or 0] * len(some)))
         return scored
 
-    def _warm_up(self, num_tokens: int) -> None:
-        """A prompt and a decode step, so that the first request finds kernels chosen and memory mapped. Its pages
-        are free again afterwards: nobody has been told of them."""
-        params = SamplingParams(max_tokens=2, temperature=0.0, seed=0)
-        prompt = [0] * num_tokens
-        num_pages = -(-num_tokens // self._pool.page_size)
-        self.execute(
-            StepPlan(
-                step=0,
-                rows=[Row(0, 0, num_tokens, sample=True)],
-                token_ids=prompt,
-                admissions=[Admission(0, prompt, num_tokens, params, [])],
-                grants=[PageGrant(0, 0, list(range(num_pages)))],
-            )
+    def _run_prompts(self, lengths: list[int], **params: Any) -> None:
+        """Prompts of these lengths in one step, and a decode of each, so that the first request finds kernels chosen
+        and memory mapped; on CUDA also chunks behind a prefix, short and longer, which other kernels are compiled for.
+        Their pages are free again afterwards: nobody has been told of them."""
+        sampling = SamplingParams(**{"max_tokens": 2, "temperature": 0.0, "seed": 0, **params})
+        size, pages, slots = self._config.page_size, iter(range(self.num_pages)), range(len(lengths))
+        plan = StepPlan(
+            step=0,
+            rows=[Row(slot, 0, length, sample=True) for slot, length in enumerate(lengths)],
+            token_ids=[0] * sum(lengths),
+            admissions=[Admission(slot, [0] * n, n, sampling, []) for slot, n in enumerate(lengths)],
+            grants=[PageGrant(slot, 0, [next(pages) for _ in range(0, n, size)]) for slot, n in enumerate(lengths)],
         )
-        self.execute(StepPlan(step=0, rows=[Row(0, num_tokens - 1, 1, sample=True)], token_ids=[0]))
-        self._slots.update(StepPlan(step=0, rows=[], token_ids=[], released=[0]))
+        self.execute(plan)
+        for last in (1, 2, 64) if self.device.type == "cuda" else (1,):
+            chunks = [min(last, length) for length in lengths]
+            rows = [Row(slot, lengths[slot] - chunk, chunk, sample=True) for slot, chunk in enumerate(chunks)]
+            self.execute(StepPlan(step=0, rows=rows, token_ids=[0] * sum(chunks)))
+        self._slots.update(StepPlan(step=0, rows=[], token_ids=[], released=list(slots)))

@@ -10,14 +10,17 @@ The pipeline, in order, for a batch of rows [R, vocab]:
    probability top_p; keep what has at least min_p of the best one's probability. Ties at a border are kept.
 6. add Gumbel noise drawn from (seed, position, token id) and take the largest: an exact draw from the softmax.
 
-A row whose choice is NaN, or has no token left, is an error of that row alone.
+A row whose choice is NaN, or has no token left, is an error of that row alone. Nothing here waits for the device but
+`Sampled.results`.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,136 +31,196 @@ from ramet.ipc.step import RowResult, TokenMasks
 from ramet.kernels.cpu.build import KernelUnavailable
 from ramet.kernels.cpu.sampling import ChooseKernel
 from ramet.model_runner.logits import LogitsProcessor, apply_masks
-from ramet.model_runner.noise import gumbel, row_keys
+from ramet.model_runner.noise import MASK64, keyed_gumbel, row_keys
 
 log = logging.getLogger(__name__)
-
-# Sorting a whole vocabulary for top_p is slow; the first so many nearly always hold the mass that is wanted.
-_TOP_P_FIRST_LOOK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledRow:
-    """`position` is that of the token to be chosen. `processor` is None where nothing changes the logits."""
+    """`processor` is None where nothing changes the logits."""
 
     params: SamplingParams
-    position: int
     processor: LogitsProcessor | None
 
 
-# From logits [R, vocab], which may be overwritten, to the chosen tokens [R] int64 and what they won with [R].
-Chooser = Callable[[Tensor, list[SampledRow]], tuple[Tensor, Tensor]]
+class Choices(NamedTuple):
+    """How each of R rows is chosen, [R] on the device, keys [R, 2] int32. scales: 1 / temperature, 0 for greedy rows,
+    which have no filters and no noise; float32. A top_p of 1, a log_min_p of -inf and a top_k of 0 filter nothing."""
+
+    scales: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+    top_k: Tensor
+    keys: Tensor
+
+
+# The same of one request on the host, where it takes part in whole batches without a loop.
+CHOOSING = np.dtype([("scale", "f4"), ("top_p", "f4"), ("log_min_p", "f4"), ("top_k", "i8"), ("seed", "u8")])
+
+# From logits [R, vocab], which may be overwritten, to the chosen tokens [R] int64 and what they won with [R]. The last
+# argument tells whether any row filters.
+Chooser = Callable[[Tensor, Choices, bool], tuple[Tensor, Tensor]]
+
+
+def choosing(params: SamplingParams) -> tuple[float, float, float, int, int]:
+    """An entry of type `CHOOSING`."""
+    seed = (params.seed or 0) & MASK64
+    if params.greedy:
+        return 0.0, 1.0, -math.inf, 0, seed
+    return 1 / params.temperature, params.top_p, _log(params.min_p), max(params.top_k, 0), seed
+
+
+def choice_arrays(rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """`Choices` as numpy arrays, of rows [R] of type `CHOOSING` that draw the tokens at `positions` [R]."""
+    plain = {name: rows[name].copy() for name in ("top_p", "log_min_p", "top_k")}
+    return {"scales": rows["scale"].copy(), **plain, "keys": row_keys(rows["seed"], positions)}
 
 
 def make_chooser(device: torch.device) -> Chooser:
-    """The C kernel on a CPU, where it can be built; else plain torch."""
-    if device.type == "cpu":
-        try:
-            return KernelChooser()
-        except KernelUnavailable as error:
-            log.warning("sampling with plain torch, which is slower: %s", error)
-    return choose_plainly
+    """The C kernel on a CPU, where it can be built, and Triton kernels on CUDA; else plain torch."""
+    if device.type == "cuda":
+        return DeviceChooser()
+    try:
+        kernel = ChooseKernel()
+    except KernelUnavailable as error:
+        log.warning("sampling with plain torch, which is slower: %s", error)
+        return choose_plainly
+    return lambda logits, choices, filtered: kernel(logits, *choices)
 
 
-def sample(logits: Tensor, rows: list[SampledRow], choose: Chooser, masks: TokenMasks | None = None) -> list[RowResult]:
-    """logits: [R, vocab] float32, overwritten. One result per row."""
+class Sampled:
+    """Chosen tokens [R] and what they won with [R], and copies of them on their way to the host."""
+
+    def __init__(self, rows: list[SampledRow], tokens: Tensor, best: Tensor) -> None:
+        self.tokens = tokens
+        self._rows = rows
+        self._tokens, self._best = _to_host(tokens), _to_host(best)
+        self._ranked: Ranked | None = None
+        self._wanted: list[int] = []
+
+    def rank(self, wanted: list[int], logprobs: Tensor) -> None:
+        """Attach log-probabilities [W, vocab] to the rows `wanted` [W]."""
+        counts = [self._rows[i].params.logprobs or 0 for i in wanted]
+        tokens = self.tokens.index_select(0, _index(wanted, logprobs.device))
+        self._wanted, self._ranked = wanted, Ranked(logprobs, tokens, counts)
+
+    def results(self) -> list[RowResult]:
+        """One per row; the device has been waited for."""
+        results = [_result(*pair) for pair in zip(self._tokens.tolist(), self._best.tolist(), strict=True)]
+        if self._ranked is not None:
+            for i, logprob in zip(self._wanted, self._ranked.logprobs(), strict=True):
+                if results[i].error is None:
+                    results[i] = RowResult(results[i].token_id, logprob)
+        return results
+
+
+def sample(
+    logits: Tensor, rows: list[SampledRow], choices: Choices, choose: Chooser, masks: TokenMasks | None = None
+) -> Sampled:
+    """logits: [R, vocab] float32, overwritten."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    logprobs = logits[wanted].log_softmax(dim=-1) if wanted else None
+    logprobs = logits.index_select(0, _index(wanted, logits.device)).log_softmax(dim=-1) if wanted else None
     if masks is not None:
         apply_masks(logits, masks)
     for i, row in enumerate(rows):
         if row.processor is not None:
             row.processor.apply(logits[i])
-    tokens, best = choose(logits, rows)
-    results = [_result(row, *pair) for row, *pair in zip(rows, tokens.tolist(), best.tolist(), strict=True)]
-    if logprobs is not None:
-        _attach_logprobs(results, rows, wanted, logprobs)
-    return results
-
-
-def choose_plainly(logits: Tensor, rows: list[SampledRow]) -> tuple[Tensor, Tensor]:
-    """Steps 4 to 6 for any device."""
+    tokens, best = choose(logits, choices, any(_filters(row.params) for row in rows))
     for i, row in enumerate(rows):
-        if not row.params.greedy:
-            logits[i] *= 1 / row.params.temperature
-            _filter(logits[i], row.params)
-    random = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if random:
-        seeds, positions = [rows[i].params.seed or 0 for i in random], [rows[i].position for i in random]
-        logits[random] += gumbel(seeds, positions, logits.shape[1], logits.device)
-    best, tokens = logits.max(dim=-1)
+        if row.processor is not None:
+            row.processor.observe(tokens[i : i + 1])
+    sampled = Sampled(rows, tokens, best)
+    if logprobs is not None:
+        sampled.rank(wanted, logprobs)
+    return sampled
+
+
+def is_plain(row: SampledRow) -> bool:
+    """Whether nothing but scale and noise comes between the row's logits and its token, and no more is asked of it."""
+    return row.processor is None and row.params.logprobs is None and not _filters(row.params)
+
+
+def choose_plainly(logits: Tensor, choices: Choices, filtered: bool) -> tuple[Tensor, Tensor]:
+    """Steps 4 to 6 in plain torch, for any device."""
+    random = choices.scales[:, None] > 0
+    scaled = torch.where(random, logits * choices.scales[:, None], logits)
+    if filtered:
+        scaled = scaled.masked_fill(random & (scaled < _border(scaled, choices)), -math.inf)
+    noise = keyed_gumbel(choices.keys, logits.shape[1])
+    best, tokens = torch.where(random, scaled + noise, scaled).max(dim=-1)
     return tokens, best
 
 
-class KernelChooser:
-    """The same in one pass over the logits; raises KernelUnavailable where it cannot be built."""
+def _border(scaled: Tensor, choices: Choices) -> Tensor:
+    """[R, 1]: the smallest of the scaled logits [R, vocab] that top-k, top-p of what is left, and min-p keep."""
+    ordered = scaled.sort(dim=-1, descending=True).values
+    top_p, vocab = choices.top_p[:, None], scaled.shape[1]
+    last = torch.where((choices.top_k > 0) & (choices.top_k < vocab), choices.top_k, vocab)[:, None] - 1
+    border = ordered.gather(1, last)
+    mass = ordered.masked_fill(ordered < border, -math.inf).softmax(dim=-1).cumsum(dim=-1)
+    reached = (mass < top_p).sum(dim=-1, keepdim=True)  # how many come before the one that reaches it
+    border = torch.where(top_p < 1, ordered.gather(1, reached.minimum(last)), border)
+    return border.maximum(ordered[:, :1] + choices.log_min_p[:, None])
+
+
+class DeviceChooser:
+    """The same in Triton kernels."""
 
     def __init__(self) -> None:
-        self._kernel = ChooseKernel()
+        # Imported when needed: a server on a CPU has no use for triton.
+        from ramet.kernels.triton import sampling
 
-    def __call__(self, logits: Tensor, rows: list[SampledRow]) -> tuple[Tensor, Tensor]:
-        params = [row.params for row in rows]
-        return self._kernel(
-            logits,
-            torch.tensor([0.0 if p.greedy else 1 / p.temperature for p in params]),
-            torch.tensor([p.top_p for p in params]),
-            torch.tensor([math.log(p.min_p) if p.min_p else float("-inf") for p in params]),
-            torch.tensor([max(p.top_k, 0) for p in params]),
-            row_keys([p.seed or 0 for p in params], [row.position for row in rows]),
-        )
+        self._kernels: Any = sampling
+
+    def __call__(self, logits: Tensor, choices: Choices, filtered: bool) -> tuple[Tensor, Tensor]:
+        # Sorting costs more than all the rest.
+        borders = _border(logits * choices.scales[:, None], choices) if filtered else None
+        tokens, best = self._kernels.choose(logits, choices.scales, choices.keys, borders)
+        return tokens, best
 
 
-def rank_tokens(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[Logprob]:
-    """For rows of logprobs [R, vocab]: the value of a token and the `counts[i]` most likely ones."""
-    values = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None]).squeeze(1).tolist()
-    most = max(counts)
-    if most == 0:
-        return [Logprob(token, value) for token, value in zip(tokens, values, strict=True)]
-    top = logprobs.topk(most, dim=-1)
-    ids, tops = top.indices.tolist(), top.values.tolist()
-    return [
-        Logprob(token, value, ids[i][: counts[i]], tops[i][: counts[i]])
-        for i, (token, value) in enumerate(zip(tokens, values, strict=True))
-    ]
+class Ranked:
+    """For rows of logprobs [R, vocab]: the value of a token [R] and the `counts[i]` most likely ones, on their way to
+    the host."""
+
+    def __init__(self, logprobs: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        # A row without a choice may name what is no token.
+        at = tokens.clamp(0, logprobs.shape[1] - 1)[:, None]
+        top = logprobs.topk(max(counts), dim=-1)
+        self._counts = counts
+        self._parts = [_to_host(t) for t in (tokens, logprobs.gather(1, at).squeeze(1), top.indices, top.values)]
+
+    def logprobs(self) -> list[Logprob]:
+        """The device has been waited for."""
+        rows = zip(self._counts, *(part.tolist() for part in self._parts), strict=True)
+        return [
+            Logprob(token, value, ids[:count], tops[:count]) if count else Logprob(token, value)
+            for count, token, value, ids, tops in rows
+        ]
 
 
-def _result(row: SampledRow, token: int, best: float) -> RowResult:
+def _filters(params: SamplingParams) -> bool:
+    return not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value else -math.inf
+
+
+def _index(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Into pinned memory, which is filled once the device has come this far."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+def _result(token: int, best: float) -> RowResult:
     if best != best:
         return RowResult(error=Failure(FailureKind.INTERNAL, "the model gave NaN logits for this request"))
     if best == float("-inf"):
         words = "no token is left to choose: all are banned, by logit_bias, min_tokens, ignore_eos or a grammar"
         return RowResult(error=Failure(FailureKind.INVALID_REQUEST, words))
-    if row.processor is not None:
-        row.processor.observe(token)
     return RowResult(token)
-
-
-def _attach_logprobs(results: list[RowResult], rows: list[SampledRow], wanted: list[int], logprobs: Tensor) -> None:
-    tokens = [results[i].token_id or 0 for i in wanted]
-    ranked = rank_tokens(logprobs, tokens, [rows[i].params.logprobs or 0 for i in wanted])
-    for i, logprob in zip(wanted, ranked, strict=True):
-        if results[i].error is None:
-            results[i] = RowResult(results[i].token_id, logprob)
-
-
-def _filter(line: Tensor, params: SamplingParams) -> None:
-    """Set to -inf what top-k, top-p and min-p leave out of one row's scaled logits [vocab]."""
-    if 0 < params.top_k < line.shape[0]:
-        line.masked_fill_(line < line.topk(params.top_k).values[-1], float("-inf"))
-    if params.top_p < 1.0:
-        line.masked_fill_(line < _top_p_border(line, params.top_p), float("-inf"))
-    if params.min_p > 0.0:
-        line.masked_fill_(line < line.max() + math.log(params.min_p), float("-inf"))
-
-
-def _top_p_border(line: Tensor, top_p: float) -> Tensor:
-    """The smallest logit of the smallest set whose probability reaches top_p."""
-    total = line.logsumexp(dim=-1)
-    look = min(_TOP_P_FIRST_LOOK, line.shape[0])
-    while True:
-        values = line.topk(look).values
-        mass = (values - total).exp().cumsum(dim=-1)
-        reached = int((mass < top_p).sum())  # how many come before the one that reaches it
-        if reached < look or look == line.shape[0]:
-            return values[min(reached, look - 1)]
-        look = line.shape[0]

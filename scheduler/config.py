@@ -29,6 +29,7 @@ class TpConfig(msgspec.Struct, frozen=True, kw_only=True):
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`max_step_tokens` bounds the tokens computed in one step, and `max_prefill_tokens` the share of prompts in a
     step in which other requests are decoding, so that streams do not freeze. `eos_ids` end any request.
+    `steps_ahead`: so many steps are launched before the result of the one before them is read.
     Grammars are compiled for the tokenizer.json in `tokenizer_dir`."""
 
     page_size: int
@@ -41,3 +42,4 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = Policy.FCFS
     prefix_cache: bool = True
     tp: TpConfig = TpConfig()
+    steps_ahead: int = 0

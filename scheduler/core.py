@@ -5,7 +5,9 @@ step spends a budget of tokens on letting the second number catch up with the fi
 first, so that a long prompt never stops the streams; prompts get what is left, in chunks. A better priority (a lower
 number) comes first in everything, and worse ones pause while it waits for its first token.
 
-`add`, `abort`, then in turn `schedule` and `commit`; news for the detokenizer pile up until `take_outputs`.
+`add`, `abort`, then in turn `schedule` and `commit`; news for the detokenizer pile up until `take_outputs`. Steps may
+be planned while earlier ones are in flight; they are committed in order. A request that has left its slot meanwhile
+takes nothing more from them. Pages and slots are given anew at once, because the device computes steps in order.
 
 Invariants: each request that was added ends in exactly one `TokenOut` with `finish` or `failure`; the pages invariant
 of `KVManager`; a request that fits the pool alone is never failed for lack of pages.
@@ -17,7 +19,7 @@ from llguidance import LLMatcher
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
-from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepResult
+from ramet.ipc.step import Admission, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.grammar import advance, matcher_failure
 from ramet.scheduler.kv_manager import KVManager
@@ -65,7 +67,8 @@ class SchedulerCore:
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._released: list[int] = []
         self._outputs: list[TokenOut] = []
-        self._planned: list[Request] = []  # one for each row of the plan that is under way
+        # By step in flight: the request of each row, and its turn.
+        self._flights: dict[int, list[tuple[Request, int]]] = {}
         self._growth = _GROWTH_START
         self._arrivals = 0
         self._now = 0.0
@@ -82,7 +85,7 @@ class SchedulerCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._flights)
 
     @property
     def rids(self) -> list[str]:
@@ -115,39 +118,41 @@ class SchedulerCore:
                 self._end(request, TokenOut(rid, finish=Finish(FinishReason.ABORT)))
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """The next step; None if there is nothing to compute. Each plan must be committed (or failed) before the
-        next is asked for. `now` (of `time.monotonic`) becomes the `scheduled_at` of who is let in."""
+        """The next step; None if there is nothing to compute, or not before a step in flight is committed. Each plan
+        must be committed or failed. `now` (of `time.monotonic`) becomes the `scheduled_at` of who is let in."""
         self._now = now
         while not (planned := self._plan_rows()):
-            if not self._running:
+            if self._flights or not self._running:
                 return None
             # Prompts hold all the pages and none can go on: the last comer gives way.
             self._preempt(self._running[-1])
-        self._planned = [request for request, _ in planned]
         self.counters.steps += 1
+        self._flights[self.counters.steps] = [(request, request.turn) for request, _ in planned]
         self._growth = max(_GROWTH_MIN, self._growth - _GROWTH_DECAY)
         released, self._released = self._released, []
         return StepPlan(
             step=self.counters.steps,
             rows=[row for _, row in planned],
-            token_ids=[t for r, row in planned for t in r.tokens[row.start : row.start + row.length]],
-            admissions=[self._announce(r) for r in self._planned if not r.announced],
-            grants=[grant for r in self._planned if (grant := _grant(r))],
+            token_ids=[token for request, row in planned for token in request.inputs(row)],
+            admissions=[self._announce(request) for request, _ in planned if not request.announced],
+            grants=[grant for request, _ in planned if (grant := request.take_grant())],
             released=released,
         )
 
     def constrained(self, plan: StepPlan) -> list[tuple[int, Request]]:
-        """Requests of the plan under way that sample under a grammar, by their index among the sampled rows."""
-        sampled = [request for request, row in zip(self._planned, plan.rows, strict=True) if row.sample]
+        """Requests of a plan in flight that sample under a grammar, by their index among the sampled rows."""
+        flight = self._flights[plan.step]
+        sampled = [request for (request, _), row in zip(flight, plan.rows, strict=True) if row.sample]
         return [(i, request) for i, request in enumerate(sampled) if request.matcher is not None]
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what the step gave: new tokens, finished requests, pages that others may now share."""
-        for request, row, got in zip(self._planned, plan.rows, result.rows, strict=True):
-            if request.slot != row.slot or self._requests.get(request.rid) is not request:
-                continue  # aborted while the step ran
+        for (request, turn), row, got in zip(self._flights.pop(plan.step), plan.rows, result.rows, strict=True):
+            if request.turn != turn:
+                continue  # it has ended or given way since
             self.counters.computed_tokens += row.length
-            request.num_computed = row.start + row.length
+            request.num_stored = row.start + row.length
+            request.num_in_flight -= row.sample
             if got.error is not None:
                 self._fail(request, matcher_failure(request) or got.error)
                 continue
@@ -156,15 +161,13 @@ class SchedulerCore:
                 self.kv.publish(request)
             if row.sample:
                 self._take_token(request, got)
-            elif request.num_remaining == 0:  # max_tokens is 0: the prompt was all that was asked
+            elif request.num_stored == len(request.tokens):  # max_tokens is 0: the prompt was all that was asked
                 self._finish(request, [], got, Finish(FinishReason.LENGTH))
-        self._planned = []
 
-    def fail_step(self, failure: Failure) -> None:
-        """The step under way did not run: end its requests. Their pages are not trusted and go back unpublished."""
-        planned, self._planned = self._planned, []
-        for request in planned:
-            if self._requests.get(request.rid) is request:
+    def fail_step(self, plan: StepPlan, failure: Failure) -> None:
+        """The step did not run: end its requests. Their pages are not trusted and go back unpublished."""
+        for request, turn in self._flights.pop(plan.step):
+            if request.turn == turn:
                 self._fail(request, failure)
 
     def take_outputs(self) -> list[TokenOut]:
@@ -183,16 +186,15 @@ class SchedulerCore:
         urgent = min((r.priority for r in self._running if r.awaits_first_token), default=None)
         active = [r for r in self._running if urgent is None or r.priority <= urgent]
         planned = self._plan_decodes(active)
-        budget = self._prompt_budget(urgent or 0, active)
+        budget = self._prompt_budget(urgent or 0, len(planned))
         for request in active:
             if request.slot is not None and request.num_remaining > 1:
                 budget -= self._plan_chunk(request, budget, planned)
         planned.sort(key=lambda item: item[1].length > 1)  # a prompt's last chunk may have one token as well
         return planned
 
-    def _prompt_budget(self, priority: int, active: list[Request]) -> int:
+    def _prompt_budget(self, priority: int, num_decoding: int) -> int:
         """Tokens of a step that prompts of this priority may have beside the requests that decode."""
-        num_decoding = sum(r.slot is not None and r.num_remaining == 1 for r in active)
         share = self.config.max_prefill_tokens if num_decoding else self.config.max_step_tokens
         if priority > 0:
             share = min(share, max(1, int(self.config.max_prefill_tokens * _YIELDING_SHARE)))
@@ -202,10 +204,10 @@ class SchedulerCore:
         """A row for each request that lacks one token; the oldest first, the newest give way if pages run out."""
         planned: list[tuple[Request, Row]] = []
         for request in [r for r in active if r.num_remaining == 1]:
-            while request.slot is not None and not self.kv.reserve(request, len(request.tokens)):
+            while request.slot is not None and not self.kv.reserve(request, request.num_computed + 1):
                 self._preempt(self._running[-1])
             if request.slot is not None:
-                planned.append((request, _row(request, 1)))
+                planned.append((request, request.plan_row(1)))
         return planned
 
     def _plan_chunk(self, request: Request, budget: int, planned: list[tuple[Request, Row]]) -> int:
@@ -216,7 +218,7 @@ class SchedulerCore:
         length = min(length, room)
         if length <= 0 or not self.kv.reserve(request, request.num_computed + length):
             return 0
-        planned.append((request, _row(request, length)))
+        planned.append((request, request.plan_row(length)))
         return length
 
     def _room(self, request: Request) -> int:
@@ -234,7 +236,7 @@ class SchedulerCore:
         for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
             ahead = [r for r in self._running if r.priority <= request.priority]
             owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
-            if owed >= self._prompt_budget(request.priority, ahead):
+            if owed >= self._prompt_budget(request.priority, sum(r.num_remaining == 1 for r in ahead)):
                 return  # it would not get a token
             if self.kv.awaits_prefix(request, self.kv.cached_length(request)):
                 continue
@@ -365,6 +367,7 @@ class SchedulerCore:
         self._released.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = None
+        request.turn += 1
 
     def _check(self, message: Generate) -> int:
         """The request's effective max_tokens; raises `RequestError` if it cannot fit even alone."""
@@ -382,24 +385,3 @@ class SchedulerCore:
                 code="context_length_exceeded",
             )
         return min(wanted, room)
-
-
-def _row(request: Request, length: int) -> Row:
-    """The next `length` tokens of a request; the last known one, once computed, gives the next."""
-    assert request.slot is not None
-    return Row(
-        slot=request.slot,
-        start=request.num_computed,
-        length=length,
-        sample=request.num_remaining == length and request.max_tokens > 0,
-        prompt_logprobs=request.wants_prompt_logprobs,
-    )
-
-
-def _grant(request: Request) -> PageGrant | None:
-    """Pages that the runner has not been told of."""
-    first = request.num_granted
-    if first == len(request.pages) or request.slot is None:
-        return None
-    request.num_granted = len(request.pages)
-    return PageGrant(request.slot, first, request.pages[first:])

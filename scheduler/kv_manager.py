@@ -49,7 +49,7 @@ class KVManager:
         node, pages = self.cache.match(request.tokens, self._reuse_limit(request) if self._enabled else 0)
         self.cache.lock(node)
         request.node, request.pages, request.num_shared = node, pages, len(pages)
-        request.num_computed = len(pages) * self.page_size
+        request.num_computed = request.num_stored = len(pages) * self.page_size
         request.num_granted = 0
         if self._enabled:
             for page_hash in self._hashes(request)[len(pages) :]:
@@ -68,8 +68,8 @@ class KVManager:
         return True
 
     def publish(self, request: Request) -> None:
-        """Hand the whole pages computed so far to the tree, where others can find them."""
-        whole = request.num_computed // self.page_size
+        """Hand the whole pages stored so far to the tree, where others can find them."""
+        whole = request.num_stored // self.page_size
         first = request.num_shared
         if not self._enabled or whole <= first:
             return
@@ -84,7 +84,9 @@ class KVManager:
         self._forget_pending(request, first, whole)
 
     def close(self, request: Request, publish: bool) -> None:
-        """Take everything back. With `publish`, what was computed stays in the tree for others (and for a resume)."""
+        """Take everything back. With `publish`, what is stored stays in the tree for others (and for a resume).
+
+        A step in flight may still write to these pages: whoever gets them is computed after it."""
         if request.node is None:
             return
         if publish:
@@ -92,7 +94,8 @@ class KVManager:
         self._forget_pending(request, request.num_shared, len(request.page_hashes))
         self.allocator.free(request.pages[request.num_shared :])
         self.cache.unlock(request.node)
-        request.node, request.pages, request.num_shared, request.num_computed = None, [], 0, 0
+        request.node, request.pages, request.num_shared = None, [], 0
+        request.num_computed = request.num_stored = request.num_in_flight = 0
 
     def flush(self) -> int:
         """Drop every cached page that nobody reads; returns how many."""

@@ -36,6 +36,7 @@ class Ranks:
         self._server = server
         self._peers = peers
         self.group = group
+        self.num_peers = len(peers)
         self._is_remote = bool(config.host)  # those on this machine are watched by the launcher
 
     def send(self, plan: StepPlan) -> None:

@@ -1,19 +1,22 @@
 """`Request`: all that the scheduler knows of one request, as plain data.
 
-The one counter that drives scheduling: `num_computed` catches up with `len(tokens)`. A prompt, a chunk of it, a decode
-step and the resumption after a preemption differ only in how far behind it is.
+The one counter that drives scheduling: `num_computed` catches up with the tokens. A prompt, a chunk of it, a decode
+step and the resumption after a preemption differ only in how far behind it is. It counts what has been planned: a step
+whose result is not here yet may have sampled a token that only the device knows (`num_in_flight`), and `num_stored` is
+behind by what such steps compute.
 """
 
 from llguidance import LLMatcher
 
 from ramet.ipc.messages import Generate, Logprob
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import UNKNOWN_TOKEN, PageGrant, Row
 from ramet.scheduler.radix_cache import Node
 
 
 class Request:
     """`tokens`: prompt, then generated. `pages[:num_shared]` belong to the radix tree (locked at `node`), the rest to
-    this request. `slot`: its place in the model runner while it runs, else None."""
+    this request. `slot`: its place in the model runner while it runs, else None. `turn` counts the slots it has had."""
 
     __slots__ = (
         "admitted_sent",
@@ -26,7 +29,9 @@ class Request:
         "node",
         "num_computed",
         "num_granted",
+        "num_in_flight",
         "num_shared",
+        "num_stored",
         "page_hashes",
         "pages",
         "params",
@@ -41,6 +46,7 @@ class Request:
         "stream",
         "tokenized_at",
         "tokens",
+        "turn",
     )
 
     def __init__(
@@ -67,7 +73,10 @@ class Request:
         self.tokenized_at = message.tokenized_at
         self.scheduled_at = 0.0  # at the first admission
         self.num_computed = 0
+        self.num_stored = 0  # computed by steps that have been committed
+        self.num_in_flight = 0  # tokens sampled by steps that have not
         self.slot: int | None = None
+        self.turn = 0
         self.announced = False  # whether the runner has heard of it since it took its slot
         self.pages: list[int] = []
         self.num_shared = 0
@@ -84,13 +93,16 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet: 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that could be computed now: 1 while decoding. None while the host must first see the token in flight:
+        the grammar needs it, or it is the last."""
+        if self.num_in_flight and (self.matcher or self.num_generated + self.num_in_flight >= self.max_tokens):
+            return 0
+        return len(self.tokens) + self.num_in_flight - self.num_computed
 
     @property
     def awaits_first_token(self) -> bool:
         """Whether somebody waits for its prompt to be computed (again, after a preemption)."""
-        return self.num_generated == 0 or self.num_remaining > 1
+        return self.num_generated + self.num_in_flight == 0 or self.num_remaining > 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -101,3 +113,21 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """Whether some prompt token's log-probability is still owed."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len - 1
+
+    def plan_row(self, length: int) -> Row:
+        """The next `length` tokens; the last of all, once computed, gives the next."""
+        assert self.slot is not None
+        start, sample = self.num_computed, self.num_remaining == length and self.max_tokens > 0
+        scored = self.wants_prompt_logprobs and start < self.prompt_len - 1
+        self.num_computed += length
+        self.num_in_flight += sample
+        return Row(self.slot, start, length, sample, scored)
+
+    def inputs(self, row: Row) -> list[int]:
+        """The tokens of a planned row; what only the device knows is a row of its own."""
+        return self.tokens[row.start : row.start + row.length] or [UNKNOWN_TOKEN]
+
+    def take_grant(self) -> PageGrant | None:
+        """Pages that the runner has not been told of; from now on it has."""
+        first, self.num_granted = self.num_granted, len(self.pages)
+        return PageGrant(self.slot, first, self.pages[first:]) if self.slot is not None and self.pages[first:] else None

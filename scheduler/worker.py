@@ -4,7 +4,6 @@ Takes messages, plans, executes, commits, sends news; blocks on its inbox when t
 """
 
 import logging
-import time
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
@@ -24,12 +23,12 @@ from ramet.ipc.messages import (
     Wake,
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
-from ramet.ipc.step import StepPlan, StepResult
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.grammar_pool import GrammarPool
+from ramet.scheduler.pipeline import Pipeline
 from ramet.scheduler.ranks import SETUP_ERRORS, Ranks, lead
 from ramet.scheduler.stats import StatsReporter
 
@@ -90,21 +89,18 @@ class Worker:
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
+        self._pipeline = Pipeline(core, runner, self._grammars.fill, config.steps_ahead, ranks, self._stats.add)
 
     def loop(self) -> None:
         while True:
             self._pulse.beat()
             self._take_messages()
-            begun = time.monotonic()
-            plan = self._core.schedule(begun)
-            if plan is not None:
-                self._step(plan, begun)
-            else:
+            if not (ended := self._pipeline.turn()):
                 self._ranks.check()
             outputs = self._core.take_outputs()
             if outputs:
                 self._detokenizer.send(TokenBatch(outputs))
-            if plan is not None or outputs:
+            if ended or outputs:
                 self._report()
 
     def _take_messages(self) -> None:
@@ -143,27 +139,6 @@ class Worker:
         for held in self._grammars.take_held(rids):
             self._core.add(held)
         self._core.abort(rids)
-
-    def _step(self, plan: StepPlan, begun: float) -> None:
-        planned = time.monotonic()
-        try:
-            constrained = self._core.constrained(plan)
-            masks = self._grammars.fill(constrained) if constrained else None
-            self._ranks.send(plan)
-            result: StepResult = self._runner.execute(plan, masks)
-        # Whatever goes wrong inside a step ends that step's requests, not the server; but several ranks are not in step
-        # any more. An error in the core's own bookkeeping, here and below, is not caught: nobody could trust its pages.
-        except Exception as error:
-            if self._ranks.group.size > 1:
-                raise
-            log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
-            ran = time.monotonic()
-            self._core.fail_step(Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
-            self._runner.recover()
-        else:
-            ran = time.monotonic()
-            self._core.commit(plan, result)
-        self._stats.add(begun, planned, ran, len(plan.rows))
 
     def _report(self) -> None:
         core, kv = self._core, self._core.kv

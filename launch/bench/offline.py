@@ -5,22 +5,27 @@ What it measures is the ceiling of a server with the same flags. Loads torch: im
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import tqdm
 
 from ramet.ipc.messages import Generate
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.step import TokenMasks
 from ramet.launch.bench.workload import Scale, Workload, draw_items
 from ramet.launch.config import EngineConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.core import SchedulerCore
+from ramet.scheduler.pipeline import Pipeline
+from ramet.scheduler.request import Request
 
 
 def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
     """All requests wait from the start. Raises ValueError for one that this engine would refuse."""
     runner = ModelRunner(config.runner, lambda text: None)
     core = SchedulerCore(config.scheduler, runner.num_pages)
+    pipeline = Pipeline(core, runner, _no_masks, config.scheduler.steps_ahead)
     items = draw_items(load, range(runner.vocab_size), Scale(), "measured", load.num_requests)
     for index, item in enumerate(items):
         params = SamplingParams(
@@ -37,9 +42,13 @@ def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
                 if out.failure is not None:
                     raise ValueError(f"request {out.rid} failed: {out.failure.message}")
                 bar.update(out.finish is not None)
-            if (plan := core.schedule()) is None:
+            if not core.has_work:
                 break
-            core.commit(plan, runner.execute(plan))
+            pipeline.turn()
     wall_s, totals = time.perf_counter() - started_s, dataclasses.asdict(core.counters)
     rates = {f"{name}_per_s": totals[name] / wall_s for name in ("finished", "prompt_tokens", "generated_tokens")}
     return {"wall_s": wall_s, **totals, **rates}
+
+
+def _no_masks(rows: list[tuple[int, Request]]) -> Callable[[], TokenMasks]:
+    raise AssertionError("no request of a benchmark has a grammar")

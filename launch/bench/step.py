@@ -23,10 +23,10 @@ from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.models.decoder import DecoderSpec
 from ramet.model_runner.runner import ModelRunner
 
-_READ_BYTES = 512 * 2**20  # more than any cache holds
+_READ_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}  # more than any cache holds, and long beside a launch
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _TRIES = 10
-_WEIGHT_BYTES = {"int8": 1.0, "int4": 5 / 8}  # 4 bits, and two scales of 16 bits for each 32 weights
+_WEIGHT_BYTES = {"int8": 1.0, "int4": 5 / 8, "fp8": 1.0}  # 4 bits, and two scales of 16 bits for each 32 weights
 _SHOWN = ("p50_ms", "p90_ms", "p99_ms", "floor_ms", "ratio")
 
 
@@ -61,7 +61,8 @@ def run_steps(config: EngineConfig, batch_sizes: list[int], contexts: list[int],
     bench = _StepBench(config.runner, cases)
     quantization = config.runner.quantization
     weight_bytes = _WEIGHT_BYTES[quantization] if quantization else dtype.itemsize
-    machine = measure_machine(bench.device, torch.int8 if quantization else dtype)
+    products = {None: dtype, "fp8": torch.float8_e4m3fn}.get(quantization, torch.int8)
+    machine = measure_machine(bench.device, products)
     steps = []
     for case in tqdm.tqdm(cases, unit="case", disable=None):
         times = distribution((seconds, 1) for seconds in bench.time(case, repeats)) or {}
@@ -115,13 +116,22 @@ def step_work(spec: DecoderSpec, case: Case, *, weight_bytes: float, kv_bytes: f
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """The best of a few tries, with the threads that the model has. `dtype` is of the products' inputs."""
-    first, second = torch.ones(2, _READ_BYTES // 8, device=device)
+    size = _READ_BYTES[device.type]
+    first, second = torch.ones(2, size // 8, device=device)
     side = _MATRIX[device.type]
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     read_s = min(_seconds(lambda: torch.dot(first, second).item()) for _ in range(_TRIES))
-    multiply = torch._int_mm if dtype is torch.int8 else F.linear
-    product_s = min(_seconds(lambda: multiply(left, right)[0, 0].item()) for _ in range(_TRIES))
-    return Machine(_READ_BYTES / read_s, 2 * side**3 / product_s)
+    product_s = min(_seconds(lambda: _multiply(left, right)[0, 0].item()) for _ in range(_TRIES))
+    return Machine(size / read_s, 2 * side**3 / product_s)
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.dtype is torch.int8:
+        return torch._int_mm(left, right)
+    if left.dtype is torch.float8_e4m3fn:
+        scale = torch.ones((), device=left.device)
+        return torch._scaled_mm(left, right.t(), scale, scale, out_dtype=torch.bfloat16)
+    return F.linear(left, right)
 
 
 def _seconds(function: Callable[[], object]) -> float:

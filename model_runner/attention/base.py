@@ -15,6 +15,9 @@ class AttentionBackend(abc.ABC):
     """Rows mix freely: one-token decodes first, then prefill chunks of any length."""
 
     name: str
+    # Whether `forward` takes the rows' lengths from the device alone, beside `num_decodes` and the longest query, and
+    # never waits for it: a decode step can then be captured in a CUDA graph.
+    capturable: bool = True
 
     @abc.abstractmethod
     def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:

@@ -11,6 +11,7 @@ class CpuBackend(AttentionBackend):
     """Raises KernelUnavailable if there is no compiler."""
 
     name = "cpu"
+    capturable = False
 
     def __init__(self) -> None:
         self._kernel = PagedAttention()

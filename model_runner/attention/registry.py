@@ -1,4 +1,5 @@
-"""Attention backends by the name that `--attention-backend` takes."""
+"""Attention backends by the name that `--attention-backend` takes. Those for CUDA are imported when chosen: triton is
+of no use on a CPU, and flash-attention may not be there."""
 
 import logging
 
@@ -11,16 +12,22 @@ from ramet.model_runner.attention.torch_backend import TorchBackend
 
 log = logging.getLogger(__name__)
 
+_CUDA_BACKENDS = ("triton", "fa3")
+
 
 def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """`auto` takes the C kernel on a CPU where it can be built, else plain torch.
+    """`auto` takes the Triton kernel on CUDA, the C kernel on a CPU where it can be built, else plain torch.
 
     Raises ValueError, with words for the user, for a backend that is not known or does not work here.
     """
     if name == TorchBackend.name:
         return TorchBackend()
+    if name in _CUDA_BACKENDS or (name == "auto" and device.type == "cuda"):
+        return _cuda_backend(name, device, dtype)
+    if name == "flashinfer":
+        raise ValueError("the flashinfer backend is not built; there are: auto, cpu, torch, triton, fa3")
     if name not in ("auto", CpuBackend.name):
-        raise ValueError(f"attention backend {name!r} is not known; there are: auto, cpu, torch")
+        raise ValueError(f"attention backend {name!r} is not known; there are: auto, cpu, torch, triton, fa3")
     try:
         if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
             raise KernelUnavailable(
@@ -32,3 +39,22 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
             raise ValueError(str(error)) from error
         log.log(logging.WARNING if device.type == "cpu" else logging.INFO, "attention backend: torch (%s)", error)
         return TorchBackend()
+
+
+def _cuda_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    if device.type != "cuda":
+        raise ValueError(f"the {name} backend works on CUDA, not on {device}")
+    if name == "fa3":
+        from ramet.model_runner.attention.fa3_backend import Fa3Backend
+
+        capability = torch.cuda.get_device_capability(device)
+        if capability != (9, 0) or dtype is torch.float32:
+            found = f"sm_{capability[0]}{capability[1]} and {dtype}"
+            raise ValueError(f"the fa3 backend needs an H100 or H200 (sm_90) and a half type, not {found}")
+        try:
+            return Fa3Backend()
+        except ImportError as error:
+            raise ValueError(f"the fa3 backend needs a package: pip install tokenspeed-fa3 ({error})") from error
+    from ramet.model_runner.attention.triton_backend import TritonBackend
+
+    return TritonBackend.on(device)

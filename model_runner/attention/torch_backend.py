@@ -13,6 +13,7 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 
 class TorchBackend(AttentionBackend):
     name = "torch"
+    capturable = False
 
     def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:
         pool, decodes = ctx.kv_pool, ctx.num_decodes

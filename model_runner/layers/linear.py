@@ -40,9 +40,11 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _INVARIANT_ROWS)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden [N, in] -> [N, out]; the weight may be packed. On a CPU a row's result does not depend on N: what a
-    request is answered must not depend on who else is in the batch."""
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None) -> Tensor:
+    """hidden [N, in] -> [N, out]; the weight may be packed, or in 8 bits with a scale. On a CPU a row's result does not
+    depend on N: what a request is answered must not depend on who else is in the batch."""
+    if weight_scale is not None:
+        return _fp8_linear(hidden, weight, weight_scale, bias)
     rows = hidden.shape[0]
     lacking = -rows % _INVARIANT_ROWS
     if lacking and hidden.device.type == "cpu" and (rows < _INVARIANT_ROWS or hidden.dtype is torch.float32):
@@ -50,6 +52,33 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return F.linear(hidden, weight, bias)
+
+
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(_FP8).max
+FP8_SIZE_MULTIPLE = 16  # of both sizes of a matrix that `torch._scaled_mm` takes
+
+
+def _fp8_linear(hidden: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """weight [out, in] in float8, weight_scale [1, out]. Each token is rounded by a scale of its own."""
+    rounded, scale = _to_fp8(hidden)
+    product = torch._scaled_mm(
+        rounded, weight.t(), scale_a=scale, scale_b=weight_scale, out_dtype=hidden.dtype, use_fast_accum=True
+    )
+    return product if bias is None else product + bias
+
+
+def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [N, K] -> the same in float8, and the scale [N, 1] float32 that brings each row back."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-12) / _FP8_MAX
+    return (rows.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), scale
+
+
+def round_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
+    """Round a loaded layer's weight to float8 (e4m3), each output by a scale of its own."""
+    rounded, scale = _to_fp8(module.weight)
+    del module.weight  # a parameter's name takes no other tensor
+    module.weight, module.weight_scale = rounded, scale.t().contiguous()
 
 
 def pack_weight(module: "ColumnParallelLinear | RowParallelLinear") -> None:
@@ -89,9 +118,10 @@ class ColumnParallelLinear(nn.Module):
         self.local_sizes = [len(span) for span in self.spans.values()]
         self.weight: Tensor = empty_parameter(sum(self.local_sizes), in_features, dtype=dtype)
         self.bias = empty_parameter(sum(self.local_sizes), dtype=dtype) if bias else None
+        self.weight_scale: Tensor | None = None  # [1, out] of a weight in float8
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias, self.weight_scale)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         first = 0
@@ -126,11 +156,12 @@ class RowParallelLinear(nn.Module):
         self.span = range(units.start * unit, units.stop * unit)
         self.weight: Tensor = empty_parameter(out_features, len(self.span), dtype=dtype)
         self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
+        self.weight_scale: Tensor | None = None  # [1, out] of a weight in float8
 
     def forward(self, hidden: Tensor) -> Tensor:
         # Only one rank may add the bias: the outputs are summed.
         bias = self.bias if self.group.rank == 0 else None
-        return self.group.all_reduce(linear(hidden, self.weight, bias))
+        return self.group.all_reduce(linear(hidden, self.weight, bias, self.weight_scale))
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         out_features = self.weight.shape[0]

@@ -41,7 +41,7 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        weights, chosen = self._route(hidden)
+        weights, chosen = self.route(hidden)
         # Sorted by expert, the assignments of one expert are neighbours: [N * top_k].
         order = chosen.flatten().argsort(stable=True)
         tokens = order // self.top_k
@@ -60,7 +60,7 @@ class MoE(nn.Module):
             first = last
         return self.group.all_reduce(output)
 
-    def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, top_k] in hidden's precision, and experts [N, top_k] int64."""
         probabilities = linear(hidden, self.router).softmax(-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)

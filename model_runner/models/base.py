@@ -13,6 +13,7 @@ class CausalLM(nn.Module, abc.ABC):
 
     kv_specs: list[KVSpec]
     vocab_size: int
+    capturable: bool = True  # nothing in it waits for the device
 
     @abc.abstractmethod
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ramet.model_runner.context import AttentionContext, AttentionSpec
 from ramet.model_runner.kv_pool import KVSpec
 from ramet.model_runner.layers.embedding import VocabMatrix
-from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack, pack_weight
+from ramet.model_runner.layers.linear import (
+    FP8_SIZE_MULTIPLE,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    can_pack,
+    pack_weight,
+    round_weight,
+)
 from ramet.model_runner.layers.mlp import GatedMLP
 from ramet.model_runner.layers.moe import MoE
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
@@ -209,6 +216,16 @@ class Decoder(CausalLM):
         logits = self.head.logits(hidden)
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def round_to_fp8(self) -> None:
+        """Round the weights of the dense products, now loaded; embedding and head stay as they are. Raises ValueError
+        for sizes that cannot be multiplied so."""
+        modules = [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+        for size in (size for module in modules for size in module.weight.shape):
+            if size % FP8_SIZE_MULTIPLE:
+                raise ValueError(f"a layer's size is {size}, but must be a multiple of {FP8_SIZE_MULTIPLE}")
+        for module in modules:
+            round_weight(module)
 
     def pack(self) -> None:
         """Bring the weights, now loaded, into the layout that multiplies fastest here, where there is one."""

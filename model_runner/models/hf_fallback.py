@@ -83,6 +83,8 @@ def _paged_attention(
 class FallbackLM(CausalLM):
     """Wraps a transformers model. One forward at a time: the bridge holds the context while it runs."""
 
+    capturable = False  # nobody knows what is in it
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model

@@ -47,6 +47,8 @@ def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> Caus
     hf_config = _read_config(config)
     build = NATIVE.get(architecture_of(hf_config))
     if build is None:
+        if config.quantization is not None:
+            raise WeightsError(f"quantization {config.quantization} is for native models, not for the fallback")
         # Imported when needed: transformers' modelling code takes two seconds to import.
         from ramet.model_runner.models.hf_fallback import load_fallback
 
@@ -146,7 +148,9 @@ def _load_native(
 
 def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
     """The model in the form that is fastest here, its weights in the layout for it."""
-    bits = {None: 16, "int8": 8, "int4": 4}[config.quantization]
+    if config.quantization == "fp8":
+        _round_to_fp8(model, config)
+    bits = {None: 16, "fp8": 16, "int8": 8, "int4": 4}[config.quantization]
     why_not = (
         "it computes dense models in bfloat16 on one CPU rank, with pages of a multiple of 16 tokens and layers whose "
         f"sizes are multiples of {32 if bits < 16 else 16}"
@@ -157,10 +161,36 @@ def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
         except KernelUnavailable as error:
             log.warning("computing with plain torch, which is slower: %s", error)
             why_not = str(error)
+    if bits == 16 and config.attention_backend != "torch" and config.device.startswith("cuda"):
+        # Imported when needed: a CPU has no use for triton.
+        from ramet.model_runner.models import cuda_decoder
+
+        if cuda_decoder.covers(model):
+            return cuda_decoder.CudaDecoder(model).eval()
+        log.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
     if bits < 16:
         raise WeightsError(f"quantization {config.quantization} needs the C kernel of whole decoders: {why_not}")
     model.pack()
     return model.eval()
+
+
+def _round_to_fp8(model: Decoder, config: RunnerConfig) -> None:
+    device = torch.device(config.device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    why_not = None
+    if capability is None or capability < (8, 9):
+        found = f"{device} has {capability[0]}.{capability[1]}" if capability else f"the device is {device}"
+        why_not = f"it needs CUDA with compute capability 8.9 or newer, and {found}"
+    elif config.dtype != "bfloat16":
+        why_not = f"it needs --dtype bfloat16, not {config.dtype}"
+    elif any(layer.moe is not None for layer in model.spec.layers):
+        why_not = "experts are not rounded, and would be most of the model"
+    try:
+        if why_not is not None:
+            raise ValueError(why_not)
+        model.round_to_fp8()
+    except ValueError as error:
+        raise WeightsError(f"quantization fp8 cannot be used: {error}") from error
 
 
 def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource | None:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from support.attention_cases import Case
 
 from ramet.kernels.cpu.build import KernelUnavailable, load_kernel
 from ramet.model_runner.attention.cpu_backend import CpuBackend
 from ramet.model_runner.attention.registry import make_backend
 from ramet.model_runner.attention.torch_backend import TorchBackend
-from ramet.model_runner.context import AttentionSpec, ForwardContext
-from ramet.model_runner.kv_pool import KVPool, KVSpec
 
 CPU = torch.device("cpu")
 
@@ -19,54 +18,6 @@ def backend() -> CpuBackend:
         return CpuBackend()
     except KernelUnavailable as error:
         pytest.skip(f"no C compiler: {error}")
-
-
-class Case:
-    """A pool with random content and rows with random page tables; `rows` are (context, new tokens)."""
-
-    def __init__(self, rows, heads=6, kv_heads=2, key_dim=64, value_dim=64, page_size=16, dtype=torch.bfloat16, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        self.rows = rows
-        pages_needed = [-(-context // page_size) for context, _ in rows]
-        num_pages = sum(pages_needed) + 3
-        self.pool = KVPool([KVSpec(kv_heads, key_dim, value_dim)], num_pages, page_size, dtype, CPU)
-        self.pool.keys[0].copy_(randn(*self.pool.keys[0].shape))
-        self.pool.values[0].copy_(randn(*self.pool.values[0].shape))
-        order = torch.randperm(num_pages, generator=generator).tolist()
-        self.tables = [[order.pop() for _ in range(count)] for count in pages_needed]
-        self.queries = [randn(new, heads, key_dim) for _, new in rows]
-
-    def context(self, parts: list[tuple[int, int, int]], backend) -> tuple[torch.Tensor, ForwardContext]:
-        """`parts`: (row, first, last) of the row's new tokens."""
-        lengths = [last - first for _, first, last in parts]
-        starts = [self.rows[row][0] - self.rows[row][1] + first for row, first, _ in parts]
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        table = torch.zeros(len(parts), max(len(self.tables[row]) for row, _, _ in parts), dtype=torch.int32)
-        for i, (row, _, _) in enumerate(parts):
-            table[i, : len(self.tables[row])] = torch.tensor(self.tables[row])
-        seq_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
-        ctx = ForwardContext(
-            positions=torch.cat([torch.arange(s, e) for s, e in zip(starts, seq_lens, strict=True)]),
-            slot_mapping=torch.empty(0),
-            cu_q=ends.int(),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-            block_table=table,
-            query_lens=lengths,
-            context_lens=seq_lens,
-            num_decodes=sum(length == 1 for length in lengths),
-            kv_pool=self.pool,
-            backend=backend,
-        )
-        return torch.cat([self.queries[row][first:last] for row, first, last in parts]), ctx
-
-    def run(self, backend, parts=None, **spec) -> torch.Tensor:
-        parts = parts or [(row, 0, new) for row, (_, new) in enumerate(self.rows)]
-        query, ctx = self.context(parts, backend)
-        return backend.forward(AttentionSpec(0, 0.125, **spec), query, ctx)
 
 
 MIXED = [(1, 1), (64, 1), (65, 1), (300, 1), (5, 5), (100, 40), (200, 130)]

@@ -101,7 +101,7 @@ def test_ranks_on_one_machine_have_a_gpu_each() -> None:
     first, second, *_ = engine_processes(config, Addresses("/x"))
     assert (first.arguments[0]["tp"]["address"], first.arguments[1]["device_index"]) == ("ipc:///x/ranks", 4)
     assert (second.name, second.arguments[0]["rank"], second.arguments[1]["device_index"]) == ("scheduler-1", 1, 5)
-    assert second.arguments[1]["memory_fraction"] == 0.85
+    assert second.arguments[1]["memory_fraction"] == 0.95
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,19 @@ def test_ranks_on_one_machine_have_a_gpu_each() -> None:
 def test_machines_that_cannot_work_together(args: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         resolve(ServerArgs(**{**TWO_NODES, **args}), model())
+
+
+def test_graphs_and_steps_ahead() -> None:
+    def chosen(**args: object) -> tuple[int, int]:
+        config = resolve(ServerArgs(**args), model())
+        return config.runner.cuda_graph_max_bs, config.scheduler.steps_ahead
+
+    assert chosen(device="cpu") == chosen(device="cpu", cuda_graph_max_bs=8) == (0, 0)
+    assert chosen(device="cuda") == (256, 1)
+    assert chosen(device="cuda", max_running_requests=20) == (20, 1)
+    assert chosen(device="cuda", max_running_requests=1000) == (256, 1)
+    assert chosen(device="cuda", cuda_graph_max_bs=8, disable_overlap_schedule=True) == (8, 0)
+    assert chosen(device="cuda", disable_cuda_graph=True) == (0, 1)
 
 
 @pytest.mark.parametrize(

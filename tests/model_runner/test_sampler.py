@@ -1,6 +1,7 @@
 """The sampler's pipeline, step by step, against plain computations."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, TokenMasks
 from ramet.model_runner.logits import LogitsProcessor
 from ramet.model_runner.noise import gumbel
-from ramet.model_runner.sampler import SampledRow, choose_plainly, make_chooser
+from ramet.model_runner.sampler import (
+    CHOOSING,
+    Choices,
+    SampledRow,
+    choice_arrays,
+    choose_plainly,
+    choosing,
+    make_chooser,
+)
 from ramet.model_runner.sampler import sample as sample_with
 
 CPU = torch.device("cpu")
@@ -28,14 +37,27 @@ def chooser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(globals(), "choose_token", CHOOSERS[request.param])
 
 
-def sample(logits: torch.Tensor, rows: list[SampledRow], masks: TokenMasks | None = None) -> list:
-    return sample_with(logits, rows, choose_token, masks)
+class At(NamedTuple):
+    """A row that draws the token at a position."""
+
+    row: SampledRow
+    position: int
+
+
+def choices_of(rows: list[At]) -> Choices:
+    table = np.array([choosing(at.row.params) for at in rows], dtype=CHOOSING)
+    arrays = choice_arrays(table, np.array([at.position for at in rows]))
+    return Choices(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def sample(logits: torch.Tensor, rows: list[At], masks: TokenMasks | None = None) -> list:
+    return sample_with(logits, [at.row for at in rows], choices_of(rows), choose_token, masks).results()
 
 
 def row(position: int = 0, history: tuple[int, ...] = (), prompt_len: int = 0, eos: tuple[int, ...] = (), **params):
     sampling = SamplingParams(**params)
     admission = Admission(0, list(history), prompt_len, sampling, list(eos))
-    return SampledRow(sampling, position, LogitsProcessor(admission, VOCAB, CPU))
+    return At(SampledRow(sampling, LogitsProcessor(admission, VOCAB, CPU)), position)
 
 
 def logits_with(*pairs: tuple[int, float]) -> torch.Tensor:
@@ -50,7 +72,7 @@ def choose(logits: torch.Tensor, **kwargs) -> int:
 
 
 def draws(logits: torch.Tensor, count: int, **params) -> list[int]:
-    rows = [SampledRow(SamplingParams(**params), position, None) for position in range(count)]
+    rows = [At(SampledRow(SamplingParams(**params), None), position) for position in range(count)]
     return [result.token_id for result in sample(logits.expand(count, -1).clone(), rows)]
 
 
@@ -240,8 +262,8 @@ def test_the_kernel_chooses_what_plain_torch_chooses():
     logits = torch.randn(40, 9001, generator=generator) * 3
     logits[5, 100:200] = float("-inf")
     settings = [{"temperature": 0.0}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 50, "min_p": 0.01}]
-    rows = [SampledRow(SamplingParams(seed=i, **settings[i % 4]), 10 * i, None) for i in range(40)]
-    found = [CHOOSERS[name](logits.clone(), rows) for name in CHOOSERS]
+    rows = [At(SampledRow(SamplingParams(seed=i, **settings[i % 4]), None), 10 * i) for i in range(40)]
+    found = [choose(logits.clone(), choices_of(rows), True) for choose in CHOOSERS.values()]
     assert torch.equal(found[0][0], found[1][0])
     greedy = torch.arange(40) % 4 == 0
     assert torch.equal(found[0][1][greedy], found[1][1][greedy])
@@ -253,4 +275,4 @@ def test_noise_is_finite_where_all_bits_are_ones():
     assert torch.isfinite(gumbel([622], [0], 13070, CPU)).all()
     logits = torch.zeros(1, 13070)
     logits[0, 7] = 30.0
-    assert sample(logits, [SampledRow(SamplingParams(seed=622), 0, None)])[0].token_id == 7
+    assert sample(logits, [At(SampledRow(SamplingParams(seed=622), None), 0)])[0].token_id == 7

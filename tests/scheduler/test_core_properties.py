@@ -1,6 +1,8 @@
 """Random lives of the scheduler core: whatever is added, aborted, scheduled and committed, in tiny pools with shared
-prefixes, the pages add up after every step and each request ends exactly once."""
+prefixes, with results that come at once or a step late, the pages add up after every step, each request ends exactly
+once, and its tokens are those that it would get alone."""
 
+import collections
 import dataclasses
 
 from hypothesis import settings
@@ -10,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Generate, Logprob
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import RowResult, StepPlan, StepResult
+from ramet.ipc.step import UNKNOWN_TOKEN, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import Policy, SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 
@@ -26,13 +28,33 @@ class Slot:
     pages: list[int]
 
 
+class FakeMatcher:
+    """A grammar that allows everything, and knows what it has been told."""
+
+    def __init__(self) -> None:
+        self.consumed: list[int] = []
+
+    def consume_token(self, token: int) -> None:
+        self.consumed.append(token)
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_stopped(self) -> bool:
+        return False
+
+
 class FakeMemory:
-    """Plays the model runner: keeps, for each page, the tokens written to it, and checks what each row would read."""
+    """Plays the model runner: keeps, for each page, the tokens written to it, and checks what each row would read.
+
+    It executes plans in their order; a result that the core gets late has been there all the time."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.slots: dict[int, Slot] = {}
+        self.sampled: dict[int, int] = {}
         self.written: dict[int, list[int | None]] = {}
+        self.writers: dict[tuple[int, int], int] = {}  # the step that wrote an entry of a page last
 
     def execute(self, plan: StepPlan) -> StepResult:
         for slot in plan.released:
@@ -49,7 +71,7 @@ class FakeMemory:
         assert lengths == sorted(lengths, key=lambda n: n > 1), "decode rows come first"
         results, at = [], 0
         for row in plan.rows:
-            self._write(row.slot, row.start, plan.token_ids[at : at + row.length])
+            self._write(plan.step, row.slot, row.start, plan.token_ids[at : at + row.length])
             at += row.length
         at = 0
         for row in plan.rows:
@@ -58,14 +80,24 @@ class FakeMemory:
         assert at == len(plan.token_ids)
         return StepResult(plan.step, results)
 
-    def _write(self, slot: int, start: int, tokens: list[int]) -> None:
+    def forget(self, step: int) -> None:
+        """This step did not run after all."""
+        for (page, entry), writer in self.writers.items():
+            if writer == step:
+                self.written[page][entry] = None
+
+    def _write(self, step: int, slot: int, start: int, tokens: list[int]) -> None:
         state = self.slots[slot]
         for position, token in enumerate(tokens, start):
+            if token == UNKNOWN_TOKEN:
+                assert position == len(state.tokens), "this token was known"
+                token = self.sampled[slot]
             if position == len(state.tokens):
                 state.tokens.append(token)
             assert state.tokens[position] == token
-            page = state.pages[position // self.page_size]
-            self.written.setdefault(page, [None] * self.page_size)[position % self.page_size] = token
+            page, entry = state.pages[position // self.page_size], position % self.page_size
+            self.written.setdefault(page, [None] * self.page_size)[entry] = token
+            self.writers[page, entry] = step
 
     def _result(self, row) -> RowResult:
         state = self.slots[row.slot]
@@ -78,6 +110,8 @@ class FakeMemory:
             last = min(end, state.prompt_len - 1)
             prompt_logprobs = [Logprob(state.tokens[p + 1], -float(p)) for p in range(row.start, last)]
         token = (sum(state.tokens[:end]) * 31 + end) % 11 if row.sample else None
+        if token is not None:
+            self.sampled[row.slot] = token
         return RowResult(token, prompt_logprobs=prompt_logprobs)
 
 
@@ -113,6 +147,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.prompts: dict[str, list[int]] = {}
         self.live: dict[str, Generate] = {}
         self.generated: dict[str, list[int]] = {}
+        self.flying: collections.deque[tuple[StepPlan, StepResult]] = collections.deque()
 
     @rule(
         target=rids,
@@ -125,18 +160,21 @@ class CoreMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 5]),
         prompt_logprobs=st.sampled_from([None, 0]),
         ignore_eos=st.booleans(),
+        matcher=st.sampled_from([False, False, True]),
     )
-    def add(self, family, shared, own, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos):
+    def add(
+        self, family, shared, own, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos, matcher
+    ):
         prompt = [(family * 13 + i * 7) % 11 for i in range(shared)] + own or [1]
-        return self.submit(prompt, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos)
+        return self.submit(prompt, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos, matcher)
 
     @rule(target=rids, rid=rids, cut=st.integers(0, 6), own=st.lists(st.integers(0, 10), max_size=9))
     def follow_up(self, rid, cut, own):
         """A next turn: the prompt goes on from what an earlier request was given, or from a part of it."""
         told = self.prompts[rid] + self.generated.get(rid, [])
-        return self.submit((told[: len(told) - cut] or [1]) + own, 6, False, 0, 0, None, True)
+        return self.submit((told[: len(told) - cut] or [1]) + own, 6, False, 0, 0, None, True, False)
 
-    def submit(self, prompt, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos):
+    def submit(self, prompt, max_tokens, given_max, min_tokens, priority, prompt_logprobs, ignore_eos, matcher):
         rid = f"r{self.count}"
         self.prompts[rid] = prompt
         self.count += 1
@@ -149,7 +187,7 @@ class CoreMachine(RuleBasedStateMachine):
         )
         message = Generate(rid, prompt, params, given_max, priority)
         self.live[rid] = message
-        self.core.add(message)
+        self.core.add(message, FakeMatcher() if matcher else None)
         self.collect()
         return rid
 
@@ -159,23 +197,42 @@ class CoreMachine(RuleBasedStateMachine):
         self.collect()
         assert rid not in self.live
 
-    @rule(steps=st.integers(1, 8))
-    def step(self, steps):
+    @rule(steps=st.integers(1, 8), ahead=st.integers(0, 2))
+    def step(self, steps, ahead):
+        """Steps whose results come at once, or so many steps late."""
         for _ in range(steps):
-            plan = self.core.schedule()
-            if plan is None:
+            if not self.turn(ahead):
                 assert not self.core.has_work, "requests wait although nothing runs"
                 return
-            self.core.commit(plan, self.memory.execute(plan))
             self.collect()
             self.pages_add_up()
 
-    @rule()
-    def step_fails(self):
+    def turn(self, ahead):
+        """Plan and launch a step, then take in the oldest that may not fly on; False if there was nothing to do."""
         plan = self.core.schedule()
         if plan is not None:
-            self.memory.execute(plan)
-            self.core.fail_step(Failure(FailureKind.INTERNAL, "the device is gone"))
+            self.launch(plan)
+        if self.flying and (plan is None or len(self.flying) > ahead):
+            self.core.commit(*self.flying.popleft())
+            return True
+        return plan is not None
+
+    def launch(self, plan):
+        for _, request in self.core.constrained(plan):
+            assert request.matcher.consumed == request.tokens[request.prompt_len :]
+            assert request.num_computed == len(request.tokens), "a mask for a token that is not the next"
+        self.flying.append((plan, self.memory.execute(plan)))
+
+    @rule(late=st.booleans())
+    def step_fails(self, late):
+        """When it is launched, or when its result is read and others have been launched behind it."""
+        plan = None if late else self.core.schedule()
+        if plan is not None:
+            self.launch(plan)
+        if self.flying:
+            failed, _ = self.flying.popleft() if late else self.flying.pop()
+            self.memory.forget(failed.step)
+            self.core.fail_step(failed, Failure(FailureKind.INTERNAL, "the device is gone"))
             self.collect()
 
     def collect(self):
@@ -199,8 +256,6 @@ class CoreMachine(RuleBasedStateMachine):
 
     def check_end(self, message, tokens, finish):
         params = message.params
-        if finish.reason == "abort":
-            return
         expected, context = [], list(message.prompt_ids)
         while len(expected) < params.max_tokens:
             token = (sum(context) * 31 + len(context)) % 11
@@ -209,6 +264,8 @@ class CoreMachine(RuleBasedStateMachine):
             if token == EOS and not params.ignore_eos and len(expected) >= params.min_tokens:
                 break
         assert tokens == expected[: len(tokens)]
+        if finish.reason == "abort":
+            return
         if finish.reason == "stop":
             assert finish.matched == EOS and tokens == expected
         elif message.max_tokens_given:
@@ -239,10 +296,8 @@ class CoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "core"):
             return
         for _ in range(100_000):
-            plan = self.core.schedule()
-            if plan is None:
+            if not self.turn(ahead=1):
                 break
-            self.core.commit(plan, self.memory.execute(plan))
             self.collect()
         assert not self.live and not self.core.has_work
         assert self.core.kv.num_available == self.num_pages, "pages leaked"

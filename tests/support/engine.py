@@ -1,13 +1,11 @@
 """The scheduler core and a real model runner in one process: what the scheduler process runs, without its sockets."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ramet.ipc.messages import Generate, TokenOut
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import StepPlan
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.runner import ModelRunner
@@ -15,13 +13,15 @@ from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.grammar import compile_grammar, load_tokenizer
 from ramet.scheduler.grammar_pool import GrammarPool
+from ramet.scheduler.pipeline import Pipeline
+from ramet.scheduler.ranks import Ranks
 
 CONTEXT = 256
 
 
 class InlineEngine:
-    """Add requests, `run` them to their end, read `tokens` and `outputs` by request id. `send` gets each plan before it
-    is executed."""
+    """Add requests, `run` them to their end, read `tokens` and `outputs` by request id. `followers` get each plan
+    before it is executed."""
 
     def __init__(
         self,
@@ -31,7 +31,10 @@ class InlineEngine:
         max_running: int = 8,
         dtype: str = "float32",
         group: TpGroup | None = None,
-        send: Callable[[StepPlan], None] = lambda plan: None,
+        followers: Ranks | None = None,
+        device: str = "cpu",
+        cuda_graph_max_bs: int = 0,
+        quantization: str | None = None,
         **scheduler,
     ) -> None:
         defaults = {
@@ -47,18 +50,21 @@ class InlineEngine:
             runner_config(
                 folder,
                 dtype=dtype,
+                device=device,
                 page_size=config.page_size,
                 max_running=max_running,
                 max_step_tokens=config.max_step_tokens,
                 max_total_tokens=total_tokens,
+                cuda_graph_max_bs=cuda_graph_max_bs,
+                quantization=quantization,
             ),
             lambda text: None,
             group,
         )
-        self.send = send
         self.config = config
         self.core = SchedulerCore(config, self.runner.num_pages)
         self.grammars = GrammarPool(config, self.runner.vocab_size, lambda: None)
+        self.pipeline = Pipeline(self.core, self.runner, self.grammars.fill, config.steps_ahead, followers)
         self.tokens: dict[str, list[int]] = {}
         self.outputs: dict[str, list[TokenOut]] = {}
 
@@ -71,15 +77,9 @@ class InlineEngine:
         self.core.add(Generate(rid, prompt, sampling), matcher)
 
     def run(self, steps: int | None = None) -> None:
-        """So many steps, or until nothing is left to do."""
-        while steps is None or steps > 0:
-            plan = self.core.schedule()
-            if plan is None:
-                break
-            constrained = self.core.constrained(plan)
-            masks = self.grammars.fill(constrained) if constrained else None
-            self.send(plan)
-            self.core.commit(plan, self.runner.execute(plan, masks))
+        """So many turns, or until nothing is left to do."""
+        while self.core.has_work and (steps is None or steps > 0):
+            self.pipeline.turn()
             for out in self.core.take_outputs():
                 assert out.failure is None, out.failure
                 self.tokens.setdefault(out.rid, []).extend(out.token_ids)

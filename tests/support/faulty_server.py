@@ -9,10 +9,10 @@ import msgspec
 import torch
 
 from ramet.ipc.channel import Addresses
-from ramet.ipc.step import StepPlan, StepResult
+from ramet.ipc.step import StepPlan
 from ramet.launch import cli, serve
 from ramet.model_runner.config import RunnerConfig
-from ramet.model_runner.runner import ModelRunner
+from ramet.model_runner.runner import ModelRunner, PendingStep
 from ramet.scheduler import worker
 from ramet.scheduler.config import SchedulerConfig
 
@@ -24,7 +24,7 @@ class FaultyRunner(ModelRunner):
         self._poisoned: set[int] = set()
         super().__init__(*args, **kwargs)
 
-    def execute(self, plan: StepPlan, masks=None) -> StepResult:
+    def launch(self, plan: StepPlan, masks=None) -> PendingStep:
         self._poisoned -= set(plan.released)
         self._poisoned |= {a.slot for a in plan.admissions if NOT_A_NUMBER in a.token_ids[: a.prompt_len]}
         # Not those that were generated.
@@ -44,7 +44,7 @@ class FaultyRunner(ModelRunner):
 
         self._model.logits = poisoned
         try:
-            return super().execute(plan, masks)
+            return super().launch(plan, masks)
         finally:
             self._model.logits = logits
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.attention.torch_backend import TorchBackend
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.context import ForwardContext
@@ -17,6 +18,7 @@ from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup
 
 PAGE_SIZE = 16
+CPU = torch.device("cpu")
 
 
 def runner_config(folder: Path, **changes: Any) -> RunnerConfig:
@@ -43,9 +45,16 @@ def load(folder: Path, *, progress: Callable[[int, int], None] = lambda done, to
 class ModelDriver:
     """Requests are known by name; each keeps its pages and its length between steps."""
 
-    def __init__(self, model: CausalLM, dtype: torch.dtype = torch.float32, num_pages: int = 64) -> None:
-        self.model = model
-        self.pool = KVPool(model.kv_specs, num_pages, PAGE_SIZE, dtype, torch.device("cpu"))
+    def __init__(
+        self,
+        model: CausalLM,
+        dtype: torch.dtype = torch.float32,
+        num_pages: int = 64,
+        backend: AttentionBackend | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.model, self.backend, self.device = model, backend or TorchBackend(), device
+        self.pool = KVPool(model.kv_specs, num_pages, PAGE_SIZE, dtype, device)
         self.free = random.Random(0).sample(range(num_pages), num_pages)
         self.pages: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
@@ -54,7 +63,7 @@ class ModelDriver:
         """One forward over new tokens of each request, decodes first. Returns logits [tokens, vocab] by request."""
         rows = dict(sorted(rows.items(), key=lambda item: len(item[1]) > 1))
         context = self._context(rows)
-        token_ids = torch.tensor([token for tokens in rows.values() for token in tokens])
+        token_ids = torch.tensor([token for tokens in rows.values() for token in tokens], device=self.device)
         logits = self.model.logits(self.model(token_ids, context))
         return dict(zip(rows, logits.split([len(tokens) for tokens in rows.values()]), strict=True))
 
@@ -74,14 +83,14 @@ class ModelDriver:
         table = [self.pages[name] + [0] * (widest - len(self.pages[name])) for name in rows]
         context_lens = [self.lengths[name] for name in rows]
         return ForwardContext(
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            cu_q=torch.tensor([0, *query_lens]).cumsum(0).int(),
-            seq_lens=torch.tensor(context_lens, dtype=torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32),
+            positions=torch.tensor(positions, device=self.device),
+            slot_mapping=torch.tensor(slots, device=self.device),
+            cu_q=torch.tensor([0, *query_lens], device=self.device).cumsum(0).int(),
+            seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
+            block_table=torch.tensor(table, dtype=torch.int32, device=self.device),
             query_lens=query_lens,
             context_lens=context_lens,
             num_decodes=sum(length == 1 for length in query_lens),
             kv_pool=self.pool,
-            backend=TorchBackend(),
+            backend=self.backend,
         )

@@ -82,7 +82,7 @@ def main() -> None:
     ranks = lead(config, runner_config(folders[0]), print)
     results = []
     for folder in folders:
-        results.append(requests_of(InlineEngine(folder, group=ranks.group, send=ranks.send)))
+        results.append(requests_of(InlineEngine(folder, group=ranks.group, followers=ranks)))
         assert ranks._server is not None
         ranks._server.send(ranks._peers, Ping())  # go on to the next
     ranks.send(StepPlan(0, [Row(99, 0, 1, sample=True)], [3]))  # there is no such slot: the others fail

@@ -1,0 +1,236 @@
+"""Attention of new tokens over the paged KV pool, one kernel for decodes and prompt chunks.
+
+A tile is the query heads of one KV head for some tokens of a row, so that grouped heads share what is loaded; softmax
+runs along the keys (FlashAttention-2, Dao, 2023). Where tiles are few, each is split over its keys and the parts are
+combined (Flash-Decoding). The grid depends on shapes alone and all lengths are read on the device, so that a captured
+launch is right for any content: splits and tiles that find no work end at once. Rows without keys give zeros.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+# A split of fewer keys costs more to combine than it saves.
+_MIN_SPLIT = tl.constexpr(256)
+_MAX_SPLITS = 64
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Gpu(NamedTuple):
+    """`num_sms` multiprocessors of compute capability `capability` / 10."""
+
+    num_sms: int
+    capability: int
+
+
+def choose_splits(num_tiles: int, capacity: int, num_sms: int) -> int:
+    """Over how many parts of the keys to split, for tiles (of all rows and KV heads) whose rows have at most
+    `capacity` keys: as many as give each multiprocessor four programs."""
+    wanted = min(4 * num_sms // num_tiles, capacity // _MIN_SPLIT.value, _MAX_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def tile_rows(max_query_len: int, group: int, dim: int) -> int:
+    """Rows (token, head) of a tile: few kinds, since each is compiled by itself."""
+    if max_query_len == 1:
+        return max(16, triton.next_power_of_2(group))
+    return 64 if dim > 128 or max_query_len * group <= 64 else 128
+
+
+def paged_attention(
+    out: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    cu_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    gpu: Gpu,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """query [N, heads, key_dim], keys and values [pages, page_size, kv_heads, dim] -> out [N, heads, value_dim]; all
+    contiguous in their last dimension. block_table [R, max_pages], cu_q [R + 1] and seq_lens [R] are int32; cu_q may
+    begin above 0, at the query's first token. `window` and `softcap` as in `AttentionSpec`."""
+    num_tokens, heads, key_dim = query.shape
+    page_size, kv_heads, value_dim = values.shape[1:]
+    rows, max_pages = block_table.shape
+    group, widest = heads // kv_heads, max(key_dim, value_dim)
+    block_m = tile_rows(max_query_len, group, widest)
+    tiles = triton.cdiv(max_query_len * group, block_m)
+    capacity = max_pages * page_size if window is None else min(max_pages * page_size, window)
+    splits = choose_splits(tiles * rows * kv_heads, capacity, gpu.num_sms)
+    # Unused at one split.
+    parts = torch.empty(num_tokens, heads, splits, value_dim if splits > 1 else 0, device=query.device)
+    logsums = torch.empty(num_tokens, heads, splits, device=query.device)
+    narrow = widest <= 128 and values.dtype.itemsize <= 2
+    # Before Hopper, operands of a product take registers: high tiles of as many keys would spill.
+    block_n = 64 if narrow and (gpu.capability >= 90 or max_query_len == 1) else 32
+    _attend[(tiles * splits, kv_heads, rows)](
+        *(out, parts, logsums, query, keys, values, block_table, cu_q, seq_lens),
+        *(scale, softcap or 0.0, window or 0, splits, heads),
+        *(*query.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3], block_table.stride(0)),
+        *(group, page_size, key_dim, value_dim, block_m, block_n),
+        *(max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim)),
+        *(splits > 1, window is not None, softcap is not None),
+        num_warps=4 if max_query_len == 1 else 8,
+        num_stages=3 if narrow and block_m < 128 else 2,
+        enable_fp_fusion=True,
+    )
+    if splits > 1:
+        _combine[(num_tokens, heads)](
+            *(out, parts, logsums, *out.stride()[:2], splits, value_dim, triton.next_power_of_2(value_dim)),
+            enable_fp_fusion=True,
+        )
+
+
+# What varies from step to step must not start a compilation.
+@triton.jit(
+    do_not_specialize=["splits", "table_row"], do_not_specialize_on_alignment=["block_table", "cu_q", "seq_lens"]
+)
+def _attend(
+    out, parts, logsums, query, keys, values, block_table, cu_q, seq_lens,
+    scale, softcap, window, splits, heads,
+    q_token, q_head, out_token, out_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0) % splits
+    # The last tiles of a row see most keys: they start first.
+    tile = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
+    kv_head, row = tl.program_id(1), tl.program_id(2)
+    row_start = tl.load(cu_q + row)
+    query_len = tl.load(cu_q + row + 1) - row_start
+    if tile * BLOCK_M >= query_len * GROUP:
+        return
+    seq_len = tl.load(seq_lens + row)
+    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = member // GROUP  # within the row's new tokens
+    live = index < query_len
+    token = (row_start - tl.load(cu_q) + index).to(tl.int64)
+    head = kv_head * GROUP + member % GROUP
+    positions = seq_len - query_len + index
+    first = seq_len - query_len + tile * BLOCK_M // GROUP
+    end = tl.minimum(seq_len, seq_len - query_len + ((tile + 1) * BLOCK_M - 1) // GROUP + 1)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    if SPLIT:
+        chunk = tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N, _MIN_SPLIT)
+        begin += split * chunk
+        end = tl.minimum(end, begin + chunk)
+
+    dims_k, dims_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    q = tl.load(
+        query + (token * q_token + head * q_head)[:, None] + dims_k[None, :],
+        mask=live[:, None] & (dims_k < KEY_DIM)[None, :],
+        other=0.0,
+    ).to(keys.dtype.element_ty)
+    keys += kv_head * k_head
+    values += kv_head * v_head
+    block_table += row.to(tl.int64) * table_row
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    # Keys that every query of the tile sees need no mask.
+    clear = begin
+    if not WINDOW:
+        clear = tl.maximum(tl.minimum(end, (first + 1) // BLOCK_N * BLOCK_N), begin)
+        for start in range(begin, clear, BLOCK_N):
+            acc, best, mass = _fold(
+                acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
+                k_page, k_slot, v_page, v_slot, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_K, BLOCK_V,
+                False, WINDOW, SOFTCAP,
+            )  # fmt: skip
+    for start in range(clear, end, BLOCK_N):
+        acc, best, mass = _fold(
+            acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
+            k_page, k_slot, v_page, v_slot, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_K, BLOCK_V,
+            True, WINDOW, SOFTCAP,
+        )  # fmt: skip
+
+    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    if SPLIT:
+        part = (token * heads + head) * splits + split
+        tl.store(logsums + part, best + tl.log2(mass), mask=live)
+        mask = (live & (mass != 0.0))[:, None] & (dims_v < VALUE_DIM)[None, :]
+        tl.store(parts + part[:, None] * VALUE_DIM + dims_v[None, :], acc, mask=mask)
+    else:
+        target = out + (token * out_token + head * out_head)[:, None] + dims_v[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & (dims_v < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _fold(
+    acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
+    k_page, k_slot, v_page, v_slot,
+    PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `start` on into the running softmax (base 2)."""
+    at = start + tl.arange(0, BLOCK_N)
+    there = at < end
+    page = tl.load(block_table + at // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+    slot = at % PAGE_SIZE
+    key = _gather(keys, page * k_page + slot * k_slot, there, KEY_DIM, BLOCK_K, MASKED)
+    scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+    if SOFTCAP:
+        # tanh(x) = 2 sigmoid(2 x) - 1
+        scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * _LOG2E
+    else:
+        scores = scores * (scale * _LOG2E)
+    if MASKED:
+        seen = (at[None, :] <= positions[:, None]) & there[None, :]
+        if WINDOW:
+            seen = seen & (at[None, :] > positions[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # Without a key yet, any finite number keeps inf - inf out.
+    anchor = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
+    weights = tl.exp2(scores - anchor[:, None])
+    shrink = tl.exp2(best - anchor)
+    mass = mass * shrink + tl.sum(weights, 1)
+    value = _gather(values, page * v_page + slot * v_slot, there, VALUE_DIM, BLOCK_V, MASKED)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_best, mass
+
+
+@triton.jit
+def _gather(base, offsets, there, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [len(offsets), BLOCK]; zeros where there is nothing, for what lies there may be NaN."""
+    dims = tl.arange(0, BLOCK)
+    pointers = base + offsets[:, None] + dims[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+    elif DIM != BLOCK:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _combine(out, parts, logsums, out_token, out_head, SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = (token * tl.num_programs(1) + head) * SPLITS
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
+    logsum = tl.load(logsums + first + splits)
+    used = logsum != float("-inf")
+    best = tl.max(logsum, 0)
+    weights = tl.where(used, tl.exp2(logsum - best), 0.0)
+    part = tl.load(
+        parts + (first + splits)[:, None] * DIM + dims[None, :],
+        mask=used[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    mass = tl.sum(weights, 0)
+    combined = tl.sum(part * weights[:, None], 0) / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(out + token * out_token + head * out_head + dims, combined.to(out.dtype.element_ty), mask=dims < DIM)

@@ -1,0 +1,50 @@
+"""Paged attention on CUDA by the Triton kernel: one launch for the decodes of a step, one for its prompt chunks.
+
+Reads only what is on the device, beside two host integers: `num_decodes` and the longest chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.triton.attention import MAX_HEAD_DIM, Gpu, paged_attention
+from ramet.model_runner.attention.base import AttentionBackend
+from ramet.model_runner.context import AttentionSpec, ForwardContext
+
+
+class TritonBackend(AttentionBackend):
+    name = "triton"
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    @classmethod
+    def on(cls, device: torch.device) -> "TritonBackend":
+        found = torch.cuda.get_device_properties(device)
+        return cls(Gpu(found.multi_processor_count, 10 * found.major + found.minor))
+
+    def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:
+        """Raises ValueError for heads that are too wide for the kernel."""
+        keys, values = ctx.kv_pool.keys[spec.layer], ctx.kv_pool.values[spec.layer]
+        if max(keys.shape[3], values.shape[3]) > MAX_HEAD_DIM:
+            raise ValueError(
+                f"the triton backend takes heads of at most {MAX_HEAD_DIM} dimensions, not {keys.shape[3]} and "
+                f"{values.shape[3]}: use --attention-backend torch"
+            )
+        query = query if query.stride(2) == 1 else query.contiguous()
+        out = torch.empty(*query.shape[:2], values.shape[3], dtype=values.dtype, device=query.device)
+        decodes, rows = ctx.num_decodes, len(ctx.query_lens)
+        for first, last, longest in ((0, decodes, 1), (decodes, rows, max(ctx.query_lens))):
+            if first == last:
+                continue
+            # A decode's row number is its token's.
+            tokens = slice(first, decodes if last == decodes else None)
+            paged_attention(
+                *(out[tokens], query[tokens], keys, values),
+                *(ctx.block_table[first:last], ctx.cu_q[first : last + 1], ctx.seq_lens[first:last]),
+                max_query_len=longest,
+                scale=spec.scale,
+                gpu=self._gpu,
+                window=spec.sliding_window,
+                softcap=spec.softcap,
+            )
+        return out

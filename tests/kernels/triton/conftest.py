@@ -1,0 +1,27 @@
+"""Triton's interpreter holds bfloat16 as 16-bit integers and multiplies matrices of them as such: mended here."""
+
+import numpy as np
+import pytest
+from support.triton_device import INTERPRETED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_matrix_products():
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_dot
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest)
+        )
+        yield

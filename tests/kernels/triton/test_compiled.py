@@ -1,0 +1,152 @@
+"""Every kernel, as its wrapper launches it for real shapes, compiles for the GPUs that we support, in registers and in
+the shared memory that they have. Needs no GPU: launches stop once they are compiled."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from support.triton_device import INTERPRETED
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ramet.kernels.triton import sampling
+from ramet.kernels.triton.attention import Gpu, paged_attention
+from ramet.kernels.triton.gated_mlp import gated
+from ramet.kernels.triton.moe import experts
+from ramet.kernels.triton.norm import add_rms_norm
+from ramet.kernels.triton.rope_store import rope_and_store
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted process compiles nothing")
+
+# Shared memory that a program can have, in bytes, by compute capability (CUDA programming guide, table of limits). What
+# is compiled for 8.0 must run on 8.6 and 8.9 as well, which have less.
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BF16 = torch.bfloat16
+
+
+class NoDevice:
+    """Triton's driver, as far as compiling needs one. The device number is the target's, for the kernels' caches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function that calls a wrapper for a target and returns the kernels that it would have launched."""
+    launch = JITFunction.run
+    kernels = []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(JITFunction, "run", only_compile)
+
+    def call(capability: int, function: Callable[[int], object]) -> list:
+        kernels.clear()
+        monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice(capability))
+        function(capability)
+        return list(kernels)
+
+    return call
+
+
+def resources(kernel, folder: Path) -> dict[str, int]:
+    """What ptxas gave it: registers, and bytes of stack and of local memory (spills)."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
+    line = report.stdout.split("Function")[1]
+    return {name: int(re.search(rf"{name}:(\d+)", line)[1]) for name in ("REG", "STACK", "LOCAL")}
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention(rows, query_len, heads, kv_heads, dim, **spec) -> Callable[[int], object]:
+    pool = meta(1000, 16, kv_heads, dim)
+    return lambda capability: paged_attention(
+        *[meta(rows * query_len, heads, dim)] * 2,
+        pool,
+        pool,
+        meta(rows, 512, dtype=torch.int32),
+        meta(rows + 1, dtype=torch.int32),
+        meta(rows, dtype=torch.int32),
+        max_query_len=query_len,
+        scale=dim**-0.5,
+        gpu=Gpu(132, capability),
+        **spec,
+    )
+
+
+def rope(capability: int) -> None:
+    pool = meta(1000, 16, 8, 128)
+    longs = meta(64, dtype=torch.int64)
+    table, weight = meta(4096, 2, 128, dtype=torch.float32), meta(40, 128, dtype=torch.float32)
+    rope_and_store(meta(64, 48 * 128), pool, pool, table, longs, longs, norm_weight=weight, eps=1e-6)
+
+
+def moe(tokens: int) -> Callable[[int], object]:
+    chosen = meta(tokens, 8, dtype=torch.int64)
+    weights = (meta(128, 1536, 2048), meta(128, 2048, 768), meta(tokens, 8))
+    return lambda capability: experts(meta(tokens, 2048), *weights, chosen, "silu")
+
+
+def choose(capability: int) -> None:
+    logits, scales = meta(64, 151936, dtype=torch.float32), meta(64, dtype=torch.float32)
+    sampling.choose(logits, scales, meta(64, 2, dtype=torch.int32), borders=scales)
+
+
+def norm(capability: int) -> None:
+    residual, weight = meta(64, 5120, dtype=torch.float32), meta(5120, dtype=torch.float32)
+    add_rms_norm(residual, meta(64, 5120), weight, 1e-6, BF16, delta_weight=weight)
+
+
+# What to call, and how many kernels it launches.
+CALLS: dict[str, tuple[Callable[[int], object], int]] = {
+    "decode": (attention(64, 1, 32, 8, 128), 1),
+    "decode, split": (attention(1, 1, 16, 8, 128), 2),
+    "decode, wide heads and a window": (attention(64, 1, 8, 4, 256, window=1024), 2),
+    "prefill": (attention(2, 4096, 32, 8, 128), 1),
+    "prefill, narrow heads and a softcap": (attention(2, 4096, 9, 3, 64, softcap=50.0), 1),
+    "prefill, wide heads and a window": (attention(2, 4096, 8, 4, 256, window=1024), 1),
+    "short extend": (attention(1, 16, 32, 8, 128), 2),
+    "rope and store": (rope, 1),
+    "norm": (norm, 1),
+    "gated": (lambda capability: gated(meta(64, 2 * 14336), "silu"), 1),
+    "few tokens for experts": (moe(4), 3),
+    "many tokens for experts": (moe(4096), 3),
+    "choose": (choose, 1),
+}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("name", CALLS)
+def test_fits_in_registers_and_shared_memory(name, capability, compiled, tmp_path):
+    function, launches = CALLS[name]
+    kernels = compiled(capability, function)
+    assert len(kernels) == launches
+    for kernel in kernels:
+        used = resources(kernel, tmp_path)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), kernel.metadata.name
+        assert used["REG"] <= 255 and kernel.metadata.shared <= SHARED[capability], kernel.metadata.name
+        if capability == 90 and name.startswith("prefill"):
+            assert "wgmma" in kernel.asm["ptx"]
+        if name == "choose":
+            # A fast logarithm has no digits left near 1, and could be 0: a token with infinite noise.
+            assert "lg2.approx" not in kernel.asm["ptx"]
