@@ -124,8 +124,9 @@ def build(plan: StepPlan, slots: SlotTable, pool: KVPool, backend: AttentionBack
     arrays = step_arrays(plan, slots, pool.page_size)
     lengths = [row.length for row in plan.rows]
     contexts: list[int] = arrays["seq_lens"].tolist()
-    unknown = UNKNOWN_TOKEN in plan.token_ids
-    return make_batch(to_device(arrays, slots.device), lengths, contexts, slots, pool, backend, unknown=unknown)
+    tensors = to_device(arrays, slots.device)
+    unknown, scored = UNKNOWN_TOKEN in plan.token_ids, any(row.prompt_logprobs for row in plan.rows)
+    return make_batch(tensors, lengths, contexts, slots, pool, backend, unknown=unknown, scored=scored)
 
 
 def make_batch(
@@ -137,8 +138,10 @@ def make_batch(
     backend: AttentionBackend,
     *,
     unknown: bool,
+    scored: bool = False,
 ) -> Batch:
-    """`lengths` and `contexts` of the rows, as the host may know them. `unknown`: input tokens may be missing."""
+    """`lengths` and `contexts` of the rows, as the host may know them. `unknown`: input tokens may be missing.
+    `scored`: more is read of the result than what is sampled from."""
     token_ids, num_decodes = tensors["token_ids"], sum(length == 1 for length in lengths)
     if unknown:
         first = token_ids[:num_decodes]
@@ -156,6 +159,7 @@ def make_batch(
         num_decodes=num_decodes,
         kv_pool=pool,
         backend=backend,
+        wanted=None if scored else tensors["sampled_at"],
     )
     choices = Choices(**{name: tensors[name] for name in Choices._fields})
     return Batch(token_ids, context, tensors["sampled_at"], tensors["sampled_slots"], choices)

@@ -54,7 +54,8 @@ class ForwardContext:
     cu_q: [R + 1] int32, where each row's tokens begin. seq_lens: [R] int32, tokens of each row's request once this
     step is stored. block_table: [R, max_pages] int32, pages of each row (unused entries 0). query_lens and
     context_lens are the same facts as plain lists on the host, for backends that loop over rows. num_decodes: the
-    first so many rows have exactly one token.
+    first so many rows have exactly one token. wanted: [S] int64, the tokens whose hidden states will be read (None:
+    all); a model may return anything for the others.
     """
 
     positions: Tensor
@@ -67,6 +68,7 @@ class ForwardContext:
     num_decodes: int
     kv_pool: KVPool
     backend: AttentionBackend
+    wanted: Tensor | None = None
 
     def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store this step's key and value, then attend causally over each row's whole context."""

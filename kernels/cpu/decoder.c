@@ -38,8 +38,8 @@ typedef struct {
     void *keys, *values;
     const void *scales;  /* MATMUL of 8 or 4 bits: see panel_rounded */
     float *row_scales;   /* written by QUANTIZE, read by the product; [n, inner / 32] */
-    int32_t *group_sums; /* likewise: sums of 32 rounded inputs */
-    int64_t bits;   /* MATMUL: of a weight, 16, 8 or 4 */
+    int32_t *group_sums; /* likewise, of 32 rounded inputs: for 8 bits -128 * sum, for 4 the float scale * sum */
+    int64_t bits;   /* MATMUL, QUANTIZE: of a weight, 16, 8 or 4 */
     int64_t width;  /* NORM: of a row; MATMUL: of a row of the output */
     int64_t inner;  /* MATMUL: of a row of the input, even */
     int64_t effect; /* MATMUL: what becomes of the product; NORM: STORE bfloat16, or ADD to float32 */
@@ -95,7 +95,7 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
     for (int64_t g = 0; g < groups; g++) {
         __m512i exact_low[ROUNDED_ROWS], exact_high[ROUNDED_ROWS];
         for (int r = 0; r < rows; r++)
-            exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? -128 * sums[r * groups + g] : 0);
+            exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? sums[r * groups + g] : 0);
         for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 8, w += COLUMNS * bits) {
             __m512i part[2][2]; /* of inputs k..k+3 and k+4..k+7: the first 16 outputs, and the others */
             for (int i = 0; i < bits / 2; i++) {
@@ -118,10 +118,10 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
         }
         for (int r = 0; r < rows; r++) {
             const __m512 scale = _mm512_set1_ps(row_scales[r * groups + g]);
-            const __m512 sum = scale * (float)sums[r * groups + g];
             __m512 scale_low = scale, scale_high = scale;
             if (bits == 4) {
                 scale_low *= half_floats(grid), scale_high *= half_floats(grid + LANES);
+                const __m512 sum = (__m512)_mm512_set1_epi32(sums[r * groups + g]);
                 low[r] = _mm512_fmadd_ps(sum, half_floats(grid + COLUMNS), low[r]);
                 high[r] = _mm512_fmadd_ps(sum, half_floats(grid + COLUMNS + LANES), high[r]);
             }
@@ -156,39 +156,35 @@ static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_til
     }
 }
 
-/* x * sigmoid(x) with an exponential that cannot overflow. */
-static vec silu(vec x) {
-    const vec magnitude = (vec)((ivec)x & 0x7fffffff), e = exp_vec(-magnitude);
-    const ivec negative = x < splat(0);
-    const vec top = (vec)(((ivec)e & negative) | ((ivec)splat(1) & ~negative));
-    return x * top / (1.0f + e);
+/* x * sigmoid(u), to 2e-4. */
+static vec gate_by(vec x, vec u) {
+    const __m512 e = exp2_of((__m512)(u * -1.44269504f));
+    return x * (vec)_mm512_rcp14_ps(1.0f + e);
 }
 
 /* x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 is x * sigmoid of twice the argument. */
-static vec gelu_tanh(vec x) {
-    const vec u = 1.5957691216f * (x + 0.044715f * x * x * x);
-    const vec magnitude = (vec)((ivec)u & 0x7fffffff), e = exp_vec(-magnitude);
-    const ivec negative = u < splat(0);
-    const vec top = (vec)(((ivec)e & negative) | ((ivec)splat(1) & ~negative));
-    return x * top / (1.0f + e);
-}
+static vec gelu_tanh(vec x) { return gate_by(x, 1.5957691216f * (x + 0.044715f * x * x * x)); }
 
 static void finish(const Op *op, float *tile, int64_t first_row, int64_t rows, int64_t column_tile) {
-    for (int64_t r = 0; r < rows; r++, tile += COLUMNS) {
+    const int64_t left = op->width - column_tile * COLUMNS;
+    const __mmask16 there[2] = {lanes(0, left), lanes(0, left - LANES)};
+    for (int64_t r = 0; r < rows; r++) {
+        vec made[2] = {*(vec *)(tile + r * COLUMNS), *(vec *)(tile + r * COLUMNS + LANES)};
         if (op->bias)
-            for (int c = 0; c < COLUMNS; c++) tile[c] += op->bias[column_tile * COLUMNS + c];
+            for (int half = 0; half < 2; half++)
+                made[half] += *(const vec *)(op->bias + column_tile * COLUMNS + half * LANES);
         if (op->effect >= GATED_SILU) {
-            const vec gate = *(vec *)tile, up = *(vec *)(tile + LANES);
-            const vec made = (op->effect == GATED_SILU ? silu(gate) : gelu_tanh(gate)) * up;
-            store_bfloat16((uint16_t *)op->out + (first_row + r) * op->width + column_tile * LANES, made);
+            const vec gate = op->effect == GATED_SILU ? gate_by(made[0], made[0]) : gelu_tanh(made[0]);
+            store_bfloat16((uint16_t *)op->out + (first_row + r) * op->width + column_tile * LANES, gate * made[1]);
             continue;
         }
-        const int64_t left = op->width - column_tile * COLUMNS, columns = left < COLUMNS ? left : COLUMNS;
         float *out = (float *)op->out + (first_row + r) * op->width + column_tile * COLUMNS;
-        if (op->effect == ADD)
-            for (int64_t c = 0; c < columns; c++) out[c] += tile[c];
-        else
-            memcpy(out, tile, sizeof(float) * columns);
+        if (op->effect == ADD) {
+            made[0] += (vec)_mm512_maskz_loadu_ps(there[0], out);
+            made[1] += (vec)_mm512_maskz_loadu_ps(there[1], out + LANES);
+        }
+        if (left >= COLUMNS) *(vec *)out = made[0], *(vec *)(out + LANES) = made[1];
+        else memcpy(out, made, sizeof(float) * left);
     }
 }
 
@@ -205,6 +201,7 @@ static void matmul_tile(const Op *op, int64_t n, int64_t index) {
     float tile[PANEL_ROWS * COLUMNS] __attribute__((aligned(64)));
     for (int64_t row = from; row < to; row += step) {
         const int64_t rows = row + step < to ? step : to - row;
+
         multiply(op, row, rows, column_tile, tile);
         finish(op, tile, row, rows, column_tile);
     }
@@ -255,8 +252,10 @@ static void quantize_row(const Op *op, int64_t row) {
             _mm_storeu_si128((__m128i *)((int8_t *)op->out + at + half * LANES), _mm512_cvtepi32_epi8(rounded));
             sum += _mm512_reduce_add_epi32(rounded);
         }
-        op->row_scales[at / GROUP] = top / 127.0f;
-        op->group_sums[at / GROUP] = sum;
+        const float scale = top / 127.0f, scaled_sum = scale * (float)sum;
+        op->row_scales[at / GROUP] = scale;
+        if (op->bits == 8) op->group_sums[at / GROUP] = -128 * sum;
+        else memcpy(op->group_sums + at / GROUP, &scaled_sum, sizeof scaled_sum);
     }
 }
 
@@ -284,7 +283,6 @@ static void rope_token(const Op *op, const Step *step, int64_t token) {
     for (int64_t head = 0; head < op->kv_heads; head++, x += dim)
         store_value(op->values, op->kv_heads, head, dim, step, token, x);
 }
-
 
 /* ---- the team -----------------------------------------------------------------------------------------------------*/
 
@@ -320,7 +318,10 @@ static Heads heads_of(const Op *op) {
 static int64_t tiles_in(const Op *op, const Step *step) {
     switch (op->kind) {
         case MATMUL: return column_tiles(op) * ((step->n + CHUNK_ROWS - 1) / CHUNK_ROWS);
-        case ATTENTION: return attention_tiles(step) * op->kv_heads;
+        case ATTENTION: {
+            const Heads heads = heads_of(op);
+            return attention_tiles(&heads, step) * op->kv_heads;
+        }
         default: return step->n;
     }
 }

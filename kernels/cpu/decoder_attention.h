@@ -1,12 +1,15 @@
 /* Causal attention over the paged pool, in bfloat16 dot products, for decoder.c.
  *
  * The pool's layout is made for it (a page holds `page_size` tokens, a multiple of 16; one head after the other):
- *   keys   [page][head][dim / 2][token][2]: pairs of numbers of 16 tokens make one vector, as the scores want them;
- *   values [page][head][token / 2][dim][2]: pairs of tokens of 16 dimensions make one vector, as the sums want them.
+ *   keys   [page][head][dim / 2][token][2]: pairs of numbers of 16 tokens make one vector;
+ *   values [page][head][token / 2][dim][2]: pairs of tokens of 16 dimensions make one vector.
  *
- * Each (token, head) is computed in one fixed order, whatever else is in the call: keys in blocks of 64 positions that
- * begin at multiples of 64, with a running maximum between blocks (Milakov and Gimelshein, "Online normalizer
- * calculation for softmax", 2018). Weights are rounded before they are summed up, so that they add up to one.
+ * A row is a (token, head) pair. Rows that share a key/value head are computed together, in one of two ways: a few
+ * (decodes) with keys and dimensions in the lanes of vectors, many (prompts) with rows in the lanes, which spares the
+ * softmax its sums over lanes. Both give a row the same bits, so it has one fixed order, whatever else is in the call:
+ * keys in blocks of 64 positions that begin at multiples of 64, with a running maximum between blocks (Milakov and
+ * Gimelshein, "Online normalizer calculation for softmax", 2018). Weights are rounded before they are summed up, so
+ * that they add up to one. Scores are logarithms to base 2: the caller scales the queries so.
  */
 #include "vector.h"
 
@@ -14,8 +17,9 @@
 
 #define BLOCK 64
 #define PARTS (BLOCK / LANES)
-#define TILE_TOKENS 32
-#define MOST_ROWS 6 /* (token, head) pairs taken at once: 24 accumulators */
+#define TILE_ROWS 96    /* rows of a tile of work, six vectors of lanes */
+#define NARROW_ROWS 12  /* so many rows at most are computed with keys in the lanes */
+#define MOST_ROWS 6     /* of these at once: 24 accumulators */
 
 typedef struct {
     const int64_t *positions, *slots; /* [n]; a slot is page * page_size + offset */
@@ -26,11 +30,11 @@ typedef struct {
 } Step;
 
 typedef struct {
-    const uint16_t *query; /* [tokens, heads, dim], scaled */
+    const uint16_t *query; /* [tokens, heads, dim], scaled by log2(e) / sqrt(dim) or the like */
     uint16_t *out;         /* [tokens, heads, dim] */
     const uint16_t *keys, *values;
     int64_t heads, kv_heads, dim, window; /* window 0: the whole context */
-    float softcap;                        /* 0: none */
+    float softcap;                        /* 0: none; in base 2, too */
 } Heads;
 
 static inline void store_bfloat16(uint16_t *at, vec x) {
@@ -108,14 +112,11 @@ static inline __attribute__((always_inline)) void add_values(const uint16_t *wei
     }
 }
 
-/* exp(x) to 5e-6, far closer than a weight's rounding to bfloat16: 2^n * 2^f with the Taylor polynomial of 2^f. */
-static inline __m512 exp_of(__m512 x) {
-    const __m512 t = x * 1.44269504f, n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = t - n;
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(1.3333558e-3f), _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+/* 2^x to 1.1e-4, far closer than a weight's rounding to bfloat16, and 1 for 0: 2^n times a cubic for 2^f, |f| <= 1/2. */
+static inline __m512 exp2_of(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
+    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.055008948f), _mm512_set1_ps(0.242211f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6932829f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
@@ -126,29 +127,35 @@ static vec soft_cap(vec x, float cap) {
     return cap * (vec)(((ivec)u & (int32_t)0x80000000) | (ivec)t);
 }
 
-/* One row's scores become weights exp(score - max), zero outside of from..to-1. Updates its maximum and sum; returns
+/* Lanes from..to-1 of those that there are. */
+static inline __mmask16 lanes(int64_t from, int64_t to) {
+    const uint32_t below = to <= 0 ? 0 : to >= LANES ? 0xffff : (1u << to) - 1;
+    return (__mmask16)(from <= 0 ? below : from >= LANES ? 0 : below & ~((1u << from) - 1));
+}
+
+/* Sums of weights, in pairs of tokens: 16 sums over pairs i and i + 16, to be added up as a tree of halves. */
+static inline __m512 add_pairs(__m512bh first, __m512bh second) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    return _mm512_dpbf16_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), first, ones), second, ones);
+}
+
+/* One row's scores become weights 2^(score - max), zero outside of from..to-1. Updates its maximum and sum; returns
  * what its sums so far are to be multiplied with. */
 static float weigh(__m512 *scores, int64_t from, int64_t to, float softcap, uint16_t *weights, float *max, float *sum) {
-    __mmask16 mask[PARTS];
     __m512 top = _mm512_set1_ps(*max);
     for (int i = 0; i < PARTS; i++) {
-        const int64_t low = from - i * LANES, high = to - i * LANES;
-        const uint32_t below = high <= 0 ? 0 : high >= LANES ? 0xffff : (1u << high) - 1;
-        mask[i] = (__mmask16)(low <= 0 ? below : low >= LANES ? 0 : below & ~((1u << low) - 1));
         if (softcap > 0) scores[i] = (__m512)soft_cap((vec)scores[i], softcap);
-        top = _mm512_mask_max_ps(top, mask[i], top, scores[i]);
+        top = _mm512_mask_max_ps(top, lanes(from - i * LANES, to - i * LANES), top, scores[i]);
     }
-    const float highest = _mm512_reduce_max_ps(top);
-    __m512 total = _mm512_setzero_ps();
-    for (int i = 0; i < PARTS; i++) {
-        const __m512 weight = _mm512_maskz_mov_ps(mask[i], exp_of(scores[i] - highest));
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
-        _mm256_storeu_si256((__m256i *)(weights + i * LANES), rounded);
-        total = _mm512_add_ps(total, widen(weights + i * LANES));
-    }
-    const float keep = _mm512_cvtss_f32(exp_of(_mm512_set1_ps(*max - highest)));
-    *max = highest;
-    *sum = *sum * keep + _mm512_reduce_add_ps(total);
+    const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (int i = 0; i < PARTS; i++)
+        scores[i] = _mm512_maskz_mov_ps(lanes(from - i * LANES, to - i * LANES), exp2_of(scores[i] - highest));
+    const __m512bh first = _mm512_cvtne2ps_pbh(scores[1], scores[0]), second = _mm512_cvtne2ps_pbh(scores[3], scores[2]);
+    _mm512_storeu_si512(weights, (__m512i)first);
+    _mm512_storeu_si512(weights + 2 * LANES, (__m512i)second);
+    const float keep = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(*max) - highest));
+    *max = _mm512_cvtss_f32(highest);
+    *sum = __builtin_fmaf(*sum, keep, _mm512_reduce_add_ps(add_pairs(first, second)));
     return keep;
 }
 
@@ -156,8 +163,11 @@ typedef struct {
     const Heads *heads;
     const uint16_t *q, *keys[PARTS], *values[PARTS];
     uint16_t *weights;
-    float *sums, *max, *sum;
-    int64_t stride, first, count, group, position; /* `position`: of row 0; `group` rows share one */
+    float *scores, *sums, *max, *sum, *keep;
+    int64_t stride;       /* from one pair of a key's numbers to the next */
+    int64_t first, count; /* the keys: their first position, how many there are */
+    int64_t rows, group;  /* `group` rows are of one token */
+    int64_t start, pair;  /* row i is of the token at position start + (pair + i) / group */
 } Block;
 
 /* Where the keys and values of the 16 tokens from `position` on begin, for one head of one row. */
@@ -188,7 +198,7 @@ static inline __attribute__((always_inline)) void attend_rows(const Block *b, in
     float keep[MOST_ROWS];
     score_rows(b->q + i * dim, b->keys, b->stride, dim, scores, rows);
     for (int r = 0; r < rows; r++) {
-        const int64_t position = b->position + (i + r) / b->group, from = position - window + 1 - b->first;
+        const int64_t position = b->start + (b->pair + i + r) / b->group, from = position - window + 1 - b->first;
         const int64_t to = position + 1 - b->first;
         keep[r] = weigh(scores[r], window && from > 0 ? from : 0, to < BLOCK ? to : BLOCK, b->heads->softcap,
                         b->weights + r * BLOCK, b->max + i + r, b->sum + i + r);
@@ -196,72 +206,211 @@ static inline __attribute__((always_inline)) void attend_rows(const Block *b, in
     add_values(b->weights, b->values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
 }
 
-static void attend_block(const Block *b, int64_t rows) {
-    for (int64_t i = 0; i < rows;) {
-        const int64_t left = rows - i;
-        switch (left < MOST_ROWS ? left : MOST_ROWS) {
-            case 1: attend_rows(b, i, 1); break;
-            case 2: attend_rows(b, i, 2); break;
-            case 3: attend_rows(b, i, 3); break;
-            case 4: attend_rows(b, i, 4); break;
-            case 5: attend_rows(b, i, 5); break;
-            default: attend_rows(b, i, 6);
-        }
-        i += left < MOST_ROWS ? left : MOST_ROWS;
+static void attend_narrow(const Block *b) {
+    for (int64_t i = 0; i < b->rows; i += MOST_ROWS) switch (b->rows - i) {
+        case 1: attend_rows(b, i, 1); break;
+        case 2: attend_rows(b, i, 2); break;
+        case 3: attend_rows(b, i, 3); break;
+        case 4: attend_rows(b, i, 4); break;
+        case 5: attend_rows(b, i, 5); break;
+        default: attend_rows(b, i, 6);
     }
 }
 
-static int64_t most_rows(const Heads *h) { return TILE_TOKENS * (h->heads / h->kv_heads); }
+/* ---- rows in the lanes: q [dim / 2][row][2], scores [key][row], weights [pair of keys][row][2], sums [dim][row] -----*/
 
-/* What one thread needs for any tile. */
+/* Scores of `at_once` keys at a time, `vectors` vectors of rows. */
+static inline __attribute__((always_inline)) void score_wide(const Block *b, const int vectors, const int at_once) {
+    for (int64_t key = 0; key < b->count; key += at_once) {
+        const uint16_t *k = b->keys[key / LANES] + 2 * (key % LANES), *q = b->q;
+        __m512 sum[LANES][TILE_ROWS / LANES];
+        for (int c = 0; c < at_once; c++)
+            for (int v = 0; v < vectors; v++) sum[c][v] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < b->heads->dim; d += 2, k += b->stride, q += 2 * TILE_ROWS)
+            for (int c = 0; c < at_once; c++) {
+                const __m512bh x = pair_of(k + 2 * c);
+                for (int v = 0; v < vectors; v++)
+                    sum[c][v] = _mm512_dpbf16_ps(sum[c][v], load_pairs(q + 2 * v * LANES), x);
+            }
+        for (int c = 0; c < at_once; c++)
+            for (int v = 0; v < vectors; v++)
+                _mm512_storeu_ps(b->scores + (key + c) * TILE_ROWS + v * LANES, sum[c][v]);
+    }
+}
+
+/* Rows from `lane` on that see a key, as a mask of 16. */
+static inline __mmask16 seen_by(const Block *b, int64_t key, int64_t lane) {
+    const int64_t from = (b->first + key - b->start) * b->group - b->pair - lane;
+    return lanes(from, b->heads->window ? from + b->heads->window * b->group : LANES);
+}
+
+/* Puts 16-bit numbers i and i + 16 side by side. */
+static const uint16_t SIDE_BY_SIDE[32] __attribute__((aligned(64))) = {
+    0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* What `weigh` does, for 16 rows from `lane` on. `all`: every row sees every key. */
+static inline __attribute__((always_inline)) void weigh_wide(const Block *b, int64_t lane, const int all) {
+    float *scores = b->scores + lane;
+    const int64_t pairs = (b->count + 1) / 2;
+    const __m512 before = _mm512_loadu_ps(b->max + lane);
+    __m512 top = before;
+    for (int64_t key = 0; key < b->count; key++) {
+        __m512 score = _mm512_loadu_ps(scores + key * TILE_ROWS);
+        if (b->heads->softcap > 0) {
+            score = (__m512)soft_cap((vec)score, b->heads->softcap);
+            _mm512_storeu_ps(scores + key * TILE_ROWS, score);
+        }
+        top = _mm512_mask_max_ps(top, all ? 0xffff : seen_by(b, key, lane), top, score);
+    }
+    const __m512i side_by_side = _mm512_load_si512(SIDE_BY_SIDE);
+    __m512bh packed[BLOCK / 2];
+    for (int64_t j = 0; j < pairs; j++) {
+        __m512 weight[2];
+        for (int64_t i = 0, key = 2 * j; i < 2; i++, key++) {
+            weight[i] = exp2_of(_mm512_loadu_ps(scores + key * TILE_ROWS) - top);
+            if (!all) weight[i] = _mm512_maskz_mov_ps(seen_by(b, key, lane), weight[i]);
+        }
+        packed[j] = (__m512bh)_mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh(weight[1], weight[0]));
+        _mm512_storeu_si512(b->weights + (j * TILE_ROWS + lane) * 2, (__m512i)packed[j]);
+    }
+    for (int64_t j = pairs; j < BLOCK / 2; j++) packed[j] = (__m512bh)_mm512_setzero_si512();
+    __m512 total[LANES];
+    for (int i = 0; i < LANES; i++) total[i] = add_pairs(packed[i], packed[i + LANES]);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) total[i] += total[i + half];
+    const __m512 keep = exp2_of(before - top);
+    _mm512_storeu_ps(b->max + lane, top);
+    _mm512_storeu_ps(b->keep + lane, keep);
+    _mm512_storeu_ps(b->sum + lane, _mm512_fmadd_ps(_mm512_loadu_ps(b->sum + lane), keep, total[0]));
+}
+
+/* `at_once` dimensions at a time. */
+static inline __attribute__((always_inline)) void add_values_wide(const Block *b, const int vectors, const int at_once) {
+    const int64_t dim = b->heads->dim, pairs = (b->count + 1) / 2;
+    for (int64_t d = 0; d < dim; d += at_once) {
+        float *sums = b->sums + d * TILE_ROWS;
+        __m512 sum[LANES][TILE_ROWS / LANES];
+        for (int c = 0; c < at_once; c++)
+            for (int v = 0; v < vectors; v++)
+                sum[c][v] = _mm512_mul_ps(_mm512_loadu_ps(sums + c * TILE_ROWS + v * LANES),
+                                          _mm512_loadu_ps(b->keep + v * LANES));
+        for (int64_t j = 0; j < pairs; j++) {
+            const uint16_t *values = b->values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
+            for (int c = 0; c < at_once; c++) {
+                const __m512bh x = pair_of(values + 2 * c);
+                for (int v = 0; v < vectors; v++)
+                    sum[c][v] = _mm512_dpbf16_ps(sum[c][v], load_pairs(b->weights + (j * TILE_ROWS + v * LANES) * 2), x);
+            }
+        }
+        for (int c = 0; c < at_once; c++)
+            for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + c * TILE_ROWS + v * LANES, sum[c][v]);
+    }
+}
+
+static void weigh_block(const Block *b, int vectors) {
+    const int64_t window = b->heads->window, last = b->start + (b->pair + b->rows - 1) / b->group;
+    const int all = b->first + b->count - 1 <= b->start + b->pair / b->group && (!window || b->first > last - window);
+    for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
+        if (all && b->heads->softcap == 0) weigh_wide(b, lane, 1);
+        else weigh_wide(b, lane, 0);
+    }
+}
+
+#define WIDE_CASE(VECTORS, AT_ONCE) \
+    case VECTORS: \
+        score_wide(b, VECTORS, AT_ONCE); \
+        weigh_block(b, VECTORS); \
+        add_values_wide(b, VECTORS, AT_ONCE); \
+        break;
+
+static void attend_wide(const Block *b) {
+    switch ((b->rows + LANES - 1) / LANES) { /* at most 24 accumulators */
+        WIDE_CASE(1, 16) WIDE_CASE(2, 8) WIDE_CASE(3, 8) WIDE_CASE(4, 4) WIDE_CASE(5, 4) WIDE_CASE(6, 4)
+    }
+}
+
+/* ---- tiles of work -------------------------------------------------------------------------------------------------*/
+
+/* What one thread needs for any tile: sums, queries, scores, weights; maximum, sum and factor of each row. */
 static int64_t scratch_floats(const Heads *h) {
-    const int64_t rows = (most_rows(h) + LANES - 1) / LANES * LANES;
-    return rows * h->dim + rows * h->dim / 2 + 2 * rows + MOST_ROWS * BLOCK / 2;
+    return TILE_ROWS * (h->dim + h->dim / 2 + BLOCK + BLOCK / 2 + 3);
 }
 
-static int64_t tiles_of(const Step *step, int64_t row) {
-    return (step->cu_q[row + 1] - step->cu_q[row] + TILE_TOKENS - 1) / TILE_TOKENS;
+static int64_t tiles_of(const Heads *h, const Step *step, int64_t row) {
+    const int64_t rows = (step->cu_q[row + 1] - step->cu_q[row]) * (h->heads / h->kv_heads);
+    return (rows + TILE_ROWS - 1) / TILE_ROWS;
 }
 
-static int64_t attention_tiles(const Step *step) {
+static int64_t attention_tiles(const Heads *h, const Step *step) {
     int64_t tiles = 0;
-    for (int64_t row = 0; row < step->rows; row++) tiles += tiles_of(step, row);
+    for (int64_t row = 0; row < step->rows; row++) tiles += tiles_of(h, step, row);
     return tiles;
 }
 
-/* Tokens t0..t1-1 of row `row` (counted within it) for one key/value head. */
-static void attend(const Heads *h, const Step *step, float *scratch, int64_t row, int64_t kv, int64_t t0, int64_t t1) {
-    const int64_t group = h->heads / h->kv_heads, dim = h->dim, rows = (t1 - t0) * group, size = step->page_size;
-    const int64_t padded = (most_rows(h) + LANES - 1) / LANES * LANES, begin = step->cu_q[row];
-    const int64_t start = step->seq_lens[row] - (step->cu_q[row + 1] - begin) + t0, end = start + t1 - t0;
-    float *sums = scratch, *max = sums + padded * dim, *sum = max + padded;
-    uint16_t *q = (uint16_t *)(sum + padded), *weights = q + padded * dim;
-    memset(sums, 0, sizeof(float) * rows * dim);
-    for (int64_t i = 0; i < rows; i++) {
-        max[i] = -1e30f, sum[i] = 0;
-        memcpy(q + i * dim, h->query + ((begin + t0 + i / group) * h->heads + kv * group + i % group) * dim, 2 * dim);
+static void gather_queries(const Block *b, const uint16_t *const *from, uint16_t *q, int wide) {
+    const int64_t dim = b->heads->dim;
+    if (wide) memset(q, 0, sizeof *q * dim * TILE_ROWS);
+    for (int64_t i = 0; i < b->rows; i++) {
+        if (wide)
+            for (int64_t d = 0; d < dim; d += 2) memcpy(q + d * TILE_ROWS + 2 * i, from[i] + d, 2 * sizeof *q);
+        else memcpy(q + i * dim, from[i], sizeof *q * dim);
     }
-    Block b = {.heads = h, .q = q, .weights = weights, .sums = sums, .max = max, .sum = sum, .stride = 2 * size,
-               .group = group, .position = start};
-    b.first = h->window && start >= h->window ? (start - h->window + 1) / BLOCK * BLOCK : 0;
+}
+
+/* The sums, divided by each row's sum of weights, to where the rows' outputs stand. */
+static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
+    const int64_t dim = b->heads->dim;
+    for (int64_t i = 0; i < TILE_ROWS; i++) b->sum[i] = 1.0f / b->sum[i];
+    for (int64_t d = 0; d < dim; d += LANES) {
+        uint16_t turned[LANES][TILE_ROWS];
+        for (int64_t c = 0; wide && c < LANES; c++)
+            for (int64_t i = 0; i < b->rows; i += LANES)
+                store_bfloat16(turned[c] + i, *(vec *)(b->sums + (d + c) * TILE_ROWS + i) * *(vec *)(b->sum + i));
+        for (int64_t i = 0; i < b->rows; i++) {
+            if (wide)
+                for (int64_t c = 0; c < LANES; c++) to[i][d + c] = turned[c][i];
+            else store_bfloat16(to[i] + d, *(vec *)(b->sums + i * dim + d) * b->sum[i]);
+        }
+    }
+}
+
+/* Rows pair..pair+rows-1 of those that request `row` has for one key/value head. */
+static void attend(const Heads *h, const Step *step, float *scratch, int64_t row, int64_t kv, int64_t pair, int64_t rows) {
+    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[row];
+    const int64_t start = step->seq_lens[row] - (step->cu_q[row + 1] - begin), dim = h->dim;
+    const int64_t end = start + (pair + rows - 1) / group + 1;
+    const int wide = rows > NARROW_ROWS;
+    float *sums = scratch, *max = sums + TILE_ROWS * dim, *sum = max + TILE_ROWS, *keep = sum + TILE_ROWS;
+    float *scores = keep + TILE_ROWS;
+    uint16_t *weights = (uint16_t *)(scores + TILE_ROWS * BLOCK), *q = weights + TILE_ROWS * BLOCK;
+    const uint16_t *from[TILE_ROWS];
+    uint16_t *to[TILE_ROWS];
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = ((begin + (pair + i) / group) * h->heads + kv * group + (pair + i) % group) * dim;
+        from[i] = h->query + at, to[i] = h->out + at;
+    }
+    Block b = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
+               .keep = keep, .stride = 2 * step->page_size, .rows = rows, .group = group, .start = start, .pair = pair};
+    gather_queries(&b, from, q, wide);
+    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : rows) * dim);
+    for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
+    const int64_t oldest = h->window ? start + pair / group - h->window + 1 : 0;
+    b.first = oldest > 0 ? oldest / BLOCK * BLOCK : 0;
     for (; b.first < end; b.first += BLOCK) {
         b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
         fetch_ahead(h, step, row, kv, b.first + BLOCK, end);
         for (int64_t i = 0; i < PARTS; i++) /* parts beyond the end are masked; they only must be readable */
             locate(h, step, row, kv, b.first + (i * LANES < b.count ? i * LANES : 0), b.keys + i, b.values + i);
-        attend_block(&b, rows);
+        if (wide) attend_wide(&b);
+        else attend_narrow(&b);
     }
-    for (int64_t i = 0; i < rows; i++) {
-        uint16_t *out = h->out + ((begin + t0 + i / group) * h->heads + kv * group + i % group) * dim;
-        for (int64_t d = 0; d < dim; d += LANES) store_bfloat16(out + d, *(vec *)(sums + i * dim + d) / sum[i]);
-    }
+    scatter_sums(&b, to, wide);
 }
 
 static void attention_tile(const Heads *h, const Step *step, float *scratch, int64_t index) {
     int64_t tile = index / h->kv_heads, row = 0;
-    while (tile >= tiles_of(step, row)) tile -= tiles_of(step, row++);
-    const int64_t length = step->cu_q[row + 1] - step->cu_q[row];
-    tile = tiles_of(step, row) - 1 - tile; /* last tiles first: those of a prompt see the longest context */
-    const int64_t t0 = tile * TILE_TOKENS, t1 = t0 + TILE_TOKENS;
-    attend(h, step, scratch, row, index % h->kv_heads, t0, t1 < length ? t1 : length);
+    while (tile >= tiles_of(h, step, row)) tile -= tiles_of(h, step, row++);
+    const int64_t rows = (step->cu_q[row + 1] - step->cu_q[row]) * (h->heads / h->kv_heads);
+    const int64_t pair = (tiles_of(h, step, row) - 1 - tile) * TILE_ROWS; /* the last see the longest context: first */
+    attend(h, step, scratch, row, index % h->kv_heads, pair, rows - pair < TILE_ROWS ? rows - pair : TILE_ROWS);
 }

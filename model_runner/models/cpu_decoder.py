@@ -5,6 +5,8 @@ computed. It covers dense bfloat16 models on one CPU rank, and rounds their weig
 of such products are rounded to 8 bits, each 32 numbers by a scale of their own.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ from ramet.model_runner.layers.norm import RMSNorm
 from ramet.model_runner.models.base import CausalLM
 from ramet.model_runner.models.decoder import Attention, Decoder, DecoderLayer
 
+_LOG2_E = math.log2(math.e)  # the kernel's softmax has base 2
 _GATED = {"silu": kernel.GATED_SILU, "gelu_pytorch_tanh": kernel.GATED_GELU_TANH}
 
 
@@ -66,7 +69,17 @@ class CpuDecoder(CausalLM):
             residual *= self._model.embedding_scale
         tables = (ctx.positions, ctx.slot_mapping, ctx.block_table, ctx.cu_q, ctx.seq_lens)
         self._kernel.run(self._ops, n, tables, ctx.kv_pool.page_size)
-        return self._scratch["normed"][:n]
+        attended, normed = self._scratch["attended"], self._scratch["normed"]
+        if ctx.wanted is None or len(ctx.wanted) == n:
+            self._kernel.run(self._last_ops, n)
+            return normed[:n]
+        # After the last keys and values are stored, only what is read of the result needs computing.
+        wanted = len(ctx.wanted)
+        attended[:wanted], residual[:wanted] = attended[ctx.wanted], residual[ctx.wanted]
+        self._kernel.run(self._last_ops, wanted)
+        hidden = torch.empty_like(normed[:n])
+        hidden[ctx.wanted] = normed[:wanted]
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -87,7 +100,7 @@ class CpuDecoder(CausalLM):
         heads = spec.num_heads + 2 * spec.num_kv_heads
 
         def buffer(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(capacity, width, dtype=dtype)
+            return kernel.in_huge_pages(torch.empty(capacity, width, dtype=dtype))
 
         self._scratch = {
             "residual": buffer(spec.hidden_size, torch.float32),
@@ -106,12 +119,14 @@ class CpuDecoder(CausalLM):
             assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
             ops.append(self._norm(layer.attention_norm))
             ops += self._attention(layer.attention, pool)
+            num_before_last = len(ops)
             ops += self._add(layer.attention.out, "attended", layer.attention_post_norm)
             ops.append(self._norm(layer.mlp_norm))
             ops += self._matmul(layer.mlp.gate_up, "normed", "gated", _GATED[spec.act])
             ops += self._add(layer.mlp.down, "gated", layer.mlp_post_norm)
         ops.append(self._norm(self._model.norm))
-        self._ops = (Op * len(ops))(*ops)
+        first, last = ops[:num_before_last], ops[num_before_last:]
+        self._ops, self._last_ops = (Op * len(first))(*first), (Op * len(last))(*last)
 
     def _norm(self, norm: RMSNorm, source: str = "residual", out: str = "normed", effect: int = kernel.STORE) -> Op:
         return op(
@@ -152,7 +167,7 @@ class CpuDecoder(CausalLM):
             self._scratch["query"],
             weight=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
-            scale=spec.scale,
+            scale=spec.scale * _LOG2_E,
             table=self._model.rope_tables[attention.rope],
             **shape,
         )
@@ -161,7 +176,7 @@ class CpuDecoder(CausalLM):
             self._scratch["query"],
             self._scratch["attended"],
             window=spec.sliding_window or 0,
-            softcap=spec.softcap or 0.0,
+            softcap=(spec.softcap or 0.0) * _LOG2_E,
             **shape,
         )
         return [*self._matmul(attention.qkv, "normed", "qkv", kernel.STORE), rope, attend]
@@ -183,7 +198,7 @@ def _product(
     inner, ops, inputs = source.shape[1], [], {}
     if rounded is not None:
         inputs = {"row_scales": rounded.scales, "group_sums": rounded.sums}
-        ops.append(op(kernel.QUANTIZE, source, rounded.values, width=inner, **inputs))
+        ops.append(op(kernel.QUANTIZE, source, rounded.values, width=inner, bits=weight.bits, **inputs))
         source = rounded.values
     fields = {"weight": weight.weight, "scales": weight.scales, "bias": bias, **inputs}
     sizes = {"width": out.shape[1], "inner": inner, "effect": effect, "bits": weight.bits}

@@ -76,8 +76,12 @@ def test_product_of_rounded_numbers(run, n, width, inner, bits):
     rounded, row_scales = torch.empty(n, inner, dtype=torch.int8), torch.empty(n, inner // 32)
     sums = torch.empty(n, inner // 32, dtype=torch.int32)
     inputs = {"row_scales": row_scales, "group_sums": sums}
-    run(op(kernel.QUANTIZE, x, rounded, width=inner, **inputs), n)
-    assert torch.equal(sums, rounded.unflatten(1, (-1, 32)).sum(2, dtype=torch.int32))
+    run(op(kernel.QUANTIZE, x, rounded, width=inner, bits=bits, **inputs), n)
+    exact = rounded.unflatten(1, (-1, 32)).sum(2, dtype=torch.int32)
+    if bits == 8:
+        assert torch.equal(sums, -128 * exact)
+    else:
+        assert torch.equal(sums.view(torch.float32), row_scales * exact)
     values = (rounded.double().unflatten(1, (-1, 32)) * row_scales[..., None].double()).flatten(1)
     assert (values - x.double()).abs().max() <= 0.51 * row_scales.max()
 

@@ -1,5 +1,6 @@
 """The C kernel of a whole decoder against its plain twin and transformers, in bfloat16."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(fused: Caus
         rows = {name: prompt(1, seed=i) for name in "bcdefghijklmn"[: i % 14]}
         found.append(driver.step(rows | {"a": [token]})["a"])
     assert torch.equal(torch.cat(found), expected[:20])
+
+
+def test_what_is_not_wanted_does_not_change_the_rest(fused: CausalLM) -> None:
+    driver = ModelDriver(fused, torch.bfloat16)
+    rows = {"a": prompt(1, seed=1), "b": prompt(30, seed=2), "c": prompt(20, seed=3)}
+    token_ids = torch.tensor([token for tokens in rows.values() for token in tokens])
+    context = driver._context(rows)
+    expected = fused(token_ids, context).clone()
+    for wanted in ([0, 30, 50], [7, 8], []):
+        some = dataclasses.replace(context, wanted=torch.tensor(wanted, dtype=torch.int64))
+        assert torch.equal(fused(token_ids, some)[wanted], expected[wanted])
 
 
 def test_a_nan_stays_in_its_row(fused: CausalLM) -> None:
