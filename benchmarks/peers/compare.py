@@ -75,7 +75,8 @@ def run_round(args: argparse.Namespace, results: Path, number: int) -> None:
         row: dict[str, Any] = {"configuration": name, "at": datetime.datetime.now(datetime.UTC).isoformat()}
         with Server(configuration, args.work, model, args.work / f"{name}.log") as server:
             row |= {"ready_s": server.ready_s, "memory_mib": server.memory_mib()}
-            for workload in args.workloads.split(",") if args.workloads else WORKLOADS:
+            asked = args.workloads.split(",") if args.workloads else list(WORKLOADS)
+            for workload in [name for name in asked if name in (configuration.workloads or WORKLOADS)]:
                 row[workload] = measure(workload, number, configuration.bench_flags)
                 print(name, workload, json.dumps(row[workload]), flush=True)
         with results.open("a") as file:

@@ -25,12 +25,15 @@ _START_TIMEOUT_S = 400
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """`engine` is the row of the table: several configurations of one engine compete, and the best counts."""
+    """`engine` is the row of the table: several configurations of one engine compete, and the best counts.
+
+    `workloads`: those that it is here for; without any, all."""
 
     engine: str
     weights: str  # "folder", "gguf", or "quantized": the file with fewer bits
     flags: tuple[str, ...]
     bench_flags: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ()
 
     def command(self, work: Path, model: Model) -> tuple[list[str], dict[str, str]]:
         path = str({"folder": model.folder, "gguf": model.gguf, "quantized": model.quantized}[self.weights])
@@ -52,9 +55,11 @@ CONFIGURATIONS = {
     "ramet-int8": Configuration("Ramet int8", "folder", ("--quantization", "int8")),
     "ramet-int4": Configuration("Ramet int4, the Q4_1 file", "quantized", ("--quantization", "int4")),
     "llama-batch": Configuration("llama.cpp", "gguf", (*_LLAMA, "--kv-unified", "-c", "32768"), _ANEW),
-    "llama-single": Configuration("llama.cpp", "gguf", (*_LLAMA, "--no-kv-unified", "-c", "73728"), _ANEW),
+    "llama-single": Configuration(
+        "llama.cpp", "gguf", (*_LLAMA, "--no-kv-unified", "-c", "73728"), _ANEW, ("W1", "W4")
+    ),
     "llama-q4": Configuration(
-        "llama.cpp, the Q4_1 file", "quantized", (*_LLAMA, "--no-kv-unified", "-c", "73728"), _ANEW
+        "llama.cpp, the Q4_1 file", "quantized", (*_LLAMA, "--no-kv-unified", "-c", "73728"), _ANEW, ("W1",)
     ),
     "vllm": Configuration("vLLM CPU", "folder", _VLLM),
 }
