@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import mmap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,23 @@ def pack(weight: Tensor, together: int = 2) -> Tensor:
     return padded.view(-1, COLUMNS, in_features // together, together).transpose(1, 2).contiguous()
 
 
+class Grid(NamedTuple):
+    """A matrix of 4 bits a weight, the form of GGUF's Q4_1: each is scale * number + minimum."""
+
+    numbers: Tensor  # [out, in] uint8, up to 15
+    scales: Tensor  # [out, in / 32] float16
+    minima: Tensor  # likewise
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Grid":
+        """weight [out, in], rounded; `in` is a multiple of 32."""
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        least, most = groups.aminmax(dim=2)
+        scales, least = ((most - least) / 15).half(), least.half()
+        rounded = (groups - least.float()[..., None]) / scales.float().clamp(min=1e-30)[..., None]
+        return cls(rounded.round().clamp(0, 15).to(torch.uint8).flatten(1), scales, least)
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A matrix as the kernel wants it, of 16, 8 or 4 bits a weight; decoder.c says what the scales are."""
@@ -85,31 +103,26 @@ class Packed:
 
     @classmethod
     def of(cls, weight: Tensor, bits: int) -> "Packed":
-        """weight [out, in] bfloat16; `in` is even, for fewer bits a multiple of 32.
-
-        8 bits: each output by its own scale, symmetric. 4 bits: each 32 inputs of an output by a scale and a minimum,
-        the form of GGUF's Q4_1, so that weights which come from there get their own values back.
-        """
+        """16 bits, or 8 by a scale of each output, symmetric. weight [out, in] bfloat16; `in` is even, for 8 bits a
+        multiple of 32."""
         if bits == 16:
             return cls(bits, in_huge_pages(pack(weight)))
         weight = F.pad(weight.float(), (0, 0, 0, -weight.shape[0] % COLUMNS))
-        if bits == 8:
-            scales = weight.abs().amax(dim=1) / 127
-            rounded = (weight / scales.clamp(min=1e-30)[:, None]).round() + 128
-            return cls(bits, in_huge_pages(pack(rounded.to(torch.uint8), 4)), scales)
-        groups = weight.unflatten(1, (-1, GROUP))
-        least, most = groups.aminmax(dim=2)
-        scales, least = ((most - least) / 15).half(), least.half()
-        rounded = (groups - least.float()[..., None]) / scales.float().clamp(min=1e-30)[..., None]
-        nibbles = pack(rounded.round().clamp(0, 15).to(torch.uint8).flatten(1), 4)  # [tiles, in / 4, 32, 4]
-        halves = torch.stack([scales, least]).unflatten(1, (-1, COLUMNS))  # [2, tiles, 32, groups]
-        return cls(
-            bits, in_huge_pages(nibbles[:, ::2] | nibbles[:, 1::2] << 4), halves.permute(1, 3, 0, 2).contiguous()
-        )
+        scales = weight.abs().amax(dim=1) / 127
+        rounded = (weight / scales.clamp(min=1e-30)[:, None]).round() + 128
+        return cls(bits, in_huge_pages(pack(rounded.to(torch.uint8), 4)), scales)
+
+    @classmethod
+    def of_grid(cls, grid: Grid) -> "Packed":
+        """4 bits; the values stay what they are."""
+        nibbles = pack(grid.numbers, 4)  # [tiles, in / 4, 32, 4]
+        halves = F.pad(torch.stack([grid.scales, grid.minima]), (0, 0, 0, -grid.scales.shape[0] % COLUMNS))
+        halves = halves.unflatten(1, (-1, COLUMNS)).permute(1, 3, 0, 2)  # [tiles, groups, 2, 32]
+        return cls(4, in_huge_pages(nibbles[:, ::2] | nibbles[:, 1::2] << 4), halves.contiguous())
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Two matrices (or biases) of the same shape as one: 16 outputs of the first, 16 of the second, and so on."""
+    """Two matrices (biases, scales) of the same shape as one: 16 outputs of the first, 16 of the second, and so on."""
     half = COLUMNS // 2
     parts = [part.unflatten(0, (-1, half)) for part in (gate, up)]
     return torch.stack(parts, dim=1).flatten(0, 2)

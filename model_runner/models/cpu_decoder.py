@@ -1,8 +1,8 @@
 """`CpuDecoder`: a native decoder as one call of the C kernel per step (`kernels/cpu/decoder.c`).
 
 Made of a loaded `Decoder`, whose weights it takes over and packs; that class is its plain twin and says what is
-computed. It covers dense bfloat16 models on one CPU rank, and rounds their weights to 8 or 4 bits if asked. The inputs
-of such products are rounded to 8 bits, each 32 numbers by a scale of their own.
+computed. It covers dense bfloat16 models on one CPU rank, and rounds their weights to 8 or 4 bits if asked, but for
+those that a file has in such 4 bits. The inputs of these products are rounded to 8 bits, each 32 numbers by a scale.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.cpu import decoder as kernel
-from ramet.kernels.cpu.decoder import Op, Packed, interleave, op
+from ramet.kernels.cpu.decoder import Grid, Op, Packed, interleave, op
 from ramet.model_runner.context import ForwardContext
 from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -41,16 +41,19 @@ def covers(model: Decoder, page_size: int, bits: int) -> bool:
 
 
 class CpuDecoder(CausalLM):
-    """Raises KernelUnavailable if the kernel cannot be used on this machine; the model is then as it was."""
+    """Raises KernelUnavailable if the kernel cannot be used on this machine; the model is then as it was.
 
-    def __init__(self, model: Decoder, bits: int = 16) -> None:
+    `stored`, for 4 bits: what stands for the matrices at these addresses in the model's weights. It is used up.
+    """
+
+    def __init__(self, model: Decoder, bits: int, stored: dict[int, Grid]) -> None:
         super().__init__()
         self._bits = bits
         self._kernel = kernel.DecoderKernel()
         self.spec, self.vocab_size, self.kv_specs = model.spec, model.vocab_size, model.kv_specs
         self._model = model
         # Packed one after the other, each in place of the plain one.
-        self._weights = {id(module): _take_weight(module, bits) for module in self._linears()}
+        self._weights = {id(module): _take_weight(module, bits, stored) for module in self._linears()}
         self._biases = {id(module): _bias(module) for module in self._linears()}
         # 4 bits are too few for the head: its error goes straight into the logits.
         self._head = Packed.of(model.head.weight, max(bits, 8))
@@ -209,17 +212,24 @@ def _is_gated(module: ColumnParallelLinear | RowParallelLinear) -> bool:
     return isinstance(module, ColumnParallelLinear) and "gate_proj" in module.outputs
 
 
-def _take_weight(module: ColumnParallelLinear | RowParallelLinear, bits: int) -> Packed:
+def _in_order(module: ColumnParallelLinear | RowParallelLinear, tensor: Tensor) -> Tensor:
+    """What the layer has for each output, in the order in which the kernel wants the outputs."""
+    return interleave(*tensor.chunk(2)) if _is_gated(module) else tensor
+
+
+def _take_weight(module: ColumnParallelLinear | RowParallelLinear, bits: int, stored: dict[int, Grid]) -> Packed:
     """The weight, packed; the plain one is taken out of the layer."""
     weight = module.weight.detach()
-    packed = Packed.of(interleave(*weight.chunk(2)) if _is_gated(module) else weight, bits)
     del module.weight
-    return packed
+    if bits != 4:
+        return Packed.of(_in_order(module, weight), bits)
+    parts = weight.split(module.local_sizes) if isinstance(module, ColumnParallelLinear) else [weight]
+    grids = [stored.pop(part.data_ptr()) if part.data_ptr() in stored else Grid.of(part) for part in parts]
+    return Packed.of_grid(Grid(*(_in_order(module, torch.cat(pieces)) for pieces in zip(*grids, strict=True))))
 
 
 def _bias(module: ColumnParallelLinear | RowParallelLinear) -> Tensor | None:
     if module.bias is None:
         return None
-    bias = module.bias.detach().float()
-    bias = interleave(*bias.chunk(2)) if _is_gated(module) else bias
+    bias = _in_order(module, module.bias.detach().float())
     return F.pad(bias, (0, -bias.shape[0] % kernel.COLUMNS))

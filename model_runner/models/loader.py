@@ -14,6 +14,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from ramet.kernels.cpu.build import KernelUnavailable
+from ramet.kernels.cpu.decoder import Grid
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.layers.rope import plain_frequencies
 from ramet.model_runner.models.base import CausalLM
@@ -130,10 +131,11 @@ def _load_native(
         except ValueError as error:  # heads or sizes that do not divide over the ranks
             raise WeightsError(str(error)) from error
         parts = list(model.weight_parts())
+        stored: dict[int, Grid] = {}
         if source is None:
             fill_randomly(parts, config.seed, progress)
             del parts
-            return model.eval() if headless else _pack(model, config)
+            return model.eval() if headless else _pack(model, config, stored)
         if isinstance(source, GGUFSource):
             source.expect({part.name for part in parts})
         elif headless and not any(name.startswith("model.") for name in source.names()):
@@ -141,13 +143,27 @@ def _load_native(
         # Some checkpoints store the head although it is the embedding.
         unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
         unused |= {"output.weight"} if headless else set()  # the head in a GGUF file
+        if isinstance(source, GGUFSource) and config.quantization == "int4" and not headless:
+            stored = _read_grids(parts, source)
+            unused |= {part.name for part in parts if part.target.data_ptr() in stored}
+            parts = [part for part in parts if part.target.data_ptr() not in stored]
         fill(parts, source, unused, progress)
     del parts  # they hold the plain weights
-    return model.eval() if headless else _pack(model, config)
+    return model.eval() if headless else _pack(model, config, stored)
 
 
-def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
-    """The model in the form that is fastest here, its weights in the layout for it."""
+def _read_grids(parts: list[WeightPart], source: GGUFSource) -> dict[int, Grid]:
+    """The matrices of the layers that the file has in the form of `Grid`, by the address of what they stand for."""
+    matrices = [part for part in parts if part.name.endswith("_proj.weight")]
+    found = {part.target.data_ptr(): source.read_grid(part) for part in matrices}
+    grids = {address: grid for address, grid in found.items() if grid is not None}
+    log.info("%d of %d matrices keep their 4-bit values from %s", len(grids), len(matrices), source.path)
+    return grids
+
+
+def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> CausalLM:
+    """The model in the form that is fastest here, its weights in the layout for it. Those in `stored` were not read
+    otherwise; they are for 4 bits, which only the CPU's kernel computes."""
     if config.quantization == "fp8":
         _round_to_fp8(model, config)
     bits = {None: 16, "fp8": 16, "int8": 8, "int4": 4}[config.quantization]
@@ -157,7 +173,7 @@ def _pack(model: Decoder, config: RunnerConfig) -> CausalLM:
     )
     if config.attention_backend in ("auto", "cpu") and covers(model, config.page_size, bits):
         try:
-            return CpuDecoder(model, bits).eval()
+            return CpuDecoder(model, bits, stored).eval()
         except KernelUnavailable as error:
             log.warning("computing with plain torch, which is slower: %s", error)
             why_not = str(error)

@@ -1,4 +1,4 @@
-"""Reads GGUF files under Hugging Face names, dequantised to float32 piece by piece.
+"""Reads GGUF files under Hugging Face names, dequantised to float32 piece by piece, or 4-bit blocks as they are.
 
 Undoes what llama.cpp's converter does to the tensors: Llama's query and key rows are permuted there, Gemma's norm
 weights carry the offset 1, experts are stacked in one tensor. Architectures whose conversion is not known are refused.
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ramet.kernels.cpu.decoder import Grid
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.gguf_header import GGUFHeader, TensorInfo, read_header
 from ramet.model_runner.weights.mapping import WeightPart, WeightSource
 
+_Q4_0, _Q4_1 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1
 ROPE_FACTORS = "rope_freqs.weight"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Mistral files are of architecture "llama" too.
@@ -63,6 +65,23 @@ class GGUFSource(WeightSource):
         tensor = self._rows(info, *rows)[(slice(None), *part.index[1:])]
         return self._undo_conversion(part.name, tensor)
 
+    def read_grid(self, part: WeightPart) -> Grid | None:
+        """A whole matrix with the values of the file, whose blocks are of 32 inputs; None if it is not of 4 bits, or
+        not of the part's shape."""
+        info = self.header.tensors.get(self._expected.get(part.name, ""))
+        if info is None or info.shape != part.shape or info.ggml_type not in (_Q4_0, _Q4_1):
+            return None
+        # A block: a float16 scale, in Q4_1 a minimum, then 16 bytes with the numbers i (low half) and i + 16.
+        blocks = torch.from_numpy(self._raw(info, 0, info.shape[0]).copy()).unflatten(
+            1, (-1, gguf.GGML_QUANT_SIZES[info.ggml_type][1])
+        )
+        floats, nibbles = blocks[..., :-16].contiguous().view(torch.float16), blocks[..., -16:]
+        scales = floats[..., 0]
+        # In Q4_0 a weight is scale * (number - 8); the product is exact.
+        minima = floats[..., 1] if info.ggml_type == _Q4_1 else -8 * scales
+        numbers = torch.cat([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
+        return Grid(*(self._undo_conversion(part.name, tensor) for tensor in (numbers, scales, minima)))
+
     def rope_factors(self) -> Tensor | None:
         """[head_dim / 2] float32 divisors of the rope frequencies (Llama 3.1 and later), if the file has them."""
         info = self.header.tensors.get(ROPE_FACTORS)
@@ -74,11 +93,8 @@ class GGUFSource(WeightSource):
 
     def _rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
         """Rows of the tensor seen as a matrix (its elements, if it has one dimension), float32."""
-        count = int(np.prod(info.shape[:-1])) if len(info.shape) > 1 else info.shape[0]
-        row_bytes = info.nbytes // count
-        raw = self._data[info.offset + first * row_bytes : info.offset + last * row_bytes].reshape(-1, row_bytes)
         try:
-            values = gguf.dequantize(raw, info.ggml_type)
+            values = gguf.dequantize(self._raw(info, first, last), info.ggml_type)
         except NotImplementedError as error:
             raise WeightsError(
                 f"{self.path}: {info.name} is quantised as {info.ggml_type.name}, not supported"
@@ -86,6 +102,12 @@ class GGUFSource(WeightSource):
         values = values.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else values.reshape(-1)
         # torch wants memory it may write to; the file's map is not.
         return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+
+    def _raw(self, info: TensorInfo, first: int, last: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+        """The bytes of such rows, a view of the file."""
+        count = int(np.prod(info.shape[:-1])) if len(info.shape) > 1 else info.shape[0]
+        row_bytes = info.nbytes // count
+        return self._data[info.offset + first * row_bytes : info.offset + last * row_bytes].reshape(-1, row_bytes)
 
     def _undo_conversion(self, name: str, tensor: Tensor) -> Tensor:
         if self.architecture == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):

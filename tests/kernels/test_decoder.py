@@ -5,7 +5,7 @@ import torch
 
 from ramet.kernels.cpu import decoder as kernel
 from ramet.kernels.cpu.build import KernelUnavailable
-from ramet.kernels.cpu.decoder import DecoderKernel, Op, Packed, interleave, op, pack
+from ramet.kernels.cpu.decoder import DecoderKernel, Grid, Op, Packed, interleave, op, pack
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,30 @@ def test_product_of_rounded_numbers(run, n, width, inner, bits):
         scales, least = ((most - least) / 15).half().double(), least.half().double()
         grid = (((groups - least) / scales).round().clamp(0, 15) * scales + least).flatten(1)
     assert (grid - weight.double()).abs().max() <= 0.52 * scales.max()
-    packed, out = Packed.of(weight, bits), torch.empty(n, width)
+    packed = Packed.of(weight, bits) if bits == 8 else Packed.of_grid(Grid.of(weight))
+    out = torch.empty(n, width)
     fields = {"weight": packed.weight, "scales": packed.scales, "bits": bits, **inputs}
     run(op(kernel.MATMUL, rounded, out, width=width, inner=inner, effect=kernel.STORE, **fields), n)
     torch.testing.assert_close(out.double(), values @ grid.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [32, 40, 7])
+def test_product_keeps_the_values_of_a_grid(run, width):
+    """Scales of both signs, and numbers that do not reach from 0 to 15: rounding would choose others."""
+    n, inner = 5, 96
+    x, numbers = random(n, inner), torch.arange(width * inner, dtype=torch.uint8).view(width, inner) % 13 + 1
+    scales, minima = random(width, 3, dtype=torch.float16), random(3, width, dtype=torch.float16).T
+    values = numbers.double().unflatten(1, (-1, 32)) * scales.double()[..., None] + minima.double()[..., None]
+    rounded, row_scales = torch.empty(n, inner, dtype=torch.int8), torch.empty(n, 3)
+    inputs = {"row_scales": row_scales, "group_sums": torch.empty(n, 3, dtype=torch.int32)}
+    run(op(kernel.QUANTIZE, x, rounded, width=inner, bits=4, **inputs), n)
+    packed, out = Packed.of_grid(Grid(numbers, scales, minima)), torch.empty(n, width)
+    fields = {"weight": packed.weight, "scales": packed.scales, "bits": 4, **inputs}
+    run(op(kernel.MATMUL, rounded, out, width=width, inner=inner, effect=kernel.STORE, **fields), n)
+    expected = (rounded.double().unflatten(1, (-1, 32)) * row_scales.double()[..., None]).flatten(1) @ values.flatten(
+        1
+    ).T
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_rounding_keeps_a_nan_in_its_group(run):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -40,10 +41,15 @@ _GEMMA_NAMES = {
 
 
 def write_gguf(
-    folder: Path, arch: str, path: Path, quant: QUANT = QUANT.F32, extra: dict[str, np.ndarray] | None = None
+    folder: Path,
+    arch: str,
+    path: Path,
+    quant: QUANT = QUANT.F32,
+    extra: dict[str, np.ndarray] | None = None,
+    others: Mapping[str, QUANT] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`arch` is GGUF's name. Matrices are stored as `quant`. Returns the weights as the file gives them back, under
-    Hugging Face names, so that a test can compare without trusting the reader."""
+    """`arch` is GGUF's name. Matrices are stored as `quant`, but for `others` (by Hugging Face names). Returns the
+    weights as the file gives them back, under these names, so that a test can compare without trusting the reader."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config["max_position_embeddings"])
@@ -53,7 +59,7 @@ def write_gguf(
     stacks: dict[str, list[np.ndarray]] = {}
     tensors = load_file(folder / "model.safetensors")
     for name in sorted(tensors, key=_natural):
-        tensor, kind = tensors[name], QUANT.F32 if tensors[name].ndim < 2 else quant
+        tensor, kind = tensors[name], QUANT.F32 if tensors[name].ndim < 2 else (others or {}).get(name, quant)
         stored_back[name] = gguf.dequantize(gguf.quantize(tensor, kind), kind).reshape(tensor.shape)
         if arch == "llama" and (heads := re.search(r"\.([qk])_proj", name)):
             count = config["num_attention_heads" if heads[1] == "q" else "num_key_value_heads"]
