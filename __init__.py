@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_OFFLINE = {
-    "Engine": "ramet.launch.engine",
-    "RequestError": "ramet.ipc.errors",
-    "SamplingParams": "ramet.ipc.sampling",
-}
+_OFFLINE = {"Engine": "ramet.launch.engine", "RequestError": "ramet.ipc.errors", "SamplingParams": "ramet.ipc.sampling"}
 
 
 def __getattr__(name: str) -> Any:

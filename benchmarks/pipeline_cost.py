@@ -19,9 +19,9 @@ import psutil
 from ramet.ipc.channel import Addresses
 from ramet.ipc.step import RowResult, StepPlan, StepResult
 from ramet.launch.child import Process
-from ramet.launch.config import ServerArgs
 from ramet.launch.roles import engine_processes
 from ramet.launch.serve import configure, make_supervisor
+from ramet.launch.server_args import ServerArgs
 from ramet.launch.supervisor import SCHEDULER
 from ramet.model_runner.config import RunnerConfig
 from ramet.scheduler.config import SchedulerConfig

@@ -15,8 +15,9 @@ import msgspec
 
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, PageGrant, Row, StepPlan
-from ramet.launch.config import ServerArgs, resolve
+from ramet.launch.config import resolve
 from ramet.launch.model_source import resolve_model
+from ramet.launch.server_args import ServerArgs
 from ramet.model_runner.runner import ModelRunner
 from ramet.tokenizer_worker.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def main() -> None:
 
 def score(args: argparse.Namespace, settings: dict[str, str]) -> list[float]:
     """The log-probability of each token but the first of each window."""
-    model = resolve_model(args.model_path)
+    model = resolve_model(ServerArgs(model_path=args.model_path))
     server_args = ServerArgs(**{"dtype": "bfloat16", "device": "cpu", "max_total_tokens": 4 * args.window, **settings})
     config = msgspec.structs.replace(resolve(server_args, model).runner, max_step_tokens=args.window)
     runner = ModelRunner(config, lambda _text: None)

@@ -13,12 +13,10 @@ from ramet.ipc.messages import (
     Abort,
     Admitted,
     Failed,
-    Fatal,
     Finish,
     FinishReason,
     Logprob,
     PromptInfo,
-    Ready,
     Reset,
     TextBatch,
     TextDelta,
@@ -27,6 +25,7 @@ from ramet.ipc.messages import (
     TokenText,
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.start import Startup
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 NAME = "detokenizer"
@@ -34,17 +33,13 @@ NAME = "detokenizer"
 
 def run(config: DetokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
-    launcher = Outbox(addresses.launcher)
+    startup = Startup(NAME, addresses)
     inbox: Inbox[ToDetokenizer] = Inbox(addresses.detokenizer, ToDetokenizer)
-    try:
+    with startup.failing_with(TokenizerError):
         detokenizer = Detokenizer(Tokenizer(config.tokenizer_dir), config.stream_interval)
-    except TokenizerError as error:
-        launcher.send(Fatal(NAME, str(error)))
-        launcher.close()
-        raise SystemExit(1) from error
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     pulse = Pulse(addresses, NAME)
-    launcher.send(Ready(NAME))
+    startup.ready()
     while True:
         pulse.beat()
         if (message := inbox.receive(BEAT_S)) is None:

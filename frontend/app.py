@@ -45,7 +45,7 @@ from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from ramet.frontend.store import Store, StoreError
+from ramet.frontend.store import Store
 from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError, invalid
 
@@ -78,10 +78,8 @@ def build_app(
         routes=routes,
         exception_handlers={
             RequestError: errors.on_request_error,
-            errors.ModelNotFoundError: errors.on_model_not_found,
             ClientDisconnect: errors.on_disconnect,
             ClientDisconnectedError: errors.on_disconnect,
-            StoreError: errors.on_store_error,
             HTTPException: errors.on_http_error,
             Exception: errors.on_bug,
         },

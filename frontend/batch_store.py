@@ -17,19 +17,8 @@ import msgspec
 
 from ramet.frontend.batch_job import ERRORS, INPUT, OUTPUT
 from ramet.frontend.schemas.batches import Batch, BatchRequest, RequestCounts
-from ramet.frontend.store import (
-    ENDED,
-    ConflictError,
-    File,
-    MissingError,
-    Store,
-    fsync_folder,
-    link_or_copy,
-    new_file,
-    new_id,
-    page,
-)
-from ramet.ipc.errors import invalid
+from ramet.frontend.store import ENDED, File, Store, fsync_folder, link_or_copy, new_file, new_id, page
+from ramet.ipc.errors import FailureKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +34,7 @@ class Batches:
         return self._store.folder / "batches" / batch_id
 
     def create(self, request: BatchRequest, window_s: int) -> Batch:
-        """Raises MissingError without the input file, RequestError if it is not for batches."""
+        """Raises RequestError without the input file, or if it is not for batches."""
         file = self._store.get(request.input_file_id)
         if file.purpose != "batch":
             raise invalid(
@@ -64,10 +53,10 @@ class Batches:
         return batch
 
     def get(self, batch_id: str) -> Batch:
-        """Raises MissingError."""
+        """Raises RequestError."""
         for batch in self._select("WHERE id = ?", batch_id):
             return batch
-        raise MissingError(f"no such batch: {batch_id!r}")
+        raise RequestError(FailureKind.NOT_FOUND, f"no such batch: {batch_id!r}")
 
     def page(self, after: str | None, limit: int) -> list[Batch]:
         """The newest first, from the id `after` on."""
@@ -98,12 +87,12 @@ class Batches:
         return batch
 
     def cancel(self, batch_id: str) -> Batch:
-        """Raises MissingError, and ConflictError if it has ended."""
+        """Raises RequestError if there is none, or if it has ended."""
         batch = self.get(batch_id)
         if batch.status == "cancelling":
             return batch
         if batch.status in ENDED:
-            raise ConflictError(f"batch {batch_id!r} is {batch.status} and cannot be cancelled")
+            raise RequestError(FailureKind.CONFLICT, f"batch {batch_id!r} is {batch.status} and cannot be cancelled")
         with self._store.db:
             return self._save(_in_state(batch, "cancelling"))
 

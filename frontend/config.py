@@ -25,12 +25,13 @@ BUCKETS: dict[str, tuple[float, ...]] = {
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True):
-    """Paths of PEM files. With `ca_certs` every client must show a certificate that one of them signed."""
+    """Paths of PEM files, named as in uvicorn. With `ssl_ca_certs` every client must show a certificate that one of
+    them signed."""
 
-    certfile: str
-    keyfile: str | None = None
-    keyfile_password: str | None = None
-    ca_certs: str | None = None
+    ssl_certfile: str
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):

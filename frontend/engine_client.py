@@ -19,7 +19,6 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from types import TracebackType
 
 import msgspec
 
@@ -99,9 +98,7 @@ class Generation:
     def __enter__(self) -> "Generation":
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.abort(self._open)
         self._client.release(self._num_rids, self._num_tokens)
 
@@ -501,6 +498,3 @@ def merged(deltas: list[TextDelta]) -> TextDelta:
         finish=last.finish,
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
     )
-
-
-__all__ = ["DRAINING", "ChoiceRecord", "ClientDisconnectedError", "EngineClient", "Generation", "merged"]

@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.frontend.store import ConflictError, FullError, MissingError, StoreError, UnusableError
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 
 # nginx's number: no status of HTTP says it, and clients must not try again by themselves, as they do after a 5xx.
@@ -22,19 +21,15 @@ CLIENT_CLOSED_REQUEST = 499
 FAILURES: dict[FailureKind, tuple[int, str, str]] = {
     FailureKind.INVALID_REQUEST: (400, "invalid_request_error", "invalid_value"),
     FailureKind.CONTEXT_LENGTH_EXCEEDED: (400, "invalid_request_error", "context_length_exceeded"),
+    FailureKind.NOT_FOUND: (404, "invalid_request_error", "not_found"),
+    FailureKind.CONFLICT: (409, "invalid_request_error", "conflict"),
+    FailureKind.STORAGE_FULL: (413, "invalid_request_error", "storage_full"),
+    FailureKind.STORAGE_UNUSABLE: (503, "server_error", "storage_unusable"),
     FailureKind.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
     FailureKind.TIMEOUT: (504, "server_error", "deadline_exceeded"),
     FailureKind.ENGINE_DOWN: (503, "server_error", "engine_down"),
     FailureKind.INTERNAL: (500, "server_error", "internal_error"),
     FailureKind.ABORTED: (CLIENT_CLOSED_REQUEST, "request_aborted", "aborted"),
-}
-
-# What the store refuses -> (status, type, code)
-STORE_FAILURES: dict[type[StoreError], tuple[int, str, str]] = {
-    MissingError: (404, "invalid_request_error", "not_found"),
-    ConflictError: (409, "invalid_request_error", "conflict"),
-    FullError: (413, "invalid_request_error", "storage_full"),
-    UnusableError: (503, "server_error", "storage_unusable"),
 }
 
 # What HTTP itself refuses, before any request exists: status -> code.
@@ -57,11 +52,9 @@ _MISSING_FIELD = re.compile(r"^Object missing required field `(.*?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
 
 
-class ModelNotFoundError(Exception):
-    """The request names a model that is not served here."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists those that do.")
+def no_such_model(model: str) -> RequestError:
+    words = f"The model {model!r} does not exist. GET /v1/models lists those that do."
+    return RequestError(FailureKind.NOT_FOUND, words, param="model", code="model_not_found")
 
 
 def error_body(failure: Failure) -> dict[str, Any]:
@@ -96,16 +89,6 @@ def failure_response(failure: Failure) -> Response:
 async def on_request_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return failure_response(error.failure)
-
-
-async def on_model_not_found(_request: Request, error: Exception) -> Response:
-    return _response(404, _body(str(error), "invalid_request_error", "model", "model_not_found"))
-
-
-async def on_store_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, StoreError)
-    status, kind, code = STORE_FAILURES[type(error)]
-    return _response(status, _body(str(error), kind, None, code))
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:

@@ -18,7 +18,6 @@ import resource
 import signal
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -35,10 +34,12 @@ from ramet.frontend.connection import Connection
 from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.port import bind
-from ramet.frontend.store import Store, UnusableError
-from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
-from ramet.ipc.messages import EngineUp, Fatal, Ready, ToFrontend
+from ramet.frontend.store import Store
+from ramet.ipc.channel import Addresses, AsyncInbox
+from ramet.ipc.errors import RequestError
+from ramet.ipc.messages import EngineUp, ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.start import Startup
 
 log = logging.getLogger(__name__)
 
@@ -66,23 +67,14 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
     """Serve until SIGTERM. Exits with status 1, after a `Fatal` to the launcher, if the port cannot be had."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("ramet").setLevel(config.log_level.upper())
-    launcher = Outbox(addresses.launcher)
+    startup = Startup(NAME, addresses)
     store = Store(config.file_storage_path, config.max_storage_bytes)
-    try:
+    with contextlib.closing(store), startup.failing_with(_PortError, RequestError):
         if store.exists:
             store.open()
         _raise_open_files()
         with _bind(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(config, addresses, store, launcher, listener))
-    except _PortError as error:
-        launcher.send(Fatal(NAME, f"cannot listen on {config.host}:{config.port}: {error}"))
-        sys.exit(1)
-    except UnusableError as error:
-        launcher.send(Fatal(NAME, str(error)))
-        sys.exit(1)
-    finally:
-        store.close()
-        launcher.close()
+            runner.run(_run(config, addresses, store, startup, listener))
 
 
 def _raise_open_files() -> None:
@@ -91,27 +83,25 @@ def _raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _bind(config: FrontendConfig) -> socket.socket:
+@contextlib.contextmanager
+def _port_errors(config: FrontendConfig) -> Iterator[None]:
     try:
+        yield
+    except (OSError, OverflowError) as error:
+        raise _PortError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+
+
+def _bind(config: FrontendConfig) -> socket.socket:
+    with _port_errors(config):
         listener = bind(config.host, config.port)
         # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
         # request, and so does one whose peer has vanished with something still to be sent.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
-        return listener
-    except (OSError, OverflowError) as error:
-        raise _PortError(error) from error
-
-
-def _listen(listener: socket.socket) -> None:
-    # Two sockets may be bound to one port as long as neither listens, so this too may find the port taken.
-    try:
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        raise _PortError(error) from error
+    return listener
 
 
 async def _run(
-    config: FrontendConfig, addresses: Addresses, store: Store, launcher: Outbox, listener: socket.socket
+    config: FrontendConfig, addresses: Addresses, store: Store, startup: Startup, listener: socket.socket
 ) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -130,7 +120,7 @@ async def _run(
                 kv_tokens=int(info.get("kv_tokens", 0)),
                 embedding_size=int(info.get("embedding_size", 0)),
             )
-            await _serve(config, addresses, inbox, store, launcher, listener, stopping, engine_up)
+            await _serve(config, addresses, inbox, store, startup, listener, stopping, engine_up)
         else:
             engine_ready.cancel()
     finally:
@@ -149,7 +139,7 @@ async def _serve(
     addresses: Addresses,
     inbox: AsyncInbox[ToFrontend],
     store: Store,
-    launcher: Outbox,
+    startup: Startup,
     listener: socket.socket,
     stopping: asyncio.Task[bool],
     engine_up: EngineUp,
@@ -166,10 +156,11 @@ async def _serve(
     await asyncio.wait(
         {stopping, receiving, asyncio.create_task(client.up.wait())}, return_when=asyncio.FIRST_COMPLETED
     )
-    _listen(listener)
+    with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
+        listener.listen(_BACKLOG)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     batching = asyncio.create_task(worker.run(app))
-    launcher.send(Ready(NAME, {"port": listener.getsockname()[1]}))
+    startup.ready(port=listener.getsockname()[1])
     # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
     await asyncio.wait({stopping, receiving, beating, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
     worker.stop()  # a batch goes on where it was when the server is started again
@@ -204,8 +195,8 @@ async def _drain(client: EngineClient, timeout_s: float) -> float:
 def _uvicorn_config(config: FrontendConfig, app: ASGIApp) -> uvicorn.Config:
     tls: dict[str, Any] = {}
     if config.tls is not None:
-        tls = {f"ssl_{name}": value for name, value in msgspec.structs.asdict(config.tls).items()}
-        tls["ssl_cert_reqs"] = ssl.CERT_REQUIRED if config.tls.ca_certs else ssl.CERT_NONE
+        required = ssl.CERT_REQUIRED if config.tls.ssl_ca_certs else ssl.CERT_NONE
+        tls = {**msgspec.structs.asdict(config.tls), "ssl_cert_reqs": required}
     return uvicorn.Config(
         app,
         http=functools.partial(Connection, client_timeout_s=config.client_timeout_s),  # type: ignore[arg-type]

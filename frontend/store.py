@@ -24,6 +24,8 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 
+from ramet.ipc.errors import FailureKind, RequestError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -42,26 +44,6 @@ _LOCK_TIMEOUT_S = 3.0
 
 # States of a batch in which nothing of it is left to do.
 ENDED = ("completed", "failed", "expired", "cancelled")
-
-
-class StoreError(Exception):
-    """What the store refuses; the message is for the user."""
-
-
-class MissingError(StoreError):
-    """There is no file or batch of this id."""
-
-
-class FullError(StoreError):
-    """No room: the quota, or the disk."""
-
-
-class UnusableError(StoreError):
-    """The folder is another server's, cannot be written, or was made by a newer version."""
-
-
-class ConflictError(StoreError):
-    """Not in this state of the batch."""
 
 
 class File(msgspec.Struct, frozen=True):
@@ -122,7 +104,7 @@ class Store:
         self.db: sqlite3.Connection
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function` in the store's thread, with the store open. Raises what it raises, and UnusableError."""
+        """Run `function` in the store's thread, with the store open. Raises what it raises, and RequestError."""
 
         def opened() -> T:
             self.open()
@@ -138,11 +120,11 @@ class Store:
         return self._has_folder and self.folder.exists()
 
     def open(self) -> None:
-        """Take the lock and clean up after a crash. Does nothing if it is open. Raises UnusableError."""
+        """Take the lock and clean up after a crash. Does nothing if it is open. Raises RequestError."""
         if self._lock is not None:
             return
         if not self._has_folder:
-            raise UnusableError("there is no folder for files and batches; give --file-storage-path")
+            raise _unusable("there is no folder for files and batches; give --file-storage-path")
         try:
             for folder in (self.folder, *(self.folder / name for name in ("files", "tmp", "batches"))):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -156,7 +138,7 @@ class Store:
                 self._sweep()
                 undo.pop_all()
         except (OSError, sqlite3.Error) as error:
-            raise UnusableError(f"the file store {self.folder} cannot be used: {error}") from error
+            raise _unusable(f"the file store {self.folder} cannot be used: {error}") from error
         self._lock = lock
         self.expire()
 
@@ -173,7 +155,7 @@ class Store:
     def _migrate(self) -> None:
         (version,) = self.db.execute("PRAGMA user_version").fetchone()
         if version > len(_MIGRATIONS):
-            raise UnusableError(
+            raise _unusable(
                 f"the file store {self.folder} has version {version} and was made by a newer Ramet; "
                 f"this one knows up to {len(_MIGRATIONS)}"
             )
@@ -190,11 +172,12 @@ class Store:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def reserve(self, num_bytes: int) -> None:
-        """Count bytes of an upload. Raises FullError."""
+        """Count bytes of an upload. Raises RequestError."""
         if self._quota_bytes is not None and self.used_bytes + num_bytes > self._quota_bytes:
-            raise FullError(
+            raise RequestError(
+                FailureKind.STORAGE_FULL,
                 f"the file store is full: it holds {self.used_bytes} of at most {self._quota_bytes} bytes; "
-                "delete files to make room"
+                "delete files to make room",
             )
         self.used_bytes += num_bytes
 
@@ -220,11 +203,11 @@ class Store:
         return self.folder / "files" / file_id
 
     def get(self, file_id: str) -> File:
-        """Raises MissingError, also once the file has expired."""
+        """Raises RequestError, also once the file has expired."""
         where = "id = ? AND coalesce(expires_at > ?, 1)"
         row = self.db.execute(f"SELECT {_COLUMNS} FROM files WHERE {where}", (file_id, time.time())).fetchone()
         if row is None:
-            raise MissingError(f"no such file: {file_id!r}")
+            raise RequestError(FailureKind.NOT_FOUND, f"no such file: {file_id!r}")
         return File(*row)
 
     def open_content(self, file_id: str) -> tuple[File, BinaryIO]:
@@ -242,7 +225,7 @@ class Store:
         return [File(*row) for row in rows]
 
     def delete(self, file_id: str) -> None:
-        """Raises MissingError."""
+        """Raises RequestError."""
         self._remove(self.get(file_id))
 
     def expire(self) -> float | None:
@@ -299,12 +282,17 @@ def no_space_is_full() -> Iterator[None]:
     except (OSError, sqlite3.OperationalError) as error:
         sqlite_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
         if sqlite_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise FullError("the disk of the file store is full") from error
+            raise RequestError(FailureKind.STORAGE_FULL, "the disk of the file store is full") from error
         raise
 
 
+def _unusable(message: str) -> RequestError:
+    """The folder is another server's, cannot be written, or was made by a newer version."""
+    return RequestError(FailureKind.STORAGE_UNUSABLE, message)
+
+
 def _locked(folder: Path) -> BinaryIO:
-    """The lock file, locked until it is closed or this process ends. Raises UnusableError if another one has it."""
+    """The lock file, locked until it is closed or this process ends. Raises RequestError if another one has it."""
     file = (folder / "lock").open("a+b")
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
@@ -318,7 +306,7 @@ def _locked(folder: Path) -> BinaryIO:
             file.seek(0)
             owner = file.read(20).decode("ascii", "replace").strip()
             file.close()
-            raise UnusableError(
+            raise _unusable(
                 f"the file store {folder} is in use by another server (process {owner}); "
                 "give each server a --file-storage-path of its own"
             ) from None

@@ -5,6 +5,7 @@ Every process reports a failure as a `Failure`; only the frontend knows HTTP and
 """
 
 import enum
+from typing import Any
 
 import msgspec
 
@@ -14,6 +15,10 @@ class FailureKind(enum.StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
+    STORAGE_FULL = "storage_full"
+    STORAGE_UNUSABLE = "storage_unusable"
     QUEUE_FULL = "queue_full"
     TIMEOUT = "timeout"
     ENGINE_DOWN = "engine_down"
@@ -35,17 +40,10 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 class RequestError(Exception):
     """Raised inside a process to fail one request; carries the `Failure` to send."""
 
-    def __init__(
-        self,
-        kind: FailureKind,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
+    def __init__(self, kind: FailureKind, message: str, **details: Any) -> None:
+        """`details` are the other fields of `Failure`."""
         super().__init__(message)
-        self.failure = Failure(kind, message, param, code, retry_after_s)
+        self.failure = Failure(kind, message, **details)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> RequestError:

@@ -353,4 +353,3 @@ ToDetokenizer = TokenBatch | Reset
 Answer = Tokenized | Detokenized | Embedded | Flushed
 ToFrontend = TextBatch | Answer | Failed | Stats | Reset | EngineUp | EngineDown
 ToLauncher = Progress | Ready | Fatal
-AnyMessage = ToTokenizer | ToScheduler | ToDetokenizer | ToFrontend | ToLauncher

@@ -22,9 +22,10 @@ from ramet.frontend.batch_input import Line
 from ramet.frontend.batch_store import Batches, read_batch
 from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, BatchRequest
 from ramet.frontend.store import ENDED, Store, Upload
-from ramet.launch.config import ConfigError, EngineConfig, ServerArgs
+from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
 from ramet.launch.serve import INTERRUPTED, configure, make_supervisor, reporting_errors, run
+from ramet.launch.server_args import ConfigError, ServerArgs
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ arguments are decoded to. Secrets come with the spec, never in argv or the envir
 
 import ctypes
 import faulthandler
-import importlib
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import typing
@@ -61,7 +61,7 @@ def main() -> None:
     faulthandler.enable()  # a crash in native code leaves some last words
     set_up_logging(process.name, spec.log_level, spec.log_format)
     try:
-        target = _find(process.target)
+        target = pkgutil.resolve_name(process.target)
         target(*_decode(target, process.arguments))
     except Exception as error:
         logger.exception("%s cannot go on", process.name)
@@ -81,12 +81,6 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:  # it died before the line above
         os._exit(1)
-
-
-def _find(target: str) -> Callable[..., None]:
-    module, _, function = target.partition(":")
-    found: Callable[..., None] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def _decode(target: Callable[..., None], arguments: list[Any]) -> list[Any]:

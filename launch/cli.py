@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 import ramet
-from ramet.launch.config import ServerArgs
+from ramet.launch.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -25,25 +25,20 @@ logger = logging.getLogger(__name__)
 Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
 # Flags people type by habit from other servers, whose meaning this version does not have yet.
-_NOT_YET = {
-    "kv-cache-dtype",
-}
-
+_NOT_YET = {"kv-cache-dtype"}
 
 # Flags that mean nothing where nobody is served.
 _FOR_CLIENTS = {
-    "api_key",
-    "cors_allow_origins",
-    "file_storage_path",
-    "host",
-    "log_requests",
-    "max_file_size",
-    "max_storage_size",
-    "metrics_buckets",
-    "node_rank",
-    "otlp_traces_endpoint",
-    "port",
-    "ssl_certfile",
+    *(
+        "api_key",
+        "cors_allow_origins",
+        "file_storage_path",
+        "host",
+        "log_requests",
+        "max_file_size",
+        "max_storage_size",
+    ),
+    *("metrics_buckets", "node_rank", "otlp_traces_endpoint", "port", "ssl_certfile"),
 }
 
 

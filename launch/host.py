@@ -18,9 +18,11 @@ from ramet.frontend.metrics import Metrics
 from ramet.ipc.channel import AsyncInbox
 from ramet.ipc.messages import EngineDown, ToFrontend
 from ramet.launch.child import Process
-from ramet.launch.config import EngineConfig, ServerArgs
+from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
-from ramet.launch.supervisor import FRONTEND, EngineFailed, StopRequested, Supervisor
+from ramet.launch.serve import make_supervisor
+from ramet.launch.server_args import ServerArgs
+from ramet.launch.supervisor import FRONTEND, EngineFailed, StopRequested
 
 T = TypeVar("T")
 
@@ -34,15 +36,7 @@ class EngineHost:
     client: EngineClient
 
     def __init__(self, args: ServerArgs, config: EngineConfig) -> None:
-        self._supervisor = Supervisor(
-            num_tokenizers=config.num_tokenizers,
-            drain_timeout_s=0,
-            start_timeout_s=args.start_timeout,
-            watchdog_timeout_s=args.watchdog_timeout,
-            max_restarts=args.max_restarts,
-            log_level=args.log_level,
-            log_format=args.log_format,
-        )
+        self._supervisor = make_supervisor(args, config)
         processes = [p for p in engine_processes(config, self._supervisor.addresses) if p.name != FRONTEND]
         self._max_live = config.frontend.max_queued_requests
         self._free = asyncio.Semaphore(self._max_live)

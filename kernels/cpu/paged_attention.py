@@ -13,15 +13,9 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("out", "query", "keys", "values", "block_table", "cu_q", "seq_lens")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                *("rows", "table_width", "heads", "kv_heads", "key_dim", "value_dim", "page_size"),
-                *("window", "bfloat16"),
-            )
-        ),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("rows", "table_width", "heads", "kv_heads", "key_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("page_size", "window", "bfloat16")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
 
 

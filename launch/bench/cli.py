@@ -17,10 +17,11 @@ from ramet.launch.bench.report import load_table, summarize, write_html, write_j
 from ramet.launch.bench.workload import Workload, flag
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.cli import Commands, parse_structs, run_command
-from ramet.launch.config import ConfigError, EngineConfig, ServerArgs
+from ramet.launch.config import EngineConfig
 from ramet.launch.logs import set_up_logging
 from ramet.launch.placement import computing
 from ramet.launch.serve import configure
+from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.weights.errors import WeightsError
 
 _INTERRUPTED = 130

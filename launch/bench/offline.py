@@ -29,10 +29,7 @@ def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
     items = draw_items(load, range(runner.vocab_size), Scale(), "measured", load.num_requests)
     for index, item in enumerate(items):
         params = SamplingParams(
-            max_tokens=item.output_len,
-            temperature=load.temperature,
-            seed=load.seed + index,
-            ignore_eos=load.ignore_eos,
+            max_tokens=item.output_len, temperature=load.temperature, seed=load.seed + index, ignore_eos=load.ignore_eos
         )
         core.add(Generate(str(index), item.units, params))
     started_s = time.perf_counter()

@@ -22,11 +22,11 @@ import msgspec
 import ramet
 from ramet.launch.bench.answer import Record
 from ramet.launch.bench.load import Outcome
+from ramet.launch.server_args import SECRETS
 
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _TIMES = {"ttft_ms": "first token", "itl_ms": "between tokens", "tpot_ms": "per output token", "e2e_ms": "whole answer"}
 _PLOTTED = {"ttft_ms": "#1f77b4", "itl_ms": "#d62728"}
-_SECRETS = ("api_key", "ssl_keyfile_password")
 
 # Seconds, and how many tokens or requests they stand for.
 Samples = Iterable[tuple[float, float]]
@@ -116,7 +116,7 @@ def write_json(path: str | None, settings: Iterable[msgspec.Struct], results: di
     if path is None:
         return
     shown = {name: value for group in settings for name, value in msgspec.to_builtins(group).items()}
-    shown = {name: value for name, value in shown.items() if name not in _SECRETS}
+    shown = {name: value for name, value in shown.items() if name not in SECRETS}
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     environment = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -87,21 +87,11 @@ class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, index: int, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
         layer, dim = spec.layers[index], spec.head_dim
-        outputs = {
-            "q_proj": spec.num_heads * dim,
-            "k_proj": spec.num_kv_heads * dim,
-            "v_proj": spec.num_kv_heads * dim,
-        }
+        outputs = {"q_proj": spec.num_heads * dim, "k_proj": spec.num_kv_heads * dim, "v_proj": spec.num_kv_heads * dim}
         self.heads = len(group.shard(spec.num_heads, "query heads"))
         self.kv_heads = len(group.shard(spec.num_kv_heads, "key-value heads", replicated=True))
         self.qkv = ColumnParallelLinear(
-            spec.hidden_size,
-            outputs,
-            group,
-            dtype,
-            bias=spec.qkv_bias,
-            unit=dim,
-            replicated=("k_proj", "v_proj"),
+            spec.hidden_size, outputs, group, dtype, bias=spec.qkv_bias, unit=dim, replicated=("k_proj", "v_proj")
         )
         self.out = RowParallelLinear(spec.num_heads * dim, spec.hidden_size, group, dtype, bias=spec.o_bias, unit=dim)
         self.head_dim = dim

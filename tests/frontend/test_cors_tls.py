@@ -87,7 +87,7 @@ def test_https(tmp_path: Path, mutual: bool) -> None:
     authority.cert_pem.write_to_path(files["authority"])
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(files["server"])
     authority.issue_cert("someone@example.org").private_key_and_cert_chain_pem.write_to_path(files["client"])
-    tls = Tls(certfile=str(files["server"]), ca_certs=str(files["authority"]) if mutual else None)
+    tls = Tls(ssl_certfile=str(files["server"]), ssl_ca_certs=str(files["authority"]) if mutual else None)
     trusting = ssl.create_default_context(cafile=str(files["authority"]))
     known = ssl.create_default_context(cafile=str(files["authority"]))
     known.load_cert_chain(files["client"])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ramet.frontend import store as store_module
-from ramet.frontend.store import File, FullError, MissingError, Store, UnusableError, Upload
+from ramet.frontend.store import File, Store, Upload
+from ramet.ipc.errors import RequestError
 
 DAY_S = 24 * 3600
 
@@ -82,7 +83,7 @@ def test_a_deleted_file_is_gone_at_once_but_read_to_its_end(store: Store) -> Non
         assert content.read() == b"3456789"
     assert contents(store) == []
     for use in (store.get, store.delete, store.open_content):
-        with pytest.raises(MissingError, match=file.id):
+        with pytest.raises(RequestError, match=file.id):
             use(file.id)
 
 
@@ -91,7 +92,7 @@ def test_expiry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.expires_at == file.created_at + 3600
     assert store.expire() == file.expires_at
     monkeypatch.setattr(store_module.time, "time", lambda: file.created_at + 3601.0)
-    with pytest.raises(MissingError):
+    with pytest.raises(RequestError, match="no such file"):
         store.get(file.id)
     assert store.page(None, None, 10, True) == [forever]
     assert contents(store) == sorted([file.id, forever.id])
@@ -105,13 +106,13 @@ def test_quota(tmp_path: Path) -> None:
     first = add(store, b"123456")
     upload = Upload(store)
     upload.write(b"789")
-    with pytest.raises(FullError, match="holds 9 of at most 10 bytes"):
+    with pytest.raises(RequestError, match="holds 9 of at most 10 bytes"):
         upload.write(b"01")
     upload.discard()
     add(store, b"7890")
     assert contents_size(store) == 10
     upload = Upload(store)
-    with pytest.raises(FullError):
+    with pytest.raises(RequestError, match="the file store is full"):
         upload.write(b"x")
     upload.discard()
     store.delete(first.id)
@@ -126,7 +127,7 @@ def test_a_full_disk_is_the_same_error(store: Store, monkeypatch: pytest.MonkeyP
     if not full.exists():
         pytest.skip("no /dev/full")
     upload.file = full.open("wb", buffering=0)
-    with pytest.raises(FullError, match="disk"):
+    with pytest.raises(RequestError, match="disk"):
         upload.write(b"x")
     upload.discard()
 
@@ -160,19 +161,19 @@ def test_the_lock_of_a_killed_server_is_free(tmp_path: Path) -> None:
 
 def test_a_store_of_a_newer_version_is_refused(store: Store) -> None:
     store.db.execute("PRAGMA user_version = 99")
-    with pytest.raises(UnusableError, match="version 99"):
+    with pytest.raises(RequestError, match="version 99"):
         reopened(store)
 
 
 def test_a_broken_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(UnusableError, match="cannot be used"):
+    with pytest.raises(RequestError, match="cannot be used"):
         Store(str(tmp_path)).open()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnusableError, match="cannot be used"):
+    with pytest.raises(RequestError, match="cannot be used"):
         Store(str(tmp_path / "file" / "s")).open()
 
 
@@ -182,6 +183,6 @@ def test_without_a_folder_or_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
     store = Store(path)
     assert not store.exists
-    with pytest.raises(UnusableError, match="--file-storage-path"):
+    with pytest.raises(RequestError, match="--file-storage-path"):
         store.open()
     assert list(tmp_path.iterdir()) == []

@@ -29,8 +29,9 @@ from ramet.launch.bench.http_client import Client, RequestFailed
 from ramet.launch.bench.load import LoadArgs, Outcome, run_load
 from ramet.launch.bench.report import distribution, load_table, samples_of, summarize, table, write_html, write_json
 from ramet.launch.bench.workload import WORDS, Scale, Workload, arrival_times, bounds, draw_items
-from ramet.launch.config import ServerArgs, resolve
+from ramet.launch.config import resolve
 from ramet.launch.model_source import resolve_model
+from ramet.launch.server_args import ServerArgs
 
 MAIN = "import ramet.launch.cli as c; c.main({!r})"
 
@@ -699,7 +700,7 @@ def test_what_the_engine_does_not_hold(tiny_model: Callable[[str], Path]) -> Non
     from ramet.launch.bench.offline import run_offline
     from ramet.launch.bench.step import run_steps
 
-    model = resolve_model(str(tiny_model("llama")))
+    model = resolve_model(ServerArgs(model_path=str(tiny_model("llama"))))
     config = resolve(ServerArgs(dtype="float32", max_total_tokens=1024, chunked_prefill_size=64), model)
     with pytest.raises(ValueError, match="2 requests of 600 tokens are beyond the KV cache of 1024 tokens"):
         run_steps(config, [2], [600], repeats=1)

@@ -10,7 +10,7 @@ import pytest
 
 import ramet
 from ramet.launch import cli
-from ramet.launch.config import ServerArgs, request_log_level
+from ramet.launch.server_args import ServerArgs, request_log_level
 from ramet.scheduler.config import Policy
 
 

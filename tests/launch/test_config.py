@@ -10,12 +10,13 @@ import pytest
 
 from ramet.ipc.channel import Addresses
 from ramet.launch import config as config_module
-from ramet.launch.config import ConfigError, ServerArgs, resolve
+from ramet.launch.config import resolve
 from ramet.launch.hardware import cpu_has_bfloat16
 from ramet.launch.model_info import EmbeddingInfo, ModelInfo
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.placement import computing, light, parse_cpus
 from ramet.launch.roles import engine_processes
+from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.config import LoadFormat
 
 INFO = ModelInfo(

@@ -17,7 +17,7 @@ from support.server import until
 
 import ramet
 from ramet import Engine, RequestError, SamplingParams
-from ramet.launch.config import ConfigError
+from ramet.launch.server_args import ConfigError
 
 pytestmark = pytest.mark.e2e
 

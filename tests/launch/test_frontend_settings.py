@@ -9,10 +9,11 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from ramet.launch.config import ConfigError, ServerArgs, parse_size, resolve, tls
+from ramet.launch.config import resolve, tls
 from ramet.launch.model_info import ModelInfo
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.serve import print_ready
+from ramet.launch.server_args import ConfigError, ServerArgs, parse_size
 from ramet.model_runner.config import LoadFormat
 
 MODEL = ResolvedModel(
@@ -44,7 +45,7 @@ def test_tls_files_are_read_once_before_anything_else(tmp_path: Path) -> None:
     assert tls(ServerArgs()) is None
     found = tls(ServerArgs(ssl_certfile=good))
     assert found is not None
-    assert (found.certfile, found.keyfile, found.ca_certs) == (good, None, None)
+    assert (found.ssl_certfile, found.ssl_keyfile, found.ssl_ca_certs) == (good, None, None)
     bad = tmp_path / "bad.pem"
     bad.write_text("no certificate")
     encrypted = tmp_path / "encrypted.pem"

