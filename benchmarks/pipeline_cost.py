@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -24,24 +24,35 @@ from ramet.launch.serve import configure, make_supervisor
 from ramet.launch.server_args import ServerArgs
 from ramet.launch.supervisor import SCHEDULER
 from ramet.model_runner.config import RunnerConfig
+from ramet.model_runner.parallel import TpGroup
 from ramet.scheduler.config import SchedulerConfig
 
 PORT = 30991
 _STEP_MS = "PIPELINE_COST_STEP_MS"  # from the command line to the scheduler's process
 
 
+class NullStep(NamedTuple):
+    plan: StepPlan
+    step_s: float
+
+    def result(self) -> StepResult:
+        time.sleep(self.step_s)
+        token = RowResult(1000 + self.plan.step % 500)
+        return StepResult(self.plan.step, [token if row.sample else RowResult() for row in self.plan.rows])
+
+
 class NullRunner:
     """In place of the model runner: the next token is an ordinary word, after a step of sleep."""
 
-    def __init__(self, config: RunnerConfig, _progress: Callable[[str], None]) -> None:
-        self.num_pages, self.vocab_size = 4096, 49152
+    def __init__(self, _config: RunnerConfig, _progress: Callable[[str], None], _group: TpGroup) -> None:
+        self.num_pages, self.vocab_size, self.warm_up_s = 4096, 49152, 0.0
         self._step_s = float(os.environ[_STEP_MS]) / 1e3
 
-    def execute(self, plan: StepPlan, _masks: Any = None) -> StepResult:
-        time.sleep(self._step_s)
-        return StepResult(
-            plan.step, [RowResult(1000 + plan.step % 500) if r.sample else RowResult() for r in plan.rows]
-        )
+    def launch(self, plan: StepPlan, _masks: Any = None) -> NullStep:
+        return NullStep(plan, self._step_s)
+
+    def recover(self) -> None:
+        """A step that sleeps leaves nothing behind."""
 
 
 def run_scheduler(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:

@@ -19,6 +19,7 @@ class AnswerReader:
         self._reasoning = ReasoningParser(reasoning_parser) if reasoning_parser is not None else None
         self._calls = ToolCallParser(tool_call_parser, tools.callable, tools.parallel) if tools is not None else None
         self._legacy = tools is not None and tools.legacy
+        self.is_plain = reasoning_parser is None and tools is None  # all text is content
 
     @property
     def reasoning_tokens(self) -> int | None:

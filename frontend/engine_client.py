@@ -92,7 +92,7 @@ class Generation:
         self.n = n
         self._silent_prompts = set(range(len(rids) // n))
         self._error: Exception | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._wake_per_delta = True
 
     def __enter__(self) -> "Generation":
@@ -109,17 +109,19 @@ class Generation:
         self._raise_error()
 
     async def changes(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
-        """What is new, by choice, until all have ended. What came in meanwhile is merged. Raises after the last text
-        if a choice failed."""
-        while True:
-            while not self._pending and self._open and self._error is None:
-                await self._changed()
-            if self._pending:
-                pending, self._pending = self._pending, {}
-                yield [(index, merged(deltas)) for index, deltas in pending.items()]
-            else:
-                self._raise_error()
-                return
+        """Each `change`."""
+        while changes := await self.change():
+            yield changes
+
+    async def change(self) -> list[tuple[int, TextDelta]]:
+        """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last
+        text if a choice failed."""
+        while not self._pending and self._open and self._error is None:
+            await self._changed()
+        if not self._pending:
+            self._raise_error()
+        pending, self._pending = self._pending, {}
+        return [(index, merged(deltas)) for index, deltas in pending.items()]
 
     async def whole(self) -> list[TextDelta]:
         """Each choice as one delta, in order, when all have ended."""
@@ -144,7 +146,7 @@ class Generation:
         if delta.finish is not None:
             self._open.discard(delta.rid)
         if self._wake_per_delta or not self._open:
-            self._wake.set()
+            self._wake()
 
     def fail(self, rid: str, failure: Failure) -> None:
         self._open.discard(rid)
@@ -153,11 +155,15 @@ class Generation:
     def _fail(self, error: Exception) -> None:
         # One answer cannot hold both choices and an error: the first failure is that of the whole.
         self._error = self._error or error
-        self._wake.set()
+        self._wake()
 
-    async def _changed(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
+    def _changed(self) -> asyncio.Future[None]:
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -4,6 +4,7 @@ Knows nothing of what an answer looks like: a `Rendering` makes it. Whatever goe
 the stream as one error event; the last event is always `[DONE]`.
 """
 
+import asyncio
 import logging
 from typing import Any, Protocol
 
@@ -57,7 +58,8 @@ async def respond(
         async with watching(receive, generation, limit_s):
             if stream:
                 await generation.started()
-                await write_events(send, generation, rendering)
+                # A task of its own: else each token would wake the frames of all layers around the endpoint.
+                await asyncio.create_task(write_events(send, scope.get("ramet.send_body", send), generation, rendering))
             else:
                 response = json_response(rendering.whole(await generation.parts()))
                 await response(scope, receive, send)
@@ -67,13 +69,14 @@ def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def write_events(send: Send, generation: Generation, rendering: Rendering) -> None:
-    """Answer 200 and stream to the end. The generation has started: what fails now can only be told in the stream."""
+async def write_events(send: Send, send_body: Send, generation: Generation, rendering: Rendering) -> None:
+    """Answer 200 and stream to the end. The generation has started: what fails now can only be told in the stream.
+    `send_body` takes all that follows the status line."""
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     try:
-        async for changes in generation.changes():
+        while changes := await generation.change():
             if body := b"".join([rendering.render(index, delta) for index, delta in changes]):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await send_body({"type": "http.response.body", "body": body, "more_body": True})
         tail = rendering.end()
     except ClientDisconnectedError:
         return
@@ -82,4 +85,4 @@ async def write_events(send: Send, generation: Generation, rendering: Rendering)
     except Exception:
         log.exception("a stream broke")
         tail = event(error_body(Failure(FailureKind.INTERNAL, "internal error")))
-    await send({"type": "http.response.body", "body": tail + _DONE})
+    await send_body({"type": "http.response.body", "body": tail + _DONE})

@@ -9,16 +9,17 @@ Queues inside ZeroMQ are unbounded on purpose: load is bounded where requests ar
 that blocks on a peer that died would hang.
 """
 
+import asyncio
 import hashlib
 import logging
 import os
+import select
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
@@ -83,32 +84,59 @@ class Inbox(Generic[T]):
     """The receiving end of a channel, for a process with a loop of its own. `union` is the type of its messages."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket = _bind(zmq.Context.instance(), address)
+        self._socket = _bind(address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+        self._timeout_ms = -1  # as the socket has it
+        # Once the socket was found empty, its descriptor tells of what comes, at a fifth of the price of trying again.
+        self._signal = select.poll()
+        self._signal.register(self._socket.fileno(), select.POLLIN)
+        self._was_empty = False
 
     def receive(self, timeout_s: float | None) -> T | None:
         """The next message; None if none came within `timeout_s` (0: only what is there; None: wait for ever)."""
-        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
-        while self._socket.poll(timeout_ms):
-            if (message := _decode(self._decoder, self._socket.recv())) is not None:
-                return message
-        return None
+        timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000)
+        if timeout_ms == 0 and self._was_empty and not self._signal.poll(0):
+            return None
+        if timeout_ms != self._timeout_ms:  # a poll before each `recv` would cost more than the message
+            self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            self._timeout_ms = timeout_ms
+        try:
+            while (message := _decode(self._decoder, self._socket.recv())) is None:
+                pass  # dropped
+        except zmq.Again:
+            message = None
+        self._was_empty = message is None
+        return message
 
     def close(self) -> None:
         self._socket.close(linger=0)
 
 
 class AsyncInbox(Generic[T]):
-    """The receiving end of a channel inside an asyncio loop."""
+    """The receiving end of a channel inside an asyncio loop, for one reader. Watches the socket's descriptor itself:
+    `zmq.asyncio` costs several callbacks for each message."""
 
     def __init__(self, address: str, union: object) -> None:
-        self._socket = _bind(zmq.asyncio.Context.instance(), address)
+        self._socket = _bind(address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     async def receive(self) -> T:
-        while (message := _decode(self._decoder, await self._socket.recv())) is None:
-            pass  # dropped
-        return message
+        while True:
+            try:
+                if (message := _decode(self._decoder, self._socket.recv(zmq.NOBLOCK))) is not None:
+                    return message
+            except zmq.Again:
+                # Only now may one wait: the descriptor tells of what comes to an empty socket, not of what is there.
+                await self._readable()
+
+    async def _readable(self) -> None:
+        loop, descriptor = asyncio.get_running_loop(), self._socket.fileno()  # `close` may come before a cancellation
+        signal = loop.create_future()
+        loop.add_reader(descriptor, signal.set_result, None)
+        try:
+            await signal
+        finally:
+            loop.remove_reader(descriptor)
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -242,10 +270,10 @@ def _set_up(socket: Any) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
 
 
-def _bind(context: "zmq.Context[Any]", address: str) -> Any:
+def _bind(address: str) -> "zmq.Socket[bytes]":
     if len(os.fsencode(address)) > MAX_SOCKET_PATH:
         raise ChannelError(f"socket path {address!r} is longer than the {MAX_SOCKET_PATH} bytes a Unix socket allows")
-    socket = context.socket(zmq.PULL)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
     socket.set_hwm(0)
     Path(address).unlink(missing_ok=True)
     socket.bind(f"ipc://{address}")

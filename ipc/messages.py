@@ -182,7 +182,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     scheduled_at: float = 0.0
 
 
-class TokenOut(msgspec.Struct, frozen=True, array_like=True):
+class TokenOut(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request's news of a step: new tokens, and how it ended if it did (`finish` or `failure`)."""
 
     rid: str
@@ -226,7 +226,7 @@ class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
     scheduled_at: float = 0.0
 
 
-class TextDelta(msgspec.Struct, frozen=True, array_like=True):
+class TextDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request and their text, which may be empty. `completion_tokens` counts all generated so far."""
 
     rid: str

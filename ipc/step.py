@@ -44,7 +44,7 @@ class PageGrant(msgspec.Struct, frozen=True, array_like=True):
     pages: list[int]
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True):
+class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request's share of a step: compute positions `start` to `start + length - 1`.
 
     `sample`: choose the next token from the last position's logits. `prompt_logprobs`: also return the
@@ -70,7 +70,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     released: list[int] = []
 
 
-class RowResult(msgspec.Struct, frozen=True, array_like=True):
+class RowResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one row gave: `token_id` if it sampled, and the log-probabilities that were asked.
 
     `error` is set when this row alone failed (for example NaN logits).

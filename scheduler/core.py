@@ -183,12 +183,14 @@ class SchedulerCore:
         Requests of a worse priority sit out the steps in which a better one's prompt is computed.
         """
         self._admit_newcomers()
-        urgent = min((r.priority for r in self._running if r.awaits_first_token), default=None)
-        active = [r for r in self._running if urgent is None or r.priority <= urgent]
-        planned = self._plan_decodes(active)
-        budget = self._prompt_budget(urgent or 0, len(planned))
-        for request in active:
-            if request.slot is not None and request.num_remaining > 1:
+        behind = [r for r in self._running if r.awaits_first_token]
+        if not behind:
+            return self._plan_decodes(self._running)
+        urgent = min(r.priority for r in behind)
+        planned = self._plan_decodes([r for r in self._running if r.priority <= urgent])
+        budget = self._prompt_budget(urgent, len(planned))
+        for request in behind:
+            if request.priority == urgent and request.slot is not None and request.num_remaining > 1:
                 budget -= self._plan_chunk(request, budget, planned)
         planned.sort(key=lambda item: item[1].length > 1)  # a prompt's last chunk may have one token as well
         return planned

@@ -30,6 +30,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added = {i: token.content for i, token in added.items()}
         self._bytes = _ByteDecoder(self._tokenizer)
+        self._known_bytes: dict[int, bytes] = {}  # by token id
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +56,11 @@ class Tokenizer:
 
         Empty for an id that the vocabulary does not have (models pad their embedding).
         """
+        if token_id not in self._known_bytes:
+            self._known_bytes[token_id] = self._bytes_of(token_id)
+        return self._known_bytes[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._tokenizer.id_to_token(token_id)

@@ -87,7 +87,7 @@ def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixtu
         with client.submit([prompt], SamplingParams()) as generation:
             [rid] = jobs[0].rids
             client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(1, 0))]))
-            await sse.write_events(send, generation, Broken())
+            await sse.write_events(send, send, generation, Broken())
 
     asyncio.run(stream())
     assert client.live == 0

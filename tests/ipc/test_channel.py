@@ -1,11 +1,15 @@
 """Messages cross processes whole, typed, and never block the sender."""
 
+import asyncio
 import stat
+import threading
+import time
 
 import msgspec
 import pytest
+import uvloop
 
-from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import Addresses, AsyncInbox, ChannelError, Inbox, Outbox
 from ramet.ipc.messages import Abort, Chat, Completion, Generate, Job, Ready, ToLauncher, ToScheduler, ToTokenizer
 from ramet.ipc.sampling import SamplingParams
 
@@ -51,6 +55,69 @@ def test_sender_does_not_block_without_a_reader(addresses):
     assert got[-1] == Abort(["19999"])
     inbox.close()
     outbox.close()
+
+
+def test_nothing_is_missed_by_asking_without_waiting(addresses):
+    inbox, outbox = Inbox(addresses.scheduler, ToScheduler), Outbox(addresses.scheduler)
+    sender = threading.Thread(target=_send_in_bursts, args=(outbox,))
+    sender.start()
+    got, deadline = [], time.monotonic() + 30
+    while len(got) < 3_000 and time.monotonic() < deadline:
+        timeout_s = 0.01 if len(got) % 7 == 0 else 0
+        if (message := inbox.receive(timeout_s)) is not None:
+            got += message.rids
+    sender.join()
+    assert got == [str(i) for i in range(3_000)]
+    inbox.close()
+    outbox.close()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
+    async def read() -> list[str]:
+        inbox = AsyncInbox(addresses.scheduler, ToScheduler)
+        try:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await inbox.receive()
+            sender.start()
+            await asyncio.sleep(0.05)  # messages come while nobody reads
+            got = []
+            async with asyncio.timeout(30):
+                while len(got) < 3_000:
+                    got += (await inbox.receive()).rids
+            return got
+        finally:
+            inbox.close()
+
+    outbox = Outbox(addresses.scheduler)
+    sender = threading.Thread(target=_send_in_bursts, args=(outbox,))
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        assert runner.run(read()) == [str(i) for i in range(3_000)]
+    sender.join()
+    outbox.close()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_reader_may_be_cancelled_after_the_inbox_was_closed(addresses, loop_factory):
+    async def close() -> None:
+        inbox = AsyncInbox(addresses.scheduler, ToScheduler)
+        reading = asyncio.create_task(inbox.receive())
+        await asyncio.sleep(0.05)
+        reading.cancel()
+        inbox.close()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(close())
+
+
+def _send_in_bursts(outbox):
+    for i in range(3_000):
+        outbox.send(Abort([str(i)]))
+        if i % 10 == 9:
+            time.sleep(0.0005)
 
 
 def test_address_that_the_kernel_cannot_hold_is_refused(tmp_path):
