@@ -2,9 +2,9 @@
 
 Clients send short and long requests, whole and streamed, leave some of them, ask for grammars, several choices and
 deadlines, send what is invalid, and run batches. Traffic pauses at the end of each round; then no request, page or
-file may be in use, and the memory of each process is taken. Growth is the median of the last rounds against that of
-the first ones after the warm-up, which fills what has a bound (the pages of the KV pool, the cache of grammars) and
-has twice the clients, so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
+file may be in use, and the memory of each process is taken. Growth is the trend over the rounds after the warm-up, which
+fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients, so that later peaks are
+no news. Exits with 1 for an error, a leak, or too much growth.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [-- launch_server flags …]
 """
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -263,11 +264,13 @@ class Soak:
         return {name: float(value) for name, _, value in lines}
 
     def growth(self) -> dict[str, float]:
-        """By process, as a share; the first entry was taken after the warm-up."""
+        """By process, as a share of its memory, over all rounds: the slope of Theil and Sen (the median of the slopes
+        between any two rounds), which single rounds in which more grammars are held cannot move."""
         shares = {}
         for name, sizes in self.memory.items():
-            some = max(1, len(sizes) // 3)
-            shares[name] = statistics.median(sizes[-some:]) / statistics.median(sizes[:some]) - 1
+            pairs = itertools.combinations(enumerate(sizes), 2)
+            slopes = [(later - sooner) / (j - i) for (i, sooner), (j, later) in pairs]
+            shares[name] = statistics.median(slopes or [0.0]) * (len(sizes) - 1) / statistics.median(sizes)
         return shares
 
     def failures(self) -> list[str]:

@@ -63,9 +63,9 @@ def vllm_python(work: Path) -> Path:
     wanted = [n for n in needs if "extra ==" not in n and re.split(r"[^\w-]", n)[0] not in _NOT_NEEDED]
     _run(python, "-m", "pip", "install", "-qq", *wanted)
     _run(python, "-m", "pip", "install", "-qq", "--no-deps", wheel)
-    # The command asks for the version of a package of this name.
+    # The command asks for the version of a package of this name, and takes the platform from it.
     site = next((work / "vllm" / "lib").glob("python*/site-packages"))
-    version = VLLM.partition("==")[2]
+    version = f"{VLLM.partition('==')[2]}+cpu"
     (site / f"vllm-{version}.dist-info").mkdir(exist_ok=True)
     (site / f"vllm-{version}.dist-info" / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
