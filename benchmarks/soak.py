@@ -2,9 +2,9 @@
 
 Clients send short and long requests, whole and streamed, leave some of them, ask for grammars, several choices and
 deadlines, send what is invalid, and run batches. Traffic pauses at the end of each round; then no request, page or
-file may be in use, and the memory of each process is taken. Growth is the trend over the rounds after the warm-up, which
-fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients, so that later peaks are
-no news. Exits with 1 for an error, a leak, or too much growth.
+file may be in use, and the memory of each process is taken. Growth is the trend over the rounds after the warm-up,
+which fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients, so that later
+peaks are no news. Exits with 1 for an error, a leak, or too much growth.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [-- launch_server flags …]
 """
