@@ -33,8 +33,9 @@ from ramet.frontend.api.server import AbortRequest, Server
 from ramet.frontend.api.tokenize import Tokens
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.engine_client import ClientDisconnectedError, EngineClient
+from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.exchange import json_response
+from ramet.frontend.generation import ClientDisconnectedError
 from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import Endpoint, document

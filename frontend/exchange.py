@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
-from ramet.frontend.engine_client import ClientDisconnectedError, Generation
 from ramet.frontend.errors import invalid_json
+from ramet.frontend.generation import ClientDisconnectedError, Generation
 from ramet.ipc.errors import FailureKind, RequestError, invalid
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ import msgspec
 from starlette.types import Scope
 
 from ramet.frontend.config import RequestLogLevel
-from ramet.frontend.engine_client import Generation
+from ramet.frontend.generation import Generation
 
 log = logging.getLogger(__name__)
 

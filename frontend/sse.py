@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from ramet.frontend.engine_client import ClientDisconnectedError, Generation
 from ramet.frontend.errors import error_body
 from ramet.frontend.exchange import json_response, watching
+from ramet.frontend.generation import ClientDisconnectedError, Generation
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import TextDelta
 

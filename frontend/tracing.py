@@ -11,7 +11,7 @@ import time
 from starlette.datastructures import Headers
 
 import ramet
-from ramet.frontend.engine_client import ChoiceRecord
+from ramet.frontend.generation import ChoiceRecord
 from ramet.frontend.request_log import RequestRecord
 
 # The collector must not hold up the end of the server.

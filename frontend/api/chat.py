@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from ramet.frontend.answer import AnswerReader, whole_message
 from ramet.frontend.api.base import Api, head
 from ramet.frontend.api.chunks import OpenAIAnswer
-from ramet.frontend.engine_client import merged
+from ramet.frontend.generation import merged
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.sse import respond
 from ramet.frontend.tool_calls import Delta

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ramet.frontend.api.base import Api, head
 from ramet.frontend.api.chat import LOWEST_LOGPROB
 from ramet.frontend.api.chunks import OpenAIAnswer
-from ramet.frontend.engine_client import merged
+from ramet.frontend.generation import merged
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.sse import respond
 from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText

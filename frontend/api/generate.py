@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.api.base import Api
 from ramet.frontend.api.chat import LOWEST_LOGPROB
-from ramet.frontend.engine_client import merged
+from ramet.frontend.generation import merged
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.sse import event, respond
 from ramet.ipc.errors import RequestError

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramet.frontend.engine_client import DRAINING, EngineClient, Generation
+from ramet.frontend.engine_client import DRAINING, EngineClient
+from ramet.frontend.generation import Generation
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.channel import Addresses, Inbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError

@@ -1,0 +1,147 @@
+"""`Generation`: the events of one HTTP request's choices, from the engine to the one who answers.
+
+Its queue lives in this process, so a reader that is slow, or waits for the whole answer, costs the memory of the text
+and nothing more. Leaving its `with` block aborts whatever of it is still live.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from ramet.ipc.errors import Failure, RequestError
+from ramet.ipc.messages import TextDelta
+
+
+class ClientDisconnectedError(Exception):
+    """Nobody reads the answer any more."""
+
+
+class ChoiceRecord(msgspec.Struct, gc=False):
+    """How a choice went. Times are of `time.monotonic`, in seconds, 0 before they come."""
+
+    submitted_at: float
+    tokenized_at: float = 0.0
+    scheduled_at: float = 0.0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+
+
+class Submitter(Protocol):
+    """Who has submitted the choices."""
+
+    def abort(self, rids: set[str]) -> None: ...
+
+    def release(self, count: int, num_tokens: int) -> None: ...
+
+
+class Generation:
+    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
+
+    def __init__(self, client: Submitter, rids: list[str], n: int, num_tokens: int, keeps_aborted: bool) -> None:
+        self._client = client
+        self._num_rids, self._num_tokens = len(rids), num_tokens
+        self.keeps_aborted = keeps_aborted
+        self.records: list[ChoiceRecord] = []
+        self._open = set(rids)
+        self._pending: dict[int, list[TextDelta]] = {}
+        self.n = n
+        self._silent_prompts = set(range(len(rids) // n))
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._wake_per_delta = True
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.abort(self._open)
+        self._client.release(self._num_rids, self._num_tokens)
+
+    async def started(self) -> None:
+        """Wait until each prompt has had an event. Raises what failed: nothing has been sent to the client yet."""
+        while self._silent_prompts and self._error is None:
+            await self._changed()
+        self._raise_error()
+
+    async def changes(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
+        """Each `change`."""
+        while changes := await self.change():
+            yield changes
+
+    async def change(self) -> list[tuple[int, TextDelta]]:
+        """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last
+        text if a choice failed."""
+        while not self._pending and self._open and self._error is None:
+            await self._changed()
+        if not self._pending:
+            self._raise_error()
+        pending, self._pending = self._pending, {}
+        return [(index, merged(deltas)) for index, deltas in pending.items()]
+
+    async def whole(self) -> list[TextDelta]:
+        """Each choice as one delta, in order, when all have ended."""
+        return [merged(deltas) for deltas in await self.parts()]
+
+    async def parts(self) -> list[list[TextDelta]]:
+        """The deltas of each choice, in order, when all have ended; tokens on the way wake nobody."""
+        self._wake_per_delta = False
+        while self._open and self._error is None:
+            await self._changed()
+        self._raise_error()
+        return [self._pending[index] for index in sorted(self._pending)]
+
+    def stop(self, error: Exception) -> None:
+        """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
+        self._client.abort(self._open)
+        self._fail(error)
+
+    def push(self, index: int, delta: TextDelta) -> None:
+        self._pending.setdefault(index, []).append(delta)
+        self._silent_prompts.discard(index // self.n)
+        if delta.finish is not None:
+            self._open.discard(delta.rid)
+        if self._wake_per_delta or not self._open:
+            self._wake()
+
+    def fail(self, rid: str, failure: Failure) -> None:
+        self._open.discard(rid)
+        self._fail(RequestError(failure.kind, failure.message, param=failure.param, code=failure.code))
+
+    def _fail(self, error: Exception) -> None:
+        # One answer cannot hold both choices and an error: the first failure is that of the whole.
+        self._error = self._error or error
+        self._wake()
+
+    def _changed(self) -> asyncio.Future[None]:
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def merged(deltas: list[TextDelta]) -> TextDelta:
+    """Deltas of one choice as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    first, last = deltas[0], deltas[-1]
+    logprobs = [token for delta in deltas for token in delta.logprobs or ()]
+    return TextDelta(
+        rid=first.rid,
+        text="".join([delta.text for delta in deltas]),
+        completion_tokens=last.completion_tokens,
+        prompt=first.prompt,
+        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        finish=last.finish,
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+    )
