@@ -104,7 +104,7 @@ def test_a_death_is_told_to_the_clients_and_mended(server: RunningServer, role: 
     assert {name for name in after if after[name] != before[name]} == {role}
     answer = server.client.completions.create(model=server.model, prompt="a", max_tokens=3)
     assert answer.choices[0].finish_reason
-    assert server.quiet_metrics()['ramet_kv_pages{state="in_use"}'] == 0
+    assert server.quiet_metrics(finished=1)['ramet_kv_pages{state="in_use"}'] == 0
     # The two long ones were ended, whoever died, and did not run on for nobody.
     assert server.counter("finished") == 1
     assert server.counter("aborted") == (0 if role == "scheduler-0" else 2)

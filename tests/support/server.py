@@ -23,6 +23,7 @@ import openai
 import psutil
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
+SETTLE_S = 0.25  # far more than the Stats of the scheduler take
 START_S = 120.0
 TESTS = Path(__file__).parents[1]
 STOP_S = 20.0
@@ -131,7 +132,10 @@ class RunningServer:
         return int(self.metrics()[f"ramet_scheduler_{name}_total"])
 
     def quiet_metrics(self, finished: int = 0) -> dict[str, float]:
-        """The metrics once no request is left anywhere and `finished` have ended in the scheduler."""
+        """The metrics once no request is left anywhere and `finished` have ended in the scheduler.
+
+        What the scheduler counted travels beside the answers and can come after them: two readings must agree.
+        """
 
         def is_quiet() -> bool:
             metrics = self.metrics()
@@ -143,8 +147,15 @@ class RunningServer:
                 and metrics.get("ramet_scheduler_finished_total", 0) >= finished
             )
 
-        until(is_quiet, 20, lambda: f"quiet; the metrics:\n{self.metrics()}")
-        return self.metrics()
+        def settled() -> dict[str, float]:
+            return {name: value for name, value in self.metrics().items() if "scheduler" in name or "kv_" in name}
+
+        while True:
+            until(is_quiet, 20, lambda: f"quiet; the metrics:\n{self.metrics()}")
+            before = settled()
+            time.sleep(SETTLE_S)
+            if settled() == before:
+                return self.metrics()
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")
