@@ -114,7 +114,7 @@ def connect(rank: int, size: int, store: dist.Store, host: str, device: str, set
     # Else gloo takes the interface of the machine's name, which others may not be able to reach, or should not.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(host))
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",  # gloo tries the way to the others at once
         store=store,
         rank=rank,
         world_size=size,
