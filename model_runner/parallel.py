@@ -72,6 +72,11 @@ class TpGroup:
         _all_gather(gathered, tensor.contiguous())
         return gathered.view(self.size, rows, columns).transpose(0, 1).flatten(1)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def minimum(self, value: int) -> int:
         """The least of the ranks' values. Waits for ranks that are not yet set up."""
         if self.size == 1:

@@ -179,6 +179,8 @@ def rank_facts(runner: RunnerConfig) -> dict[str, str]:
         "torch version": str(torch.__version__),
         "config.json": hashlib.sha256((model_dir / "config.json").read_bytes()).hexdigest()[:16],
         "weight files": _fingerprint(weights),
+        # The same code of the kernels, so that the ranks choose the same tokens from the same logits.
+        "compute capability": str(torch.cuda.get_device_capability()) if runner.device == "cuda" else "none",
         **{name: str(value) for name, value in settings.items()},
     }
 

@@ -159,6 +159,7 @@ def test_graphs_and_steps_ahead() -> None:
     assert chosen(device="cuda", max_running_requests=1000) == (256, 1)
     assert chosen(device="cuda", cuda_graph_max_bs=8, disable_overlap_schedule=True) == (8, 0)
     assert chosen(device="cuda", disable_cuda_graph=True) == (0, 1)
+    assert chosen(device="cuda", tp_size=2) == (256, 1)
 
 
 @pytest.mark.parametrize(
