@@ -10,12 +10,23 @@ import pytest
 from support.engine import runner_config
 from support.server import free_port, until
 
-from ramet.ipc.channel import RankClient, RankServer
+from ramet.ipc.channel import ChannelError, RankClient, RankServer
 from ramet.ipc.ranks import Hello, Ping, Refused, ToRank
 from ramet.scheduler.config import TpConfig
 from ramet.scheduler.ranks import join, lead, rank_facts
 
 SECRET = "a secret of two machines"
+
+
+def listening(address: str) -> RankServer[Hello]:
+    """A predecessor may hold the port for a moment."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return RankServer(address, SECRET, Hello)
+        except ChannelError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_machine_that_starts_again_is_awaited_once_more(tiny_model: Callable[[str], Path]) -> None:
@@ -74,7 +85,7 @@ def test_a_rank_0_that_ends_before_it_has_heard_all_is_awaited_again(tiny_model:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(join, config, runner_config(tiny_model("llama")), lambda text: None)
         for last in (False, True):
-            server: RankServer[Hello] = RankServer(address, SECRET, Hello)
+            server = listening(address)
             came = server.receive(time.monotonic() + 20)
             assert came is not None and came[1].rank == 1
             server.send([came[0]], Refused("enough") if last else Ping())
