@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import select
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,11 +40,11 @@ _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCO
 
 
 class ChannelError(Exception):
-    """An address that cannot be bound."""
+    """An address that cannot be bound, or does not accept this process; the message is for the user."""
 
 
 class PeerLost(Exception):
-    """The other end of a rank's channel is gone or does not accept this one; the message is for the user."""
+    """The other end of a rank's channel is gone; the message is for the user."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -184,12 +185,14 @@ class RankServer(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def receive(self) -> tuple[bytes, T]:
-        """Who has connected, by a name that `send` takes, and what it says."""
-        while True:
+    def receive(self, deadline: float) -> tuple[bytes, T] | None:
+        """Who has connected, by a name that `send` takes, and what it says; None if nobody does before the deadline (of
+        `time.monotonic`)."""
+        while self._socket.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
             peer, data = self._socket.recv_multipart()
             if (message := _decode(self._decoder, data)) is not None:
                 return peer, message
+        return None
 
     def send(self, peers: Iterable[bytes], message: Message) -> None:
         """Raises PeerLost. Never blocks."""
@@ -227,15 +230,19 @@ class RankClient(Generic[T]):
     def send(self, message: Message) -> None:
         self._socket.send(msgspec.msgpack.encode(message))
 
-    def receive(self) -> T:
-        """The next message. Raises PeerLost; a message that does not decode counts as that too."""
-        if self._socket in dict(self._poller.poll()):  # what came before the connection was lost still counts
+    def receive(self, timeout_s: float | None = None) -> T | None:
+        """The next message; None if none came within `timeout_s` (None: wait for ever). Raises PeerLost, also for a
+        message that does not decode, and ChannelError if rank 0 does not let this one in."""
+        ready = dict(self._poller.poll(None if timeout_s is None else int(max(0.0, timeout_s) * 1000)))
+        if not ready:
+            return None
+        if self._socket in ready:  # what came before the connection was lost still counts
             try:
                 return self._decoder.decode(self._socket.recv())
             except msgspec.MsgspecError as error:
                 raise PeerLost(f"rank 0 at {self._address} sent what cannot be read: {error}") from error
         if recv_monitor_message(self._monitor)["event"] & _REFUSALS:
-            raise PeerLost(
+            raise ChannelError(
                 f"rank 0 at {self._address} does not accept this rank: is the secret the same on both machines?"
             )
         raise PeerLost(f"rank 0 at {self._address} is gone")

@@ -86,7 +86,7 @@ class TokenMasks(NamedTuple):
     """Which tokens the grammars allow next. `rows`: indices among the plan's sampled rows. `bits`: uint32 [rows,
     ceil(vocab / 32)]; token t is bit t % 32 of word t // 32.
 
-    Not in the plan: only the rank that samples needs them, and they are computed while the model runs."""
+    Not in the plan: only rank 0 samples under a grammar, and they are computed while the model runs."""
 
     rows: list[int]
     bits: np.ndarray

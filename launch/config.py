@@ -117,8 +117,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
             tp=tensor_parallel(args, device, is_embedding),
-            # Only the first rank of several knows the tokens that a step chose.
-            steps_ahead=int(device == "cuda" and args.tp_size == 1 and not args.disable_overlap_schedule),
+            steps_ahead=int(device == "cuda" and not args.disable_overlap_schedule),
         ),
         runner=runner,
         num_tokenizers=args.tokenizer_worker_num,
@@ -129,7 +128,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
 
 
 def _cuda_graph_max_bs(args: ServerArgs, device: str, max_running: int) -> int:
-    if device != "cuda" or args.disable_cuda_graph or args.tp_size != 1:
+    if device != "cuda" or args.disable_cuda_graph:
         return 0
     return min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running)
 

@@ -20,6 +20,7 @@ from ramet.launch.model_source import resolve_model
 from ramet.launch.roles import engine_processes
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
+from ramet.launch.tensor_parallel import check_meeting_point
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def serve(args: ServerArgs) -> int:
             tls(args)  # a bad file is known before the model is fetched
             if args.file_storage_path is not None:
                 Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_meeting_point(args)
         config = configure(args)
         supervisor = make_supervisor(args, config)
         run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))

@@ -156,6 +156,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nnodes: Annotated[int, _parallel("machines that share the model; start it on each", ge=1)] = 1
     node_rank: Annotated[int, _parallel("number of this machine; 0 serves, the others only compute", ge=0)] = 0
     dist_init_addr: Annotated[str | None, _parallel("HOST:PORT on machine 0 where the others connect")] = None
+    dist_timeout: Annotated[Seconds, _parallel("seconds that ranks wait for each other to come")] = 90.0
     dist_secret_file: Annotated[str | None, _parallel("file with the secret of all machines (RAMET_DIST_SECRET)")] = (
         None
     )

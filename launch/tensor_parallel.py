@@ -8,6 +8,7 @@ import re
 import socket
 from pathlib import Path
 
+from ramet.frontend.port import bind
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.scheduler.config import TpConfig
 
@@ -28,8 +29,33 @@ def tensor_parallel(args: ServerArgs, device: str, is_embedding: bool) -> TpConf
         address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         secret = _secret(args.dist_secret_file)
     return TpConfig(
-        rank=first, size=args.tp_size, address=address, host=host, secret=secret, setup_timeout_s=args.start_timeout
+        rank=first,
+        size=args.tp_size,
+        address=address,
+        host=host,
+        secret=secret,
+        meet_timeout_s=args.dist_timeout,
+        setup_timeout_s=args.start_timeout,
     )
+
+
+def check_meeting_point(args: ServerArgs) -> None:
+    """What can be known of `--dist-init-addr` before a model is fetched. Raises ConfigError."""
+    if args.nnodes == 1:
+        return
+    host, port = _numeric(args.dist_init_addr)
+    try:
+        if args.node_rank == 0:
+            bind(host, port).close()
+        else:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing, but fails if there is no way to go
+    except OSError as error:
+        doing = "listen on" if args.node_rank == 0 else "reach"
+        raise ConfigError(
+            f"dist_init_addr {args.dist_init_addr!r}: machine {args.node_rank} cannot {doing} it: {error.strerror}"
+        ) from error
 
 
 def _numeric(given: str | None) -> tuple[str, int]:

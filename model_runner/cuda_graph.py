@@ -159,7 +159,8 @@ def _cuda_capture() -> Capture:
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # NCCL watches its collectives from a thread of its own, whose calls a stricter mode takes for a part of this.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             decoded = run()
 
         def replay() -> Decoded:

@@ -72,6 +72,11 @@ class TpGroup:
         _all_gather(gathered, tensor.contiguous())
         return gathered.view(self.size, rows, columns).transpose(0, 1).flatten(1)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def minimum(self, value: int) -> int:
         """The least of the ranks' values. Waits for ranks that are not yet set up."""
         if self.size == 1:
@@ -114,7 +119,7 @@ def connect(rank: int, size: int, store: dist.Store, host: str, device: str, set
     # Else gloo takes the interface of the machine's name, which others may not be able to reach, or should not.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(host))
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",  # gloo tries the way to the others at once
         store=store,
         rank=rank,
         world_size=size,

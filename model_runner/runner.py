@@ -30,7 +30,7 @@ _SCORED_POSITIONS = 64
 
 
 class PendingStep:
-    """A launched step. `sampled`: None if no row samples, or another rank does it. `scored`: by row, the
+    """A launched step. `sampled`: None if no row samples, or rank 0 does it alone. `scored`: by row, the
     log-probabilities of prompt tokens."""
 
     def __init__(self, plan: StepPlan, sampled: Sampled | None, scored: dict[int, list[Ranked]], cuda: bool) -> None:
@@ -90,6 +90,8 @@ class ModelRunner:
             self._graphs = capture_graphs(
                 config, self._model, self._slots, self._pool, self._backend, self._choose, progress
             )
+            if self._graphs is None and self._group.size > 1:  # the others may have theirs
+                raise ValueError("several ranks must all have CUDA graphs or none: use --disable-cuda-graph")
 
     def _measure_steps(self) -> int:
         """Bytes that a step takes beside weights and KV cache, at most: one prompt, and as many prompts and then
@@ -120,13 +122,14 @@ class ModelRunner:
     def launch(self, plan: StepPlan, masks: Callable[[], TokenMasks] | None = None) -> PendingStep:
         """Start one step. Rows fail alone where they can; an exception here or from the result means that the whole
         step did not happen, although the slots have taken in the plan. `masks` waits for what the grammars of sampled
-        rows allow. Only rank 0 chooses tokens."""
+        rows allow; only rank 0 has them."""
         cuda = self.device.type == "cuda"
         self._slots.update(plan)
         rows = [self._slots.sampled_row(row.slot) for row in plan.rows if row.sample]
+        plain = all(is_plain(row) for row in rows)
         if self._graphs is not None and self._graphs.cover(plan):
             logits, choices, sampled_slots, chosen = self._graphs.replay(plan)
-            if masks is None and all(is_plain(row) for row in rows):
+            if plain:
                 return PendingStep(plan, Sampled(rows, *chosen), {}, cuda)
             scored = {}
         else:
@@ -136,11 +139,14 @@ class ModelRunner:
             if not rows:
                 return PendingStep(plan, None, scored, cuda)
             logits = self._model.logits(hidden[batch.sampled_at])
-            if self._group.rank:
-                return PendingStep(plan, None, scored, cuda)
             choices, sampled_slots = batch.choices, batch.sampled_slots
-        sampled = sample(logits, rows, choices, self._choose, masks() if masks is not None else None)
-        self._slots.keep_tokens(sampled_slots, sampled.tokens)
+        sampled, tokens = None, torch.empty_like(sampled_slots)
+        if plain or not self._group.rank:
+            sampled = sample(logits, rows, choices, self._choose, masks() if masks is not None else None)
+            tokens = sampled.tokens
+        if not plain:  # else each rank finds the same: scale and noise of the logits that all have gathered
+            self._group.broadcast(tokens)
+        self._slots.keep_tokens(sampled_slots, tokens)
         return PendingStep(plan, sampled, scored, cuda)
 
     def _score_prompts(self, hidden: Tensor, plan: StepPlan) -> dict[int, list[Ranked]]:

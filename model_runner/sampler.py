@@ -138,7 +138,8 @@ def sample(
 
 def is_plain(row: SampledRow) -> bool:
     """Whether nothing but scale and noise comes between the row's logits and its token, and no more is asked of it."""
-    return row.processor is None and row.params.logprobs is None and not _filters(row.params)
+    params = row.params
+    return row.processor is None and params.grammar is None and params.logprobs is None and not _filters(params)
 
 
 def choose_plainly(logits: Tensor, choices: Choices, filtered: bool) -> tuple[Tensor, Tensor]:

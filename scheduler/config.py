@@ -15,14 +15,15 @@ class Policy(enum.StrEnum):
 class TpConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One of `size` tensor-parallel ranks. `address`: where rank 0 awaits the others, `ipc://PATH` or `tcp://HOST:PORT`.
 
-    With ranks on several machines there is a `host`, that of rank 0, and a `secret` that all share. `setup_timeout_s`:
-    how long ranks wait for each other's weights."""
+    With ranks on several machines there is a `host`, that of rank 0, and a `secret` that all share. `meet_timeout_s`:
+    how long ranks wait for each other to come; `setup_timeout_s`: then for each other's weights."""
 
     rank: int = 0
     size: int = 1
     address: str = ""
     host: str = ""
     secret: str = ""
+    meet_timeout_s: float = 90.0
     setup_timeout_s: float = 900.0
 
 

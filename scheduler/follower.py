@@ -1,7 +1,7 @@
 """The process of a tensor-parallel rank other than 0: it executes the plans that rank 0 sends, and decides nothing.
 
-Tokens are chosen by rank 0 alone: the next plan carries them. Whatever goes wrong ends the process, and with it the
-engine's scheduler.
+It keeps the tokens that a step chose, as rank 0 does, but reads no results, and so never waits for its device. Whatever
+goes wrong ends the process, and with it the engine's scheduler.
 """
 
 from ramet.ipc.channel import Addresses
@@ -22,4 +22,4 @@ def run(config: TpConfig, runner_config: RunnerConfig, addresses: Addresses) -> 
     startup.ready()
     while True:
         if isinstance(message := link.receive(), Execute):
-            runner.execute(message.plan)
+            runner.launch(message.plan)

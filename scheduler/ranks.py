@@ -5,10 +5,15 @@ collectives. Afterwards rank 0 sends each plan before it executes the same. A ra
 notice by the channel or in a collective, and exit as well, since nobody can say what their memory holds.
 """
 
+import contextlib
+import datetime
 import hashlib
 import secrets
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -27,6 +32,9 @@ from ramet.scheduler.config import TpConfig
 # What keeps a rank from being set up; the messages are for the user.
 SETUP_ERRORS = (WeightsError, PoolTooLarge, ValueError, ChannelError, PeerLost, dist.DistError)
 _TAIL_BYTES = 64 * 1024
+_RETRY_S = 1.0
+# An address where nothing answers is known to be so after this time at the latest.
+_PROBE_S = 3.0
 
 
 class Ranks:
@@ -58,16 +66,24 @@ def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]
     server = RankServer[Hello](config.address, config.secret, Hello)
     facts = rank_facts(runner)
     peers: dict[int, bytes] = {}
+    deadline = time.monotonic() + config.meet_timeout_s
     while missing := sorted(set(range(1, config.size)) - peers.keys()):
-        progress(f"waiting at {config.address} for ranks {', '.join(map(str, missing))}")
-        peer, hello = server.receive()
+        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        progress(f"waiting at {config.address} for {names}")
+        if (came := server.receive(deadline)) is None:
+            _refuse(
+                server,
+                peers.values(),
+                f"{names} did not come to rank 0 at {config.address} within {config.meet_timeout_s:g} s "
+                "(--dist-timeout): is every machine started, with the same address and secret?",
+            )
+        peer, hello = came
         # Another machine may have been started again meanwhile.
         peers = {rank: known for rank, known in peers.items() if _is_there(server, known)}
         if refusal := _refusal(hello, facts, set(range(1, config.size)) - peers.keys()):
-            server.send([*peers.values(), peer], Refused(refusal))
-            server.close()
-            raise ValueError(refusal)
-        peers[hello.rank] = peer
+            _refuse(server, [*peers.values(), peer], refusal)
+        if _is_there(server, peer):  # which also tells it that rank 0 is
+            peers[hello.rank] = peer
     store: dist.Store
     if config.host:
         store = dist.TCPStore(config.host, 0, config.size, is_master=True, wait_for_workers=False)
@@ -83,18 +99,50 @@ def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]
 def join(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]) -> tuple[RankClient[ToRank], TpGroup]:
     """Connect to rank 0, who may not be there yet, and open the collectives. Raises one of SETUP_ERRORS."""
     use_device(runner)
-    link = RankClient[ToRank](config.address, config.secret, ToRank)
-    progress(f"waiting for rank 0 at {config.address}")
-    link.send(Hello(config.rank, rank_facts(runner)))
-    while isinstance(answer := link.receive(), Ping):
-        pass  # rank 0 waits for others
-    if isinstance(answer, Refused):
-        raise ValueError(answer.message)
-    assert isinstance(answer, Welcome)
+    facts = rank_facts(runner)
+    deadline = time.monotonic() + config.meet_timeout_s
+    progress(f"waiting for rank 0 at {config.address}{_trouble(config)}")
+    while True:
+        link = RankClient[ToRank](config.address, config.secret, ToRank)
+        link.send(Hello(config.rank, facts))
+        try:
+            answer = link.receive(deadline - time.monotonic())
+            while isinstance(answer, Ping):  # rank 0 waits for others, and knows how long
+                answer = link.receive()
+            break
+        except PeerLost:  # one that was about to end: another takes its place
+            link.close()
+            time.sleep(_RETRY_S)
+    if not isinstance(answer, Welcome):
+        link.close()
+        words = f"rank 0 did not answer at {config.address} within {config.meet_timeout_s:g} s (--dist-timeout)"
+        raise ValueError(answer.message if isinstance(answer, Refused) else words + _trouble(config))
     if config.host:
         host, _, port = answer.store.rpartition(":")
-        return link, _open(config, runner, dist.TCPStore(host, int(port), config.size))
+        patience = datetime.timedelta(seconds=config.meet_timeout_s)
+        return link, _open(config, runner, dist.TCPStore(host, int(port), config.size, timeout=patience))
     return link, _open(config, runner, dist.FileStore(answer.store, config.size))
+
+
+def _trouble(config: TpConfig) -> str:
+    """Why rank 0 on another machine cannot be reached at this moment, in words to append; nothing if it can."""
+    if not config.host:
+        return ""
+    try:
+        port = int(config.address.rpartition(":")[2])
+        socket.create_connection((config.host, port), _PROBE_S).close()
+    except OSError as error:
+        return f": {error.strerror or error}"
+    return ""
+
+
+def _refuse(server: RankServer[Hello], peers: Iterable[bytes], words: str) -> NoReturn:
+    """End the start of all that have come. Raises ValueError."""
+    for peer in peers:
+        with contextlib.suppress(PeerLost):
+            server.send([peer], Refused(words))
+    server.close()
+    raise ValueError(words)
 
 
 def _is_there(server: RankServer[Hello], peer: bytes) -> bool:
@@ -131,6 +179,8 @@ def rank_facts(runner: RunnerConfig) -> dict[str, str]:
         "torch version": str(torch.__version__),
         "config.json": hashlib.sha256((model_dir / "config.json").read_bytes()).hexdigest()[:16],
         "weight files": _fingerprint(weights),
+        # The same code of the kernels, so that the ranks choose the same tokens from the same logits.
+        "compute capability": str(torch.cuda.get_device_capability()) if runner.device == "cuda" else "none",
         **{name: str(value) for name, value in settings.items()},
     }
 

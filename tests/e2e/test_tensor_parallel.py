@@ -5,6 +5,7 @@ The two machines are two launchers on loopback, which meet at 127.0.0.2 and shar
 
 import concurrent.futures
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -114,12 +115,32 @@ def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str]
         check_tokens(node_0, folder)
 
 
-def test_a_machine_that_nobody_awaits_gives_up(tiny_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_without_the_other_gives_up(tiny_model: Callable[[str], Path], rank: int) -> None:
     address = address_of_node_0()
-    with Node(*node_flags(tiny_model("llama"), 1, address), "--start-timeout", "15") as node:
-        assert node.exit_code(FAILS_S) == 1
-        assert f"not ready after 15 s: scheduler-1 (waiting for rank 0 at tcp://{address})" in node.log()
+    with Node(*node_flags(tiny_model("llama"), rank, address), "--dist-timeout", "3") as node:
+        until(lambda: f"scheduler-{rank}: waiting" in node.log(), FAILS_S, node.log)
+        assert node.exit_code(10) == 1
+        missing = "rank 1 did not come to rank 0" if rank == 0 else "rank 0 did not answer"
+        words = f"error: scheduler-{rank}: {missing} at tcp://{address} within 3 s (--dist-timeout): "
+        assert words in node.log()
         node.assert_nothing_left()
+
+
+def test_a_machine_that_cannot_be_machine_0_says_so_before_it_looks_for_the_model() -> None:
+    with Node(*node_flags(Path("/nowhere"), 0, "192.0.2.1:5000")) as node:
+        assert node.exit_code() == 1
+        assert "error: dist_init_addr '192.0.2.1:5000': machine 0 cannot listen on it: Cannot assign" in node.log()
+        node.assert_nothing_left()
+
+
+def test_fewer_devices_than_ranks_end_the_start(tiny_model: Callable[[str], Path]) -> None:
+    flags = ("--device", "cuda", "--tp-size", "2", "--base-gpu-id", "90")
+    with Node(*tiny_flags(tiny_model("llama")), *flags) as server:
+        assert server.exit_code(FAILS_S) == 1
+        assert re.search(r"error: scheduler-\d: there is no CUDA device 9[01]: \d+ are visible", server.log())
+        assert "loading weights" not in server.log()
+        server.assert_nothing_left()
 
 
 def test_a_machine_with_another_secret_is_turned_away(tiny_model: Callable[[str], Path]) -> None:

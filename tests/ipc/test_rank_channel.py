@@ -1,6 +1,7 @@
 """The channel between tensor-parallel ranks: who is let in, and how a loss is noticed."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def connected(place: tuple[str, str]) -> Iterator[tuple[RankServer[Hello], bytes
     client.send(HELLO)
     server: RankServer[Hello] = RankServer(*place, Hello)
     try:
-        peer, hello = server.receive()
+        came = server.receive(time.monotonic() + 20)
+        assert came is not None
+        peer, hello = came
         assert hello == HELLO
         yield server, peer, client
     finally:
@@ -55,6 +58,12 @@ def test_a_rank_hears_that_rank_0_is_gone_after_what_it_said(place: tuple[str, s
             client.receive()
 
 
+def test_nobody_waits_longer_than_told(place: tuple[str, str]) -> None:
+    with connected(place) as (server, _, client):
+        assert client.receive(0.1) is None
+        assert server.receive(time.monotonic() + 0.1) is None
+
+
 def test_rank_0_finds_out_that_a_rank_is_gone(place: tuple[str, str]) -> None:
     def is_lost() -> bool:
         try:
@@ -74,7 +83,7 @@ def test_without_the_secret_nobody_gets_in(secret: str) -> None:
     address = f"tcp://127.0.0.2:{free_port()}"
     stranger: RankClient[ToRank] = RankClient(address, secret, ToRank)
     stranger.send(Hello(2, {}))
-    refused = pytest.raises(PeerLost, match="does not accept this rank: is the secret the same on both machines")
+    refused = pytest.raises(ChannelError, match="does not accept this rank: is the secret the same on both machines")
     with connected((address, SECRET)), refused:  # rank 0 hears the right one's word, not the stranger's
         stranger.receive()
     stranger.close()

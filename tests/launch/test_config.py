@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ramet.frontend.port import bind
 from ramet.ipc.channel import Addresses
 from ramet.launch import config as config_module
 from ramet.launch.config import resolve
@@ -17,6 +18,7 @@ from ramet.launch.model_source import ResolvedModel
 from ramet.launch.placement import computing, light, parse_cpus
 from ramet.launch.roles import engine_processes
 from ramet.launch.server_args import ConfigError, ServerArgs
+from ramet.launch.tensor_parallel import check_meeting_point
 from ramet.model_runner.config import LoadFormat
 
 INFO = ModelInfo(
@@ -124,6 +126,28 @@ def test_machines_that_cannot_work_together(args: dict[str, object], words: str)
         resolve(ServerArgs(**{**TWO_NODES, **args}), model())
 
 
+@pytest.mark.parametrize(
+    ("rank", "address", "words"),
+    [
+        (0, "192.0.2.1:5000", "machine 0 cannot listen on it: Cannot assign requested address"),
+        (1, "255.255.255.255:5000", "machine 1 cannot reach it: Permission denied"),  # as if there were no route
+        (1, "host.invalid:5000", ""),
+    ],
+)
+def test_meeting_points_that_cannot_be(rank: int, address: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"dist_init_addr '{address}': {words}")):
+        check_meeting_point(ServerArgs(**{**TWO_NODES, "node_rank": rank, "dist_init_addr": address}))
+
+
+def test_a_meeting_point_in_use() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        check_meeting_point(ServerArgs(**{**TWO_NODES, "node_rank": 1, "dist_init_addr": address}))
+        with pytest.raises(ConfigError, match="machine 0 cannot listen on it: Address already in use"):
+            check_meeting_point(ServerArgs(**{**TWO_NODES, "dist_init_addr": address}))
+
+
 def test_graphs_and_steps_ahead() -> None:
     def chosen(**args: object) -> tuple[int, int]:
         config = resolve(ServerArgs(**args), model())
@@ -135,6 +159,7 @@ def test_graphs_and_steps_ahead() -> None:
     assert chosen(device="cuda", max_running_requests=1000) == (256, 1)
     assert chosen(device="cuda", cuda_graph_max_bs=8, disable_overlap_schedule=True) == (8, 0)
     assert chosen(device="cuda", disable_cuda_graph=True) == (0, 1)
+    assert chosen(device="cuda", tp_size=2) == (256, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.engine import InlineEngine
-from support.lives import KINDS, run_all, told
+from support.lives import KINDS, run_all, told, use_graphs
 
 from ramet.ipc.step import UNKNOWN_TOKEN
 from ramet.model_runner.batch import pack, unpack
@@ -100,19 +100,6 @@ def test_packed_arrays_come_back_as_they_were():
     assert list(found) == list(arrays)
     for name, array in arrays.items():
         assert torch.equal(found[name], torch.from_numpy(array)) and found[name].data_ptr() % 8 == 0
-
-
-def use_graphs(engine: InlineEngine) -> None:
-    """Give the runner decode graphs whose capture keeps the function itself."""
-    runner = engine.runner
-    parts = (runner._model, runner._slots, runner._pool, runner._backend, runner._choose)
-    config = type(runner._config)(**{**_fields(runner._config), "cuda_graph_max_bs": 8})
-    with torch.inference_mode():
-        runner._graphs = DecodeGraphs(config, *parts, lambda run: run, lambda text: None)
-
-
-def _fields(config) -> dict:
-    return {name: getattr(config, name) for name in config.__struct_fields__}
 
 
 def watch_unknown(monkeypatch) -> list[int]:

@@ -1,14 +1,14 @@
 """Models over several ranks give what one rank gives: real processes, gloo, every native architecture in float32."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.engine import InlineEngine, runner_config
+from support.engine import runner_config
 from support.tiny_models import NATIVE_ARCHITECTURES, make_tiny_model
-from support.tp_ranks import requests_of, run_models
+from support.tp_ranks import Job, Results, run_jobs
 
 from ramet.model_runner.models.loader import WeightsError, load_model
 from ramet.model_runner.parallel import TpGroup, use_device
@@ -17,28 +17,69 @@ from ramet.model_runner.parallel import TpGroup, use_device
 ODD = {"num_key_value_heads": 1, "vocab_size": 391, "attention_bias": True, "mlp_bias": True}
 
 
-@pytest.fixture
-def workspace() -> Iterator[Path]:
-    """A short path: that of a socket is limited to 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="tp-") as folder:
-        yield Path(folder) / "w"
-
-
 @pytest.fixture(scope="module")
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("llama", tmp_path_factory.mktemp("odd"), **ODD)
 
 
-def test_two_ranks_give_what_one_gives(tiny_model: Callable[[str], Path], odd_model: Path, workspace: Path) -> None:
-    folders = {**{name: tiny_model(name) for name in NATIVE_ARCHITECTURES}, "odd": odd_model}
-    *results, noticed_s = run_models(list(folders.values()), 2, workspace)
-    assert noticed_s < 10, "rank 0 waited for a rank that had failed"
+@pytest.fixture(scope="module")
+def jobs(tiny_model: Callable[[str], Path], odd_model: Path) -> dict[str, Job]:
+    """Each architecture, then every kind of request."""
+    folder = str(tiny_model("llama"))
+    return {
+        **{name: Job(str(tiny_model(name))) for name in NATIVE_ARCHITECTURES},
+        "odd": Job(str(odd_model)),
+        "in lock-step": Job(folder, "every kind", steps_ahead=0),
+        "ahead": Job(folder, "every kind"),
+        "graphs": Job(folder, "every kind", graphs=True),
+        "eventful": Job(folder, "eventful"),
+        "plain": Job(folder, "plain"),
+        "plain graphs": Job(folder, "plain", graphs=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(jobs: dict[str, Job]) -> Results:
+    """What two ranks make of them."""
     torch.set_num_threads(1)
-    for (name, folder), together in zip(folders.items(), results, strict=True):
-        alone = requests_of(InlineEngine(folder))
+    with tempfile.TemporaryDirectory(prefix="tp-") as folder:  # short: a socket's path is limited to 107 bytes
+        return run_jobs(jobs, 2, Path(folder))
+
+
+def test_two_ranks_give_what_one_gives(jobs: dict[str, Job], results: Results) -> None:
+    for name in [*NATIVE_ARCHITECTURES, "odd"]:
+        alone, together = jobs[name].run(jobs[name].engine()), results.jobs[name].told
         assert together["tokens"] == alone["tokens"], name
         assert together["ranked"] == alone["ranked"], name
         assert together["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3), name
+        assert results.jobs[name].unknown > 10, "hardly a step was planned before its input was known"
+
+
+def test_ranks_agree_on_the_tokens_of_every_kind_of_request(jobs: dict[str, Job], results: Results) -> None:
+    """With steps ahead each rank must know what was chosen; in lock-step the plans tell."""
+    in_lock_step, ahead, graphs = (results.jobs[name] for name in ("in lock-step", "ahead", "graphs"))
+    assert ahead.told == graphs.told == in_lock_step.told
+    assert in_lock_step.unknown == 0 < ahead.unknown
+    alone = jobs["ahead"].run(jobs["ahead"].engine())
+    assert {rid: told[:2] for rid, told in ahead.told.items()} == {rid: told[:2] for rid, told in alone.items()}
+
+
+def test_ranks_stay_in_step_when_a_request_fails_or_leaves(jobs: dict[str, Job], results: Results) -> None:
+    told = results.jobs["eventful"].told
+    assert told == jobs["eventful"].run(jobs["eventful"].engine())
+    ends = {rid: end.partition(" for")[0] for rid, end in told["ends"].items()}
+    assert ends == {"stays": "length", "leaves": "abort", "NaN": "the model gave NaN logits", "comes": "length"}
+
+
+@pytest.mark.parametrize("name", ["plain", "plain graphs"])
+def test_nobody_is_told_what_all_ranks_find_by_themselves(jobs: dict[str, Job], results: Results, name: str) -> None:
+    result = results.jobs[name]
+    assert result.told == jobs[name].run(jobs[name].engine())
+    assert result.unknown > 30 and result.broadcasts == 0
+
+
+def test_a_rank_that_fails_is_noticed(results: Results) -> None:
+    assert results.noticed_s < 10, "rank 0 waited for it"
 
 
 def test_shards() -> None:

@@ -1,11 +1,15 @@
-"""Requests of every kind that a step ahead or a CUDA graph could treat wrongly, run together in an `InlineEngine`."""
+"""Requests of every kind that a step ahead, a CUDA graph or several ranks could treat wrongly, run together in an
+`InlineEngine`."""
 
 from pathlib import Path
 
+import msgspec
+import torch
 from support.engine import InlineEngine
 
 from ramet.ipc.messages import TokenOut
 from ramet.ipc.sampling import Grammar, GrammarKind
+from ramet.model_runner.cuda_graph import DecodeGraphs
 
 KINDS = {
     "greedy": {},
@@ -22,8 +26,16 @@ def run_all(
     folder: Path, copies: int = 2, change: object = lambda engine: None, **settings
 ) -> dict[str, list[TokenOut]]:
     """What each request was given, by its name; `change` may do something to the engine first."""
-    engine = InlineEngine(folder, max_running=len(KINDS) + 2, eos_ids=(11, 12), **settings)
+    engine = make_engine(folder, **settings)
     change(engine)
+    return live(engine, copies)
+
+
+def make_engine(folder: Path, **settings) -> InlineEngine:
+    return InlineEngine(folder, max_running=len(KINDS) + 2, eos_ids=(11, 12), **settings)
+
+
+def live(engine: InlineEngine, copies: int = 2) -> dict[str, list[TokenOut]]:
     for copy in range(copies):
         for i, (kind, params) in enumerate(KINDS.items()):
             prompt = [(31 * i + 7 * j + 3 * copy) % 300 for j in range(5 + 13 * i)]
@@ -31,6 +43,15 @@ def run_all(
             engine.run(steps=2)
     engine.run()
     return engine.outputs
+
+
+def use_graphs(engine: InlineEngine) -> None:
+    """Give the runner decode graphs whose capture keeps the function itself."""
+    runner = engine.runner
+    parts = (runner._model, runner._slots, runner._pool, runner._backend, runner._choose)
+    config = msgspec.structs.replace(runner._config, cuda_graph_max_bs=8)
+    with torch.inference_mode():
+        runner._graphs = DecodeGraphs(config, *parts, lambda run: run, lambda text: None)
 
 
 def told(outputs: dict[str, list[TokenOut]]) -> dict[str, tuple]:
