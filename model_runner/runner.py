@@ -185,7 +185,7 @@ class ModelRunner:
             grants=[PageGrant(slot, 0, [next(pages) for _ in range(0, n, size)]) for slot, n in enumerate(lengths)],
         )
         self.execute(plan)
-        for last in (1, 2, 64) if self.device.type == "cuda" else (1,):
+        for last in (1, 2, 128) if self.device.type == "cuda" else (1,):
             chunks = [min(last, length) for length in lengths]
             rows = [Row(slot, lengths[slot] - chunk, chunk, sample=True) for slot, chunk in enumerate(chunks)]
             self.execute(StepPlan(step=0, rows=rows, token_ids=[0] * sum(chunks)))
