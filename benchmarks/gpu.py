@@ -339,7 +339,9 @@ _PART_LIMIT_S, _LIMIT_S = 240, 570
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
+    parser.add_argument(
+        "--only", nargs="*", choices=MODELS, default=list(MODELS), help="models, beside attention alone"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape in place of all, to try the program itself")
     parser.add_argument("--lock-step", action="store_true", help="plan a step only when the one before has ended")
