@@ -4,17 +4,25 @@ Prints measured / floor for each case: decoding at several batch sizes, an offli
 a first token after a prefix hit, and decode attention alone. The floor is computed from the sizes of the model and the
 bandwidth and product rate measured in the same run (`launch/bench/step.py`). Needs no network and no checkpoint.
 
+Each model has a process and a time limit of its own. A case that fails is reported as such, and the others go on; the
+file has what is known at any time.
+
     python benchmarks/gpu.py [--only llama-8b …] [--json FILE] [--device cpu --tiny]
 """
 
 import argparse
+import functools
+import gc
 import itertools
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,9 +176,10 @@ class Run(NamedTuple):
 
     @property
     def step_s(self) -> float:
-        """The median time between two tokens of the last request that started, when all were decoding."""
+        """The median time between two tokens of the last request that started, while all were decoding."""
         last = max(self.times_s, key=lambda times: times[0])
-        return statistics.median(b - a for a, b in itertools.pairwise(last))
+        first_end_s = min(times[-1] for times in self.times_s)
+        return statistics.median(b - a for a, b in itertools.pairwise(last) if b <= first_end_s)
 
 
 def _no_masks(rows: list) -> Any:
@@ -180,7 +189,8 @@ def _no_masks(rows: list) -> Any:
 def decode(engine: Engine, machine: Machine, rows: int, context: int) -> Result:
     """Tokens a second of `rows` requests that decode at about this context."""
     rows, context = max(1, rows // engine.limits.scale), max(8, context // engine.limits.scale)
-    steps = engine.limits.repeats
+    # The first request must not end before the last has started.
+    steps = engine.limits.repeats + 2 + 2 * rows * context // engine.limits.step_tokens
     run = engine.run([(engine.tokens(context), steps) for _ in range(rows)])
     roof = rows / engine.floor_s(Case(rows, 1, context + steps // 2), machine)
     value = rows / run.step_s
@@ -268,46 +278,106 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - started_s) / 20
 
 
-def cases(engine: Engine, machine: Machine) -> Iterator[Result]:
-    """The cases of one model."""
-    name = engine.name
-    yield decode(engine, machine, 1, 384)
+CaseOf = Callable[[Engine, Machine], Result]
+
+
+def cases(name: str) -> dict[str, CaseOf]:
+    """The cases of one model, by what they are called where they fail."""
+    found: dict[str, CaseOf] = {"decode 1": functools.partial(decode, rows=1, context=384)}
     if name == "llama-8b":
-        yield decode(engine, machine, 32, 1024)
-        yield decode(engine, machine, 128, 1024)
-        yield prompt(engine, machine, 2048)
-        yield prompt(engine, machine, 8192)
-        yield prefix_hit(engine, machine)
-        yield offline(engine, machine, 256, (1024, 1024))
+        found |= {f"decode {rows}": functools.partial(decode, rows=rows, context=1024) for rows in (32, 128)}
+        found |= {f"prompt {length}": functools.partial(prompt, length=length) for length in (2048, 8192)}
+        found |= {"prefix hit": prefix_hit, "offline": functools.partial(offline, count=256, bounds=(1024, 1024))}
     if name == "qwen-0.6b":
-        yield decode(engine, machine, 256, 1024)
+        found["decode 256"] = functools.partial(decode, rows=256, context=1024)
     if name.startswith("qwen"):
-        yield offline(engine, machine, 256, (100, 1024))
+        found["offline"] = functools.partial(offline, count=256, bounds=(100, 1024))
+    return found
+
+
+def run_cases(
+    name: str, found: dict[str, CaseOf], machine: Machine, make: Callable[[], Engine], tell: Callable[[dict], None]
+) -> None:
+    """`tell` hears of each result, or of the error. What a failed case leaves behind is thrown away with its engine."""
+    engine = None
+    for label, case in found.items():
+        try:
+            engine = engine or make()
+            result = case(engine, machine)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the file must say so
+            traceback.print_exc()
+            engine = None
+            tell({"case": f"{name}: {label}", "error": f"{type(error).__name__}: {error}"})
+            continue
+        finally:
+            gc.collect()
+        tell(show(result)._asdict())
+
+
+def run_part(part: str, args: argparse.Namespace) -> None:
+    """In a process of its own: measure, and write a line of JSON for each thing known."""
+    device, limits = torch.device(args.device), SMALL if args.tiny else FULL
+
+    def tell(line: dict) -> None:
+        with args.json.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    machine = measure_machine(device, torch.bfloat16)
+    tell({"device": _device_name(device), "torch": torch.__version__, "machine": machine._asdict()})
+    with tempfile.TemporaryDirectory() as folder:
+        if part == ATTENTION:
+            tell(show(attention(device, machine, limits))._asdict())
+            return
+        shape = TINY if args.tiny else MODELS[part]
+        make = functools.partial(Engine, part, shape, args.device, limits, Path(folder), ahead=int(not args.lock_step))
+        run_cases(part, cases(part), machine, make, tell)
+
+
+ATTENTION = "attention"
+_PART_LIMIT_S, _LIMIT_S = 240, 570
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
+    parser.add_argument(
+        "--only", nargs="*", choices=MODELS, default=list(MODELS), help="models, beside attention alone"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape in place of all, to try the program itself")
     parser.add_argument("--lock-step", action="store_true", help="plan a step only when the one before has ended")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--part", choices=[ATTENTION, *MODELS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny tries the program")
-    device, limits = torch.device(args.device), SMALL if args.tiny else FULL
-    machine = measure_machine(device, torch.bfloat16)
-    print(f"{_device_name(device)}: {machine.bytes_per_s / 1e9:.0f} GB/s, {machine.flops_per_s / 1e12:.1f} TFLOP/s")
-    results = [show(attention(device, machine, limits))]
-    for name in args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            shape = TINY if args.tiny else MODELS[name]
-            engine = Engine(name, shape, args.device, limits, Path(folder), ahead=int(not args.lock_step))
-            results += [show(result) for result in cases(engine, machine)]
-            del engine
-    if args.json is not None:
-        report = {"device": _device_name(device), "torch": torch.__version__, "machine": machine._asdict()}
-        args.json.write_text(json.dumps(report | {"results": [r._asdict() for r in results]}, indent=1))
+    if args.part is not None:
+        run_part(args.part, args)
+        return
+    deadline_s = time.monotonic() + _LIMIT_S
+    report: dict[str, Any] = {"results": []}
+    for part in (ATTENTION, *args.only):
+        report["results"] += in_process(part, report, min(_PART_LIMIT_S, deadline_s - time.monotonic()))
+        if args.json is not None:
+            args.json.write_text(json.dumps(report, indent=1))
+    if any("error" in result for result in report["results"]):
+        sys.exit(1)
+
+
+def in_process(part: str, report: dict[str, Any], limit_s: float) -> list[dict[str, Any]]:
+    """The results of `run_part`; what it says of the machine goes into the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines"
+        lines.touch()
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--json", str(lines)]
+        try:
+            status = f"exit status {subprocess.run(command, timeout=max(limit_s, 1)).returncode}"
+        except subprocess.TimeoutExpired:
+            status = f"not done within {limit_s:.0f} s"
+        machine, *results = [json.loads(line) for line in lines.read_text().splitlines()] or [{}]
+    if machine and "machine" not in report:
+        print(f"{machine['device']}: {machine['machine']}", flush=True)
+    report.update(machine)
+    return results if status == "exit status 0" else [*results, {"case": part, "error": status}]
 
 
 def show(result: Result) -> Result:

@@ -135,7 +135,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     disable_radix_cache: Annotated[bool, _engine("do not reuse the KV cache of equal prefixes")] = False
     attention_backend: Annotated[
         Literal["auto", "cpu", "torch", "triton", "fa3", "flashinfer"],
-        _engine("attention: cpu (C kernel), triton or fa3 (on CUDA), or plain torch"),
+        _engine("attention: cpu (C kernel); triton, fa3 or flashinfer (on CUDA); or plain torch"),
     ] = "auto"
     disable_overlap_schedule: Annotated[bool, _engine("on cuda, plan a step only when the one before has ended")] = (
         False

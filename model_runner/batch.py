@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -96,9 +96,11 @@ class SlotTable:
         self.device_pages.view(-1).index_copy_(0, tensors["places"], tensors["pages"])
 
 
-def step_arrays(plan: StepPlan, slots: SlotTable, page_size: int, padding: int = 0) -> Arrays:
-    """By name, what `make_batch` takes. `slots` has been updated with the plan. `padding` decode rows are added."""
-    table = [(row.slot, row.start, row.length) for row in plan.rows] + [(slots.padding, 0, 1)] * padding
+def step_arrays(plan: StepPlan, slots: SlotTable, page_size: int, padding: Sequence[int] = ()) -> Arrays:
+    """By name, what `make_batch` takes. `slots` has been updated with the plan. `padding` rows of these lengths, which
+    may be 0, are added; they sample."""
+    table = [(row.slot, row.start, row.length) for row in plan.rows]
+    table += [(slots.padding, 0, length) for length in padding]
     row_slots, starts, lengths = np.array(table).T
     ends = lengths.cumsum()
     # Token i of the step stands at starts[row] + its index within the row.
@@ -107,7 +109,7 @@ def step_arrays(plan: StepPlan, slots: SlotTable, page_size: int, padding: int =
     contexts = starts + lengths
     sampled = [i for i, row in enumerate(plan.rows) if row.sample] + list(range(len(plan.rows), len(table)))
     return {
-        "token_ids": np.array(plan.token_ids + [0] * padding),
+        "token_ids": np.array(plan.token_ids + [0] * sum(padding)),
         "positions": positions,
         "slot_mapping": slots.pages[np.repeat(row_slots, lengths), page].astype(np.int64) * page_size + offset,
         "cu_q": np.concatenate(([0], ends)).astype(np.int32),
@@ -122,6 +124,7 @@ def step_arrays(plan: StepPlan, slots: SlotTable, page_size: int, padding: int =
 def build(plan: StepPlan, slots: SlotTable, pool: KVPool, backend: AttentionBackend) -> Batch:
     """The tensors of one step; `slots` has been updated with the plan."""
     arrays = step_arrays(plan, slots, pool.page_size)
+    backend.plan(arrays, slots.pages, pool.page_size, captured=False)
     lengths = [row.length for row in plan.rows]
     contexts: list[int] = arrays["seq_lens"].tolist()
     tensors = to_device(arrays, slots.device)
@@ -144,8 +147,8 @@ def make_batch(
     `scored`: more is read of the result than what is sampled from."""
     token_ids, num_decodes = tensors["token_ids"], sum(length == 1 for length in lengths)
     if unknown:
-        first = token_ids[:num_decodes]
-        last = slots.last_tokens.index_select(0, tensors["row_slots"][:num_decodes])
+        # Decodes come first and are one token each: of those, whose tokens alone may be missing, token i is row i's.
+        first, last = token_ids[: len(lengths)], slots.last_tokens.index_select(0, tensors["row_slots"])
         first.copy_(torch.where(first == UNKNOWN_TOKEN, last, first))
     max_pages = -(-max(contexts) // pool.page_size)
     context = ForwardContext(

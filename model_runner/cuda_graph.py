@@ -1,12 +1,11 @@
-"""CUDA graphs of decode steps, sampling included: one launch in place of hundreds.
+"""CUDA graphs of small steps, sampling included: one launch in place of hundreds.
 
-A graph is captured for each of a list of batch sizes; a step runs in the smallest that holds it, filled up with rows
-that work on the dummy page and the padding slot. All that changes from step to step lies in one buffer, which one copy
-fills. The graph chooses tokens by scale and noise alone; whoever wants more chooses anew from its logits. Does not know
-requests.
+A graph is captured for each of a list of sizes, for decodes and for steps with short prompt chunks; a step runs in the
+smallest that holds it, filled up with rows that work on the dummy page and the padding slot. All that changes from step
+to step lies in one buffer, which one copy fills. The graph chooses tokens by scale and noise alone; whoever wants more
+chooses anew from its logits. Does not know requests.
 """
 
-import bisect
 import functools
 import logging
 import time
@@ -27,6 +26,8 @@ from ramet.model_runner.sampler import Choices, Chooser
 log = logging.getLogger(__name__)
 
 _SMALL_SIZES, _SIZE_STEP = (1, 2, 4), 8
+# Of steps with prompt chunks: few rows, since attention is launched for as many chunks of all the tokens.
+_CHUNK_ROWS, _CHUNK_TOKENS = 8, (16, 32, 64, 128, 256)
 _GRAPH_BYTES = 8 * 2**20  # of the driver, for each graph; a guess on the safe side
 _LOGITS_COPIES = 3  # logits and what choosing makes of them, of the largest size
 
@@ -46,25 +47,51 @@ class Decoded(NamedTuple):
         return Decoded(self.logits[:rows], choices, self.slots[:rows], (tokens[:rows], best[:rows]))
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then multiples of 8, and the largest itself."""
+class Bucket(NamedTuple):
+    """The size of a graph: of decodes if it has as many rows as tokens, else of any lengths, with a row for padding."""
+
+    tokens: int
+    rows: int
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row may have."""
+        return 1 if self.rows == self.tokens else self.tokens
+
+    def holds(self, rows: int, tokens: int) -> bool:
+        if self.longest == 1:
+            return rows == tokens <= self.tokens
+        return rows < self.rows and rows < tokens <= self.tokens
+
+    def padding(self, plan: StepPlan) -> list[int]:
+        """Lengths of the rows that fill it up."""
+        rows = self.rows - len(plan.rows)
+        return [1] * rows if self.longest == 1 else [self.tokens - len(plan.token_ids)] + [0] * (rows - 1)
+
+
+def buckets(config: RunnerConfig) -> list[Bucket]:
+    """In ascending order. Decodes of 1, 2, 4, then multiples of 8, and the largest itself."""
+    largest = config.cuda_graph_max_bs
     sizes = {*_SMALL_SIZES, *range(_SIZE_STEP, largest + 1, _SIZE_STEP), largest}
-    return sorted(size for size in sizes if size <= largest)
+    most = min(config.max_step_tokens, config.context_length)
+    chunks = [Bucket(tokens, _CHUNK_ROWS) for tokens in _CHUNK_TOKENS if tokens <= most]
+    return sorted([Bucket(size, size) for size in sizes if size <= largest] + chunks)
 
 
 def graph_bytes(config: RunnerConfig, vocab_size: int) -> int:
     """Memory to leave for the graphs."""
     if not config.cuda_graph_max_bs:
         return 0
-    logits = config.cuda_graph_max_bs * vocab_size * torch.float32.itemsize
-    return _GRAPH_BYTES * len(batch_sizes(config.cuda_graph_max_bs)) + _LOGITS_COPIES * logits
+    sizes = buckets(config)
+    logits = max(size.rows for size in sizes) * vocab_size * torch.float32.itemsize
+    return _GRAPH_BYTES * len(sizes) + _LOGITS_COPIES * logits
 
 
 # From a function that runs a step, which is called a few times, to one that runs it again.
 Capture = Callable[[Callable[[], Decoded]], Callable[[], Decoded]]
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The device's part of a step reads and writes fixed addresses only: `capture` may record it."""
 
     def __init__(
@@ -80,40 +107,48 @@ class DecodeGraphs:
     ) -> None:
         self._model, self._slots, self._pool, self._backend, self._choose = model, slots, pool, backend, choose
         self._context_length = config.context_length
-        self._sizes = batch_sizes(config.cuda_graph_max_bs)
+        self._buckets = buckets(config)
         nothing = StepPlan(0, [], [])
-        largest = pack(self._arrays(nothing, self._sizes[-1]), pinned=False)
-        self._buffer = torch.zeros(len(largest), dtype=torch.uint8, device=slots.device)
-        self._replays: dict[int, Callable[[], Decoded]] = {}
-        for done, size in enumerate(reversed(self._sizes)):  # the largest first: the others use its memory again
-            progress(f"capturing CUDA graphs {done}/{len(self._sizes)}")
-            self._fill(nothing, size)
-            self._replays[size] = capture(functools.partial(self._run, size))
+        num_bytes = max(len(pack(self._arrays(nothing, bucket), pinned=False)) for bucket in self._buckets)
+        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=slots.device)
+        # One for all graphs, whose own memory is free for the next once it is captured.
+        rows = max(bucket.rows for bucket in self._buckets)
+        self._logits = torch.empty(rows, model.vocab_size, device=slots.device)
+        self._replays: dict[Bucket, Callable[[], Decoded]] = {}
+        for done, bucket in enumerate(reversed(self._buckets)):  # the largest first: the others use its memory again
+            progress(f"capturing CUDA graphs {done}/{len(self._buckets)}")
+            self._fill(nothing, bucket)
+            self._replays[bucket] = capture(functools.partial(self._run, bucket))
 
-    def cover(self, plan: StepPlan) -> bool:
-        """Whether the plan is a step of decodes that there is a graph for."""
-        plain = all(row.length == 1 and row.sample and not row.prompt_logprobs for row in plan.rows)
-        return plain and len(plan.rows) <= self._sizes[-1]
+    def find(self, plan: StepPlan) -> Bucket | None:
+        """The smallest graph that holds the plan; None if there is none, or if more or less is read of a row than its
+        next token."""
+        if any(not row.sample or row.prompt_logprobs for row in plan.rows):
+            return None
+        rows, tokens = len(plan.rows), len(plan.token_ids)
+        return next((bucket for bucket in self._buckets if bucket.holds(rows, tokens)), None)
 
-    def replay(self, plan: StepPlan) -> Decoded:
-        """Run a plan that is covered and not empty; the slots have been updated with it."""
-        size = self._sizes[bisect.bisect_left(self._sizes, len(plan.rows))]
-        self._fill(plan, size)
-        return self._replays[size]().first(len(plan.rows))
+    def replay(self, plan: StepPlan, bucket: Bucket) -> Decoded:
+        """Run a plan that `bucket` holds; the slots have been updated with it."""
+        self._fill(plan, bucket)
+        return self._replays[bucket]().first(len(plan.rows))
 
-    def _fill(self, plan: StepPlan, size: int) -> None:
-        packed = pack(self._arrays(plan, size), pinned=self._slots.device.type == "cuda")
+    def _fill(self, plan: StepPlan, bucket: Bucket) -> None:
+        arrays = self._arrays(plan, bucket)
+        self._backend.plan(arrays, self._slots.pages, self._pool.page_size, captured=True)
+        packed = pack(arrays, pinned=self._slots.device.type == "cuda")
         self._buffer[: len(packed)].copy_(packed, non_blocking=True)
 
-    def _arrays(self, plan: StepPlan, size: int) -> Arrays:
-        return step_arrays(plan, self._slots, self._pool.page_size, padding=size - len(plan.rows))
+    def _arrays(self, plan: StepPlan, bucket: Bucket) -> Arrays:
+        return step_arrays(plan, self._slots, self._pool.page_size, bucket.padding(plan))
 
-    def _run(self, size: int) -> Decoded:
-        tensors = unpack(self._buffer, self._arrays(StepPlan(0, [], []), size))
-        # The host's idea of the contexts is the longest there may be, since the graph is for any.
-        contexts = [self._context_length] * size
-        batch = make_batch(tensors, [1] * size, contexts, self._slots, self._pool, self._backend, unknown=True)
-        logits = self._model.logits(self._model.forward(batch.token_ids, batch.context))
+    def _run(self, bucket: Bucket) -> Decoded:
+        tensors = unpack(self._buffer, self._arrays(StepPlan(0, [], []), bucket))
+        # The host's idea of lengths and contexts is the longest there may be, since the graph is for any.
+        lengths, contexts = [bucket.longest] * bucket.rows, [self._context_length] * bucket.rows
+        batch = make_batch(tensors, lengths, contexts, self._slots, self._pool, self._backend, unknown=True)
+        hidden = self._model.forward(batch.token_ids, batch.context)[batch.sampled_at]
+        logits = self._logits[: bucket.rows].copy_(self._model.logits(hidden))
         chosen = self._choose(logits, batch.choices, False)
         self._slots.keep_tokens(batch.sampled_slots, chosen[0])
         return Decoded(logits, batch.choices, batch.sampled_slots, chosen)
@@ -128,12 +163,12 @@ def capture_graphs(
     backend: AttentionBackend,
     choose: Chooser,
     progress: Callable[[str], None],
-) -> DecodeGraphs | None:
+) -> StepGraphs | None:
     """None, with a warning, for a model that cannot be captured."""
     free = torch.cuda.mem_get_info(slots.device)[0]
     started_s = time.perf_counter()
     try:
-        graphs = DecodeGraphs(config, model, slots, pool, backend, choose, _cuda_capture(), progress)
+        graphs = StepGraphs(config, model, slots, pool, backend, choose, _cuda_capture(), progress)
     except RuntimeError as error:
         log.warning("decoding without CUDA graphs, which is slower: %s", error)
         return None
@@ -148,20 +183,20 @@ def capture_graphs(
 
 
 def _cuda_capture() -> Capture:
-    memory = torch.cuda.graph_pool_handle()
+    # One stream for all: libraries keep workspace for each that they have seen.
+    memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture(run: Callable[[], Decoded]) -> Callable[[], Decoded]:
         # Libraries and kernels set themselves up in the first runs, which a capture does not allow.
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
             run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # NCCL watches its collectives from a thread of its own, whose calls a stricter mode takes for a part of this.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             decoded = run()
+        torch.cuda.current_stream().wait_stream(stream)
 
         def replay() -> Decoded:
             graph.replay()

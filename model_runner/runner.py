@@ -18,7 +18,7 @@ from ramet.ipc.step import Admission, PageGrant, Row, RowResult, StepPlan, StepR
 from ramet.model_runner.attention.registry import make_backend
 from ramet.model_runner.batch import SlotTable, build
 from ramet.model_runner.config import RunnerConfig
-from ramet.model_runner.cuda_graph import DecodeGraphs, capture_graphs, graph_bytes
+from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs, graph_bytes
 from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.memory import Measured, PoolTooLarge, size_pool
 from ramet.model_runner.models.loader import load_model
@@ -60,7 +60,7 @@ class ModelRunner:
         self._group = group or TpGroup()
         self._dtype = getattr(torch, config.dtype)
         self._backend = make_backend(config.attention_backend, self.device, self._dtype)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.warm_up_s = 0.0  # how long a full step takes, on a CPU, where it may be seconds
         try:
             self._set_up(progress)
@@ -127,8 +127,8 @@ class ModelRunner:
         self._slots.update(plan)
         rows = [self._slots.sampled_row(row.slot) for row in plan.rows if row.sample]
         plain = all(is_plain(row) for row in rows)
-        if self._graphs is not None and self._graphs.cover(plan):
-            logits, choices, sampled_slots, chosen = self._graphs.replay(plan)
+        if self._graphs is not None and (bucket := self._graphs.find(plan)) is not None:
+            logits, choices, sampled_slots, chosen = self._graphs.replay(plan, bucket)
             if plain:
                 return PendingStep(plan, Sampled(rows, *chosen), {}, cuda)
             scored = {}
@@ -191,7 +191,7 @@ class ModelRunner:
             grants=[PageGrant(slot, 0, [next(pages) for _ in range(0, n, size)]) for slot, n in enumerate(lengths)],
         )
         self.execute(plan)
-        for last in (1, 2, 64) if self.device.type == "cuda" else (1,):
+        for last in (1, 2, 128) if self.device.type == "cuda" else (1,):
             chunks = [min(last, length) for length in lengths]
             rows = [Row(slot, lengths[slot] - chunk, chunk, sample=True) for slot, chunk in enumerate(chunks)]
             self.execute(StepPlan(step=0, rows=rows, token_ids=[0] * sum(chunks)))

@@ -12,7 +12,9 @@ from ramet.model_runner.attention.torch_backend import TorchBackend
 
 log = logging.getLogger(__name__)
 
-_CUDA_BACKENDS = ("triton", "fa3")
+_CUDA_BACKENDS = ("triton", "fa3", "flashinfer")
+_PACKAGES = {"fa3": "tokenspeed-fa3", "flashinfer": "flashinfer-python"}
+_NAMES = f"auto, cpu, torch, {', '.join(_CUDA_BACKENDS)}"
 
 
 def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
@@ -24,10 +26,8 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
         return TorchBackend()
     if name in _CUDA_BACKENDS or (name == "auto" and device.type == "cuda"):
         return _cuda_backend(name, device, dtype)
-    if name == "flashinfer":
-        raise ValueError("the flashinfer backend is not built; there are: auto, cpu, torch, triton, fa3")
     if name not in ("auto", CpuBackend.name):
-        raise ValueError(f"attention backend {name!r} is not known; there are: auto, cpu, torch, triton, fa3")
+        raise ValueError(f"attention backend {name!r} is not known; there are: {_NAMES}")
     try:
         if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
             raise KernelUnavailable(
@@ -44,17 +44,21 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
 def _cuda_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     if device.type != "cuda":
         raise ValueError(f"the {name} backend works on CUDA, not on {device}")
-    if name == "fa3":
-        from ramet.model_runner.attention.fa3_backend import Fa3Backend
+    if name == "fa3" and (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        raise ValueError(f"the fa3 backend needs an H100 or H200 (sm_90), not sm_{capability[0]}{capability[1]}")
+    if name in _PACKAGES and dtype is torch.float32:
+        raise ValueError(f"the {name} backend needs a half type, not {dtype}")
+    try:
+        if name == "fa3":
+            from ramet.model_runner.attention.fa3_backend import Fa3Backend
 
-        capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0) or dtype is torch.float32:
-            found = f"sm_{capability[0]}{capability[1]} and {dtype}"
-            raise ValueError(f"the fa3 backend needs an H100 or H200 (sm_90) and a half type, not {found}")
-        try:
             return Fa3Backend()
-        except ImportError as error:
-            raise ValueError(f"the fa3 backend needs a package: pip install tokenspeed-fa3 ({error})") from error
+        if name == "flashinfer":
+            from ramet.model_runner.attention.flashinfer_backend import FlashInferBackend
+
+            return FlashInferBackend(device)
+    except ImportError as error:
+        raise ValueError(f"the {name} backend needs a package: pip install {_PACKAGES[name]} ({error})") from error
     from ramet.model_runner.attention.triton_backend import TritonBackend
 
     return TritonBackend.on(device)

@@ -16,29 +16,39 @@ from ramet.model_runner.context import AttentionSpec
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["triton", "fa3"])
+@pytest.mark.parametrize("name", ["triton", "fa3", "flashinfer"])
 def test_refused_on_a_cpu(name):
     with pytest.raises(ValueError, match=f"the {name} backend works on CUDA, not on cpu"):
         make_backend(name, torch.device("cpu"), torch.bfloat16)
 
 
-def test_flashinfer_is_refused_by_name():
-    with pytest.raises(ValueError, match="flashinfer backend is not built; there are: auto, cpu, torch, triton, fa3"):
-        make_backend("flashinfer", CUDA, torch.bfloat16)
+def test_an_unknown_name_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="'fa4' is not known; there are: auto, cpu, torch, triton, fa3, flashinfer"):
+        make_backend("fa4", CUDA, torch.bfloat16)
 
 
-def test_fa3_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("fa3", "flash_attn_interface", "tokenspeed-fa3"), ("flashinfer", "flashinfer", "flashinfer-python")],
+)
+def test_a_missing_package_is_named(monkeypatch, name, module, package):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    with pytest.raises(ValueError, match="pip install tokenspeed-fa3"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"the {name} backend needs a package: pip install {package}"):
+        make_backend(name, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["fa3", "flashinfer"])
+def test_half_types_are_needed(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match=f"the {name} backend needs a half type, not torch.float32"):
+        make_backend(name, CUDA, torch.float32)
+
+
+def test_fa3_needs_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"needs an H100 or H200 \(sm_90\), not sm_80"):
         make_backend("fa3", CUDA, torch.bfloat16)
-
-
-@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.float32)])
-def test_fa3_needs_hopper_and_a_half_type(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with pytest.raises(ValueError, match=rf"sm_90\) and a half type, not sm_{capability[0]}0 and {dtype}"):
-        make_backend("fa3", CUDA, dtype)
 
 
 def test_auto_on_cuda_is_triton(monkeypatch):

@@ -8,7 +8,7 @@ from support.triton_device import DEVICE, kernel_test
 
 from ramet.kernels.triton.attention import Gpu
 from ramet.model_runner.attention.triton_backend import TritonBackend
-from ramet.model_runner.cuda_graph import DecodeGraphs
+from ramet.model_runner.cuda_graph import StepGraphs
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
 from ramet.model_runner.sampler import DeviceChooser
 
@@ -29,8 +29,9 @@ def test_equals_the_plain_decoder(tiny_model, arch):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
-def test_decodes_in_padded_batches_answer_as_the_plain_engine(tiny_model):
-    """The whole path of a step on CUDA; interpreted, what a graph would replay is run again each time."""
+def test_padded_steps_answer_as_the_plain_engine(tiny_model):
+    """The whole path of a step on CUDA; interpreted, what a graph would replay is run again each time. Tokens are
+    equal; logits need not be, for a tile of another height adds up in another order."""
     folder = tiny_model("llama")
     plain, engine = InlineEngine(folder), InlineEngine(folder, device=DEVICE.type, cuda_graph_max_bs=4)
     if DEVICE.type == "cpu":
@@ -38,7 +39,7 @@ def test_decodes_in_padded_batches_answer_as_the_plain_engine(tiny_model):
         runner._model, runner._backend = CudaDecoder(runner._model), TritonBackend(Gpu(64, 90))
         runner._choose = DeviceChooser()
         parts = (runner._model, runner._slots, runner._pool, runner._backend, runner._choose)
-        runner._graphs = DecodeGraphs(runner._config, *parts, capture=lambda run: run, progress=lambda text: None)
+        runner._graphs = StepGraphs(runner._config, *parts, capture=lambda run: run, progress=lambda text: None)
     for made in (plain, engine):
         for i, length in enumerate((3, 18, 1)):
             made.add(f"r{i}", [7 * i + j for j in range(length)], 4, temperature=float(i), seed=i, top_k=5 * (i == 2))

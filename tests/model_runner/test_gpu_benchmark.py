@@ -1,19 +1,37 @@
 """`benchmarks/gpu.py` itself, in small on a CPU."""
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ramet.launch.bench.step import Case, step_work
+from ramet.model_runner.models.registry import NATIVE, architecture_of
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_gpu_benchmark_runs_in_small(tmp_path: Path) -> None:
+@pytest.fixture
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_runs_in_small_and_writes_a_report(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cpu", "--tiny", "--json", str(path)]
     done = subprocess.run(
-        [*command, "--only", "llama-8b", "qwen-0.6b"],
+        [*command, "--only"],  # no model, attention alone
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -21,7 +39,62 @@ def test_the_gpu_benchmark_runs_in_small(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
-    cases = [result["case"] for result in report["results"]]
-    assert len(cases) == 11 and all(case in done.stdout for case in cases)
-    assert all(result["value"] > 0 and result["roof"] > 0 for result in report["results"])
-    assert report["machine"]["bytes_per_s"] > 0
+    (result,) = report["results"]
+    assert result["case"] == "decode attention, batch 2, context 128" and result["case"] in done.stdout
+    assert result["value"] > 0 and result["roof"] > 0
+    assert report["machine"]["bytes_per_s"] > 0 and report["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama-8b", 7), ("llama-1b", 1), ("qwen-0.6b", 3), ("qwen-8b", 2)])
+def test_every_case_of_a_model_runs_in_small(benchmark: ModuleType, tmp_path: Path, name: str, count: int) -> None:
+    torch.set_num_threads(1)
+    told: list[dict] = []
+    make = functools.partial(benchmark.Engine, name, benchmark.TINY, "cpu", benchmark.SMALL, tmp_path, ahead=1)
+    benchmark.run_cases(name, benchmark.cases(name), benchmark.Machine(1e9, 1e9), make, told.append)
+    assert len(told) == count
+    assert all(result["value"] > 0 and result["roof"] > 0 for result in told)
+
+
+def test_a_case_that_fails_is_reported_and_the_others_go_on(benchmark: ModuleType) -> None:
+    engines, told = iter("abc"), []
+
+    def fail(engine, machine):
+        raise RuntimeError(f"engine {engine} is lost")
+
+    def measure(engine, machine):
+        return benchmark.Result(engine, 1.0, "tokens/s", 2.0, 0.5)
+
+    cases = {"first": measure, "bad": fail, "last": measure}
+    benchmark.run_cases("m", cases, None, lambda: next(engines), told.append)
+    assert [line["case"] for line in told] == ["a", "m: bad", "b"]
+    assert told[1]["error"] == "RuntimeError: engine a is lost"
+
+
+def test_a_process_that_hangs_is_killed_and_reported(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    options = ["--device", "cpu", "--tiny", "--only", "qwen-0.6b", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    monkeypatch.setattr(benchmark, "_LIMIT_S", 0)  # nobody is done so soon
+    with pytest.raises(SystemExit, match="1"):
+        benchmark.main()
+    results = json.loads(path.read_text())["results"]
+    assert [result["case"] for result in results] == ["attention", "qwen-0.6b"]
+    assert all("not done within" in result["error"] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "tokens_per_s"),
+    [("llama-8b", (1, 1, 256), 200), ("llama-8b", (128, 1, 1024), 11929), ("qwen-0.6b", (256, 1, 1024), 24571)],
+)
+def test_the_shapes_have_the_roofs_that_were_computed_by_hand(
+    benchmark: ModuleType, tmp_path: Path, name: str, case: tuple[int, int, int], tokens_per_s: float
+) -> None:
+    """At 3.0 TB/s and 800 TFLOP/s, of an H100."""
+    (tmp_path / "config.json").write_text(json.dumps(benchmark.MODELS[name]))
+    config = AutoConfig.from_pretrained(tmp_path)
+    spec = NATIVE[architecture_of(config)](config, 16384)
+    work = step_work(spec, Case(*case), weight_bytes=2, kv_bytes=2)
+    seconds = max(work.num_bytes / 3.0e12, work.flops / 800e12)
+    assert case[0] / seconds == pytest.approx(tokens_per_s, rel=0.01)

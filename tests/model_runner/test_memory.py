@@ -66,3 +66,5 @@ def test_memory_is_left_for_graphs_if_there_will_be_any():
     none, some = (runner_config(Path("m"), cuda_graph_max_bs=n) for n in (0, 256))
     assert graph_bytes(none, 128256) == 0
     assert 3 * 256 * 128256 * 4 < graph_bytes(some, 128256) < GIB
+    one = runner_config(Path("m"), cuda_graph_max_bs=1)
+    assert graph_bytes(one, 128256) > 3 * 8 * 128256 * 4  # rows of prompt chunks

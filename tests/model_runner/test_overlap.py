@@ -1,5 +1,6 @@
-"""Steps launched ahead, and decodes as a CUDA graph would run them, give the same answers to the last bit."""
+"""Steps launched ahead, and small steps as a CUDA graph would run them, give the same answers to the last bit."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from support.lives import KINDS, run_all, told, use_graphs
 
 from ramet.ipc.step import UNKNOWN_TOKEN
 from ramet.model_runner.batch import pack, unpack
-from ramet.model_runner.cuda_graph import DecodeGraphs, batch_sizes
+from ramet.model_runner.cuda_graph import Bucket, StepGraphs, buckets
 from ramet.model_runner.runner import ModelRunner
 
 
@@ -47,14 +48,38 @@ def test_steps_ahead_change_nothing_where_pages_are_scarce(folder, expected):
     assert engines[0].core.counters.preemptions > 0
 
 
-def test_decodes_in_padded_batches_of_fixed_addresses_change_nothing(folder, expected, monkeypatch):
+def test_padded_steps_at_fixed_addresses_change_nothing(folder, expected, monkeypatch):
     """The capture that is passed here runs the step again each time, as a replay does."""
     replayed = []
-    monkeypatch.setattr(DecodeGraphs, "replay", spy(DecodeGraphs.replay, lambda _, plan: replayed.append(plan)))
-    outputs = run_all(folder, steps_ahead=1, change=use_graphs)
-    assert told(outputs) == expected
-    sizes = {len(plan.rows) for plan in replayed}
-    assert len(replayed) > 20 and len(sizes) > 3 and max(sizes) <= 8
+    watched = spy(StepGraphs.replay, lambda _, plan, bucket: replayed.append((plan, bucket)))
+    monkeypatch.setattr(StepGraphs, "replay", watched)
+    assert told(run_all(folder, steps_ahead=1, change=use_graphs)) == expected
+    decodes = {len(plan.rows) for plan, bucket in replayed if bucket.longest == 1}
+    assert len(decodes) > 3 and max(decodes) <= 8
+    with_chunks = [plan for plan, bucket in replayed if bucket.longest > 1]
+    assert any(plan.token_ids.count(UNKNOWN_TOKEN) and len(plan.rows) > 2 for plan in with_chunks)
+    assert len({bucket for _, bucket in replayed if bucket.longest > 1}) > 1
+
+
+@pytest.mark.parametrize("new", [15, 16, 17])
+def test_a_prompt_behind_a_cached_prefix_is_one_graph(folder, new):
+    """One token less than the graph holds, just as many, and one more."""
+    answers = []
+    for change in (lambda engine: None, use_graphs):
+        engine = InlineEngine(folder)
+        change(engine)
+        prefix = list(range(3, 67))
+        engine.add("first", prefix, 1)
+        engine.run()
+        engine.add("hit", prefix + list(range(90, 90 + new)), 3, logprobs=1)
+        plan = engine.core.schedule()
+        assert [(row.start, row.length) for row in plan.rows] == [(64, new)]
+        if engine.runner._graphs is not None:
+            assert engine.runner._graphs.find(plan) == Bucket(16 if new <= 16 else 32, 8)
+        engine.core.commit(plan, engine.runner.execute(plan))
+        engine.run()
+        answers.append(told(engine.outputs)["hit"])
+    assert answers[0] == answers[1]
 
 
 def test_padding_rows_touch_the_dummy_page_alone(folder):
@@ -70,22 +95,35 @@ def test_padding_rows_touch_the_dummy_page_alone(folder):
     assert set(written) <= {0, 1, 2, 3} and pool.keys[0][pool.num_pages].any()
 
 
-def test_graphs_cover_decodes_that_sample_and_nothing_else(folder):
+def test_graphs_hold_small_steps_whose_rows_all_sample(folder):
     engine = InlineEngine(folder)
     use_graphs(engine)
     engine.add("r", list(range(3, 80)), 4)
-    covered = []
+    found = []
     while (plan := engine.core.schedule()) is not None:
-        covered.append(engine.runner._graphs.cover(plan))
+        found.append(engine.runner._graphs.find(plan))
         engine.core.commit(plan, engine.runner.execute(plan))
     # A chunk of 64, one of 13, three tokens.
-    assert covered == [False, False, True, True, True]
+    assert found == [None, Bucket(16, 8), *[Bucket(1, 1)] * 3]
 
 
-def test_batch_sizes():
-    assert batch_sizes(1) == [1]
-    assert batch_sizes(6) == [1, 2, 4, 6]
-    assert batch_sizes(20) == [1, 2, 4, 8, 16, 20]
+def test_a_graph_keeps_a_row_for_padding_beside_chunks():
+    chunks, decodes = Bucket(32, 8), Bucket(8, 8)
+    assert chunks.holds(7, 32) and chunks.holds(1, 2)
+    assert not chunks.holds(8, 20) and not chunks.holds(3, 33)
+    assert not chunks.holds(5, 5) and decodes.holds(5, 5) and not decodes.holds(5, 6)
+
+
+def test_buckets(folder):
+    config = InlineEngine(folder).runner._config  # steps of 64 tokens
+    chunks = [(16, 8), (32, 8), (64, 8)]
+
+    def sizes(most: int) -> list[tuple[int, int]]:
+        return buckets(msgspec.structs.replace(config, cuda_graph_max_bs=most))
+
+    assert sizes(1) == [(1, 1), *chunks]
+    assert sizes(6) == [(1, 1), (2, 2), (4, 4), (6, 6), *chunks]
+    assert sizes(20) == [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8), (16, 16), (20, 20), (32, 8), (64, 8)]
 
 
 def test_packed_arrays_come_back_as_they_were():

@@ -9,7 +9,7 @@ from support.engine import InlineEngine
 
 from ramet.ipc.messages import TokenOut
 from ramet.ipc.sampling import Grammar, GrammarKind
-from ramet.model_runner.cuda_graph import DecodeGraphs
+from ramet.model_runner.cuda_graph import StepGraphs
 
 KINDS = {
     "greedy": {},
@@ -51,7 +51,7 @@ def use_graphs(engine: InlineEngine) -> None:
     parts = (runner._model, runner._slots, runner._pool, runner._backend, runner._choose)
     config = msgspec.structs.replace(runner._config, cuda_graph_max_bs=8)
     with torch.inference_mode():
-        runner._graphs = DecodeGraphs(config, *parts, lambda run: run, lambda text: None)
+        runner._graphs = StepGraphs(config, *parts, lambda run: run, lambda text: None)
 
 
 def told(outputs: dict[str, list[TokenOut]]) -> dict[str, tuple]:
