@@ -24,8 +24,9 @@ from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, 
 from ramet.frontend.store import ENDED, Store, Upload
 from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
-from ramet.launch.serve import INTERRUPTED, configure, make_supervisor, reporting_errors, run
+from ramet.launch.serve import INTERRUPTED, configure, reporting_errors, run
 from ramet.launch.server_args import ConfigError, ServerArgs
+from ramet.launch.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _run(args: ServerArgs, source: Path, output: Path) -> int:
     config = configure(args)
     batch = _find_or_create(folder, source, config)
     if batch.status not in ENDED:
-        supervisor = make_supervisor(args, config)
+        supervisor = Supervisor(args)
         stopped = threading.Event()
         watching = threading.Thread(target=_watch, args=(folder, batch.id, stopped, supervisor.request_stop))
         try:
