@@ -133,9 +133,7 @@ class InputCheck:
         digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
         first = self._seen.setdefault(digest, self._number)
         if first != self._number:
-            raise invalid(
-                f"custom_id {custom_id!r} is that of line {first} too", "custom_id", code="duplicate_custom_id"
-            )
+            raise invalid(f"custom_id {custom_id!r} is that of line {first} too", "custom_id", "duplicate_custom_id")
 
     def _check_target(self, url: str, body: _Body) -> None:
         if url not in (self._endpoint, self._endpoint.removeprefix("/v1")):

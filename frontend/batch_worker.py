@@ -165,10 +165,8 @@ class BatchWorker:
         return await self._store.call(self.batches.unfinished) if self._store.exists else []
 
     async def _observe(self) -> None:
-        unfinished = await self._unfinished()
-        self._metrics.batches.show(
-            await self._store.call(self.batches.counts), unfinished[0].created_at if unfinished else None
-        )
+        oldest_at = next((batch.created_at for batch in await self._unfinished()), None)
+        self._metrics.batches.show(await self._store.call(self.batches.counts), oldest_at)
 
     # ---- the feeder -------------------------------------------------------------------------------------------------
 

@@ -296,20 +296,18 @@ def _locked(folder: Path) -> BinaryIO:
     file = (folder / "lock").open("a+b")
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
+        if time.monotonic() >= deadline:
             file.seek(0)
             owner = file.read(20).decode("ascii", "replace").strip()
             file.close()
             raise _unusable(
                 f"the file store {folder} is in use by another server (process {owner}); "
                 "give each server a --file-storage-path of its own"
-            ) from None
+            )
+        time.sleep(0.05)
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())
     file.flush()

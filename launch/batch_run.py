@@ -102,12 +102,10 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
 
 def _endpoint(source: Path) -> str:
     """That of the first line; if it cannot be read, the check of the batch will say so."""
-    with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError):
+    with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError, StopIteration):
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
         url = msgspec.json.decode(first, type=Line).url
-        for endpoint in ENDPOINTS:
-            if url in (endpoint, endpoint.removeprefix("/v1")):
-                return endpoint
+        return next(endpoint for endpoint in ENDPOINTS if url in (endpoint, endpoint.removeprefix("/v1")))
     return ENDPOINTS[0]
 
 

@@ -62,9 +62,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     trust_remote_code: Annotated[bool, _model("run Python code that comes with the model")] = False
     is_embedding: Annotated[bool, _model("embed, not generate; automatic for encoders, sentence-transformers")] = False
     tool_call_parser: Annotated[Literal["auto"] | ToolCallForm, _model("form of tool calls (template's)")] = "auto"
-    reasoning_parser: Annotated[Literal["auto"] | ReasoningFamily, _model("tags around reasoning (template's)")] = (
-        "auto"
-    )
+    reasoning_parser: Annotated[Literal["auto"] | ReasoningFamily, _model("tags of reasoning (template's)")] = "auto"
 
     host: Annotated[str, _server("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _server("port to listen on", ge=1, le=65535)] = 30000

@@ -219,9 +219,8 @@ class Supervisor:
         recent = sum(which == group and when > now - _CALM_S for when, which in self._restarts)
         self._restarts.append((now, group))
         pause_s = 2.0 ** (recent - 1) if recent else 0.0
-        logger.error(
-            "%s; it is started again in %g s (restart %d of %d)", reason, pause_s, count + 1, self._args.max_restarts
-        )
+        which = f"restart {count + 1} of {self._args.max_restarts}"
+        logger.error("%s; it is started again in %g s (%s)", reason, pause_s, which)
         return pause_s
 
     def _give_up(self, name: str, reason: str) -> NoReturn:

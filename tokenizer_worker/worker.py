@@ -171,9 +171,7 @@ class Encoder:
 
     def _render(self, chat: Chat) -> str:
         if self._template is None:
-            raise invalid(
-                "this model has no chat template: give one with --chat-template, or use /v1/completions", "messages"
-            )
+            raise invalid("this model has no chat template: use --chat-template or /v1/completions", "messages")
         return self._template.render(
             chat.messages, chat.tools, chat.template_kwargs, chat.add_generation_prompt, chat.continue_final_message
         )

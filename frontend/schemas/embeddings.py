@@ -57,9 +57,7 @@ class ScoreRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True):
     def pairs(self) -> tuple[list[str], list[str]]:
         first, second = _texts(self.text_1, "text_1"), _texts(self.text_2, "text_2")
         if len(first) not in (1, len(second)):
-            raise invalid(
-                f"text_1 must hold one text, or as many as text_2 ({len(second)}), got {len(first)}", "text_1"
-            )
+            raise invalid(f"text_1 must hold one text or as many as text_2 ({len(second)}), got {len(first)}", "text_1")
         return first, second
 
 

