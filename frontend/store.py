@@ -174,11 +174,8 @@ class Store:
     def reserve(self, num_bytes: int) -> None:
         """Count bytes of an upload. Raises RequestError."""
         if self._quota_bytes is not None and self.used_bytes + num_bytes > self._quota_bytes:
-            raise RequestError(
-                FailureKind.STORAGE_FULL,
-                f"the file store is full: it holds {self.used_bytes} of at most {self._quota_bytes} bytes; "
-                "delete files to make room",
-            )
+            held = f"it holds {self.used_bytes} of at most {self._quota_bytes} bytes"
+            raise RequestError(FailureKind.STORAGE_FULL, f"the file store is full: {held}; delete files to make room")
         self.used_bytes += num_bytes
 
     def add(self, upload: Upload, filename: str, purpose: str, expires_after_s: int | None) -> File:

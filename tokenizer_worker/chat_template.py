@@ -118,10 +118,8 @@ def _cut_after(text: str, message: dict[str, Any]) -> str:
     final = content.strip() if isinstance(content, str) else ""
     at = text.rfind(final) if final else -1
     if at < 0:
-        raise invalid(
-            "continue_final_message needs a last message with text that the chat template keeps",
-            "continue_final_message",
-        )
+        words = "continue_final_message needs a last message with text that the chat template keeps"
+        raise invalid(words, "continue_final_message")
     end = at + len(final)
     # A template that keeps white space as it is: so do we.
     trailing = content[len(content.rstrip()) :] if isinstance(content, str) else ""

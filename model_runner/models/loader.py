@@ -69,10 +69,8 @@ def load_embedder(config: RunnerConfig, group: TpGroup, progress: Progress) -> E
     # Published without a head, a decoder has the name of its body.
     build = NATIVE.get(architecture) or NATIVE.get(f"{architecture.removesuffix('Model')}ForCausalLM")
     if build is None:
-        raise WeightsError(
-            f"{architecture} is not supported for embeddings; supported are the models {', '.join(ENCODERS)}, and "
-            f"{', '.join(NATIVE)}"
-        )
+        known = ", ".join([*ENCODERS, *NATIVE])
+        raise WeightsError(f"{architecture} is not supported for embeddings; supported are the models {known}")
     return _load_native(config, hf_config, build, group, progress, headless=True)
 
 
