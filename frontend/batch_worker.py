@@ -111,14 +111,7 @@ class BatchWorker:
 
     async def _check(self, batch: Batch) -> None:
         folder = self.batches.folder(batch.id)
-        check = await self._store.call(
-            InputCheck,
-            folder / INPUT,
-            batch.endpoint,
-            self._config.serves,
-            self._config.max_batch_lines,
-            self._config.max_body_bytes,
-        )
+        check = await self._store.call(InputCheck, folder / INPUT, batch.endpoint, self._config)
         with contextlib.closing(check):
             while not await self._store.call(check.step, _STEP_LINES):
                 if self._stopping.is_set():

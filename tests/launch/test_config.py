@@ -20,8 +20,6 @@ from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.config import LoadFormat
 
 INFO = ModelInfo(
-    architectures=("LlamaForCausalLM",),
-    model_type="llama",
     context_length=2048,
     vocab_size=100,
     dtype="bfloat16",
