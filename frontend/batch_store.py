@@ -37,9 +37,7 @@ class Batches:
         """Raises RequestError without the input file, or if it is not for batches."""
         file = self._store.get(request.input_file_id)
         if file.purpose != "batch":
-            raise invalid(
-                f"input_file_id: the purpose of the file must be 'batch', and is {file.purpose!r}", "input_file_id"
-            )
+            raise invalid(f"input_file_id: the file's purpose must be 'batch', not {file.purpose!r}", "input_file_id")
         now = int(time.time())
         batch = Batch(id=new_id("batch_"), created_at=now, expires_at=now + window_s, **msgspec.structs.asdict(request))
         folder = self.folder(batch.id)

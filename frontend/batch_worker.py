@@ -111,14 +111,7 @@ class BatchWorker:
 
     async def _check(self, batch: Batch) -> None:
         folder = self.batches.folder(batch.id)
-        check = await self._store.call(
-            InputCheck,
-            folder / INPUT,
-            batch.endpoint,
-            self._config.serves,
-            self._config.max_batch_lines,
-            self._config.max_body_bytes,
-        )
+        check = await self._store.call(InputCheck, folder / INPUT, batch.endpoint, self._config)
         with contextlib.closing(check):
             while not await self._store.call(check.step, _STEP_LINES):
                 if self._stopping.is_set():
@@ -165,10 +158,8 @@ class BatchWorker:
         return await self._store.call(self.batches.unfinished) if self._store.exists else []
 
     async def _observe(self) -> None:
-        unfinished = await self._unfinished()
-        self._metrics.batches.show(
-            await self._store.call(self.batches.counts), unfinished[0].created_at if unfinished else None
-        )
+        oldest_at = next((batch.created_at for batch in await self._unfinished()), None)
+        self._metrics.batches.show(await self._store.call(self.batches.counts), oldest_at)
 
     # ---- the feeder -------------------------------------------------------------------------------------------------
 

@@ -47,8 +47,7 @@ HTTP_CODES: dict[int, str] = {
 # Seconds a client should wait where the failure does not say: a queue moves within a second, a restart takes longer.
 RETRY_AFTER_S: dict[int, int] = {429: 1, 503: 5}
 
-_UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*?)`")
-_MISSING_FIELD = re.compile(r"^Object missing required field `(.*?)`")
+_FIELD = re.compile(r"^Object (contains unknown|missing required) field `(.*?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
 
 
@@ -70,12 +69,10 @@ def invalid_json(error: msgspec.MsgspecError | ValueError | RecursionError) -> R
     text = str(error)
     at = _PATH.search(text)
     path = at[1].replace("[...]", "") if at else ""
-    if unknown := _UNKNOWN_FIELD.match(text):
-        param = f"{path}.{unknown[1]}" if path else unknown[1]
-        return invalid(f"unknown parameter: {param!r}", param, "unknown_parameter")
-    if missing := _MISSING_FIELD.match(text):
-        param = f"{path}.{missing[1]}" if path else missing[1]
-        return invalid(f"missing required parameter: {param!r}", param, "missing_required_parameter")
+    if found := _FIELD.match(text):
+        param = f"{path}.{found[2]}" if path else found[2]
+        what = "unknown" if found[1] == "contains unknown" else "missing required"
+        return invalid(f"{what} parameter: {param!r}", param, f"{what.replace(' ', '_')}_parameter")
     where = f"{path}: " if path else ""
     return invalid(where + (text[: at.start()] if at else text), path or None, "invalid_type")
 

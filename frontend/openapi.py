@@ -56,12 +56,8 @@ def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dic
     components: dict[str, Any] = {"schemas": {**schemas, "Error": ERROR_SCHEMA}}
     if keyed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Ramet", "version": version},
-        "paths": paths,
-        "components": components,
-    }
+    info = {"title": "Ramet", "version": version}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 
 def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[str, Any]:
@@ -73,9 +69,8 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
     }
     if names:
         statuses.add(404)
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+        in_path = {"in": "path", "required": True, "schema": {"type": "string"}}
+        operation["parameters"] = [{"name": name, **in_path} for name in names]
     if endpoint.body is not None:
         statuses.update(_BODY_ERRORS)
         if "model" in endpoint.body.__struct_fields__:

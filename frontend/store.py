@@ -174,11 +174,8 @@ class Store:
     def reserve(self, num_bytes: int) -> None:
         """Count bytes of an upload. Raises RequestError."""
         if self._quota_bytes is not None and self.used_bytes + num_bytes > self._quota_bytes:
-            raise RequestError(
-                FailureKind.STORAGE_FULL,
-                f"the file store is full: it holds {self.used_bytes} of at most {self._quota_bytes} bytes; "
-                "delete files to make room",
-            )
+            held = f"it holds {self.used_bytes} of at most {self._quota_bytes} bytes"
+            raise RequestError(FailureKind.STORAGE_FULL, f"the file store is full: {held}; delete files to make room")
         self.used_bytes += num_bytes
 
     def add(self, upload: Upload, filename: str, purpose: str, expires_after_s: int | None) -> File:
@@ -296,20 +293,18 @@ def _locked(folder: Path) -> BinaryIO:
     file = (folder / "lock").open("a+b")
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
+        if time.monotonic() >= deadline:
             file.seek(0)
             owner = file.read(20).decode("ascii", "replace").strip()
             file.close()
             raise _unusable(
                 f"the file store {folder} is in use by another server (process {owner}); "
                 "give each server a --file-storage-path of its own"
-            ) from None
+            )
+        time.sleep(0.05)
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())
     file.flush()

@@ -9,17 +9,7 @@ import json
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.tools import ToolUse
 from ramet.ipc.errors import invalid
-from ramet.ipc.sampling import Grammar, GrammarKind
-
-# One spelling for each value, that of `json.dumps`: nowhere to go on for ever, and no key twice by way of escapes.
-_SPELLING = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-        "json_allowed_escapes": '"\\bfnrt',
-    }
-}
+from ramet.ipc.sampling import JSON_SPELLING, Grammar, GrammarKind
 
 
 def tool_grammar(use: ToolUse, config: FrontendConfig) -> Grammar:
@@ -42,7 +32,7 @@ def tool_grammar(use: ToolUse, config: FrontendConfig) -> Grammar:
             head = f'{{"name": {json.dumps(name)}, "{key}": '
             rules.append(f'call_{i}: {json.dumps(head)} arguments_{i} "}}"')
         try:
-            rules.append(f"arguments_{i}: %json {json.dumps(schema | _SPELLING)}")
+            rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': JSON_SPELLING})}")
         except (ValueError, RecursionError) as error:
             raise invalid(f"tools: the parameters of {name!r} cannot be written as JSON: {error}", "tools") from error
     match form:

@@ -15,6 +15,16 @@ MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 
 
+# llguidance's options for JSON: one spelling for each value, that of `json.dumps`, so that a model cannot wander in
+# white space, nor write a key a second time as escapes.
+JSON_SPELLING = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": '"\\bfnrt',
+}
+
+
 class GrammarKind(enum.StrEnum):
     """How a grammar is written: a JSON schema, a Rust-style regular expression, Lark with llguidance's extensions, or
     EBNF in the notation of llama.cpp's GBNF."""

@@ -24,8 +24,9 @@ from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, 
 from ramet.frontend.store import ENDED, Store, Upload
 from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
-from ramet.launch.serve import INTERRUPTED, configure, make_supervisor, reporting_errors, run
+from ramet.launch.serve import INTERRUPTED, configure, reporting_errors, run
 from ramet.launch.server_args import ConfigError, ServerArgs
+from ramet.launch.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _run(args: ServerArgs, source: Path, output: Path) -> int:
     config = configure(args)
     batch = _find_or_create(folder, source, config)
     if batch.status not in ENDED:
-        supervisor = make_supervisor(args, config)
+        supervisor = Supervisor(args)
         stopped = threading.Event()
         watching = threading.Thread(target=_watch, args=(folder, batch.id, stopped, supervisor.request_stop))
         try:
@@ -101,12 +102,10 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
 
 def _endpoint(source: Path) -> str:
     """That of the first line; if it cannot be read, the check of the batch will say so."""
-    with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError):
+    with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError, StopIteration):
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
         url = msgspec.json.decode(first, type=Line).url
-        for endpoint in ENDPOINTS:
-            if url in (endpoint, endpoint.removeprefix("/v1")):
-                return endpoint
+        return next(endpoint for endpoint in ENDPOINTS if url in (endpoint, endpoint.removeprefix("/v1")))
     return ENDPOINTS[0]
 
 

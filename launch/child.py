@@ -73,9 +73,7 @@ def main() -> None:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the one that started it is gone (Linux; elsewhere nothing happens)."""
-    if sys.platform != "linux":
-        return
+    """Have the kernel kill this process when the one that started it is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -29,16 +29,8 @@ _NOT_YET = {"kv-cache-dtype"}
 
 # Flags that mean nothing where nobody is served.
 _FOR_CLIENTS = {
-    *(
-        "api_key",
-        "cors_allow_origins",
-        "file_storage_path",
-        "host",
-        "log_requests",
-        "max_file_size",
-        "max_storage_size",
-    ),
-    *("metrics_buckets", "node_rank", "otlp_traces_endpoint", "port", "ssl_certfile"),
+    *("api_key", "cors_allow_origins", "file_storage_path", "host", "log_requests", "max_file_size"),
+    *("max_storage_size", "metrics_buckets", "node_rank", "otlp_traces_endpoint", "port", "ssl_certfile"),
 }
 
 

@@ -38,7 +38,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     detokenizer: DetokenizerConfig
     scheduler: SchedulerConfig
     runner: RunnerConfig
-    num_tokenizers: int
     num_ranks: int = 1
     cpus: tuple[int, ...] | None
     num_threads: int | None
@@ -120,7 +119,6 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             steps_ahead=int(device == "cuda" and not args.disable_overlap_schedule),
         ),
         runner=runner,
-        num_tokenizers=args.tokenizer_worker_num,
         num_ranks=args.tp_size // args.nnodes,
         cpus=parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None,
         num_threads=args.num_threads,

@@ -26,20 +26,17 @@ def _gpt4(digits: str) -> PreTokenizer:
 
 
 _GPT2 = ByteLevel(add_prefix_space=False)
-_LLAMA3 = _gpt4(r"\p{N}{1,3}")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2 = _gpt4(r"\p{N}")
 # `tokenizer.ggml.pre` -> how text is cut before BPE. A wrong one gives plausible, worse output, so none is guessed.
 _PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "smollm": Sequence([Digits(individual_digits=True), _GPT2]),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
+    **dict.fromkeys(_LLAMA3_NAMES, _gpt4(r"\p{N}{1,3}")),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole, before BPE
 
 _LLAMA_LIKE = {

@@ -20,9 +20,8 @@ from ramet.ipc.messages import EngineDown, ToFrontend
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
-from ramet.launch.serve import make_supervisor
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.supervisor import FRONTEND, EngineFailed, StopRequested
+from ramet.launch.supervisor import FRONTEND, EngineFailed, StopRequested, Supervisor
 
 T = TypeVar("T")
 
@@ -36,7 +35,7 @@ class EngineHost:
     client: EngineClient
 
     def __init__(self, args: ServerArgs, config: EngineConfig) -> None:
-        self._supervisor = make_supervisor(args, config)
+        self._supervisor = Supervisor(args)
         processes = [p for p in engine_processes(config, self._supervisor.addresses) if p.name != FRONTEND]
         self._max_live = config.frontend.max_queued_requests
         self._free = asyncio.Semaphore(self._max_live)

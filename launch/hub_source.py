@@ -36,6 +36,4 @@ def fetch_snapshot(repo: str, revision: str | None, patterns: tuple[str, ...]) -
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=_IGNORED))
     except Exception as error:  # of the library, of the HTTP client that it uses, of the disk
         words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelUnavailable(
-            f"{repo} is not on this machine, and not to be had from {constants.ENDPOINT}: {words}"
-        ) from error
+        raise ModelUnavailable(f"{repo} is not here, and not to be had from {constants.ENDPOINT}: {words}") from error

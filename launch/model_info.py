@@ -55,8 +55,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     leaves out.
     """
 
-    architectures: tuple[str, ...]
-    model_type: str
     context_length: int | None
     vocab_size: int
     dtype: str
@@ -100,8 +98,6 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
     added_tokens = _read(tokenizer_dir / "tokenizer.json", _AddedTokens, _AddedTokens()).added_tokens
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
-        architectures=tuple(config.get("architectures") or ()),
-        model_type=model_type,
         context_length=context_length,
         vocab_size=vocab_size,
         dtype=dtype if dtype in _DTYPES else "bfloat16",  # for example float8 weights, which are computed in bfloat16

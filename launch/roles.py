@@ -44,6 +44,6 @@ def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process
         process("detokenizer", "ramet.detokenizer.worker:run", config.detokenizer),
         *(
             process(f"tokenizer-{index}", "ramet.tokenizer_worker.worker:run", index, config.tokenizer)
-            for index in range(config.num_tokenizers)
+            for index in range(addresses.tokenizers)
         ),
     ]

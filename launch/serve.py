@@ -36,7 +36,7 @@ def serve(args: ServerArgs) -> int:
                 Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
         check_meeting_point(args)
         config = configure(args)
-        supervisor = make_supervisor(args, config)
+        supervisor = Supervisor(args)
         run(supervisor, engine_processes(config, supervisor.addresses), lambda: print_ready(config))
         return 0
 
@@ -62,18 +62,6 @@ def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
 def configure(args: ServerArgs) -> EngineConfig:
     """Find the model and settle what was left open. Raises ModelUnavailable and ConfigError."""
     return resolve(args, resolve_model(args))
-
-
-def make_supervisor(args: ServerArgs, config: EngineConfig) -> Supervisor:
-    return Supervisor(
-        num_tokenizers=config.num_tokenizers,
-        drain_timeout_s=args.drain_timeout,
-        start_timeout_s=args.start_timeout,
-        watchdog_timeout_s=args.watchdog_timeout,
-        max_restarts=args.max_restarts,
-        log_level=args.log_level,
-        log_format=args.log_format,
-    )
 
 
 def run(supervisor: Supervisor, processes: list[Process], on_ready: Callable[[], None]) -> None:

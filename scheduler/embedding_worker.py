@@ -22,9 +22,7 @@ from ramet.scheduler.worker import NAME, STEP_SLACK
 
 log = logging.getLogger(__name__)
 
-_NO_GENERATION = Failure(
-    FailureKind.INVALID_REQUEST, "this server embeds: to generate text, start one without --is-embedding"
-)
+_NO_GENERATION = Failure(FailureKind.INVALID_REQUEST, "this server embeds; one without --is-embedding generates")
 
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:

@@ -11,27 +11,19 @@ anywhere. Where bans leave no allowed token, the request fails.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import llguidance
 from llguidance import LLMatcher, LLTokenizer
 
 from ramet.ipc.errors import Failure, FailureKind
-from ramet.ipc.sampling import Grammar, GrammarKind
+from ramet.ipc.sampling import JSON_SPELLING, Grammar, GrammarKind
 from ramet.scheduler.request import Request
 
 MAX_SOURCE_CHARS = 256 * 1024
 
-# One spelling for each value, so that a model cannot wander in white space, nor write a key a second time as escapes.
 # The schema's own `x-guidance` does not come into it.
-_JSON_OPTIONS: "llguidance._lib.JsonCompileOptions" = {
-    "whitespace_flexible": False,
-    "whitespace_pattern": None,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "json_allowed_escapes": '"\\bfnrt',
-    "coerce_one_of": False,
-    "lenient": False,
-}
+_JSON_OPTIONS: Any = {**JSON_SPELLING, "whitespace_pattern": None, "coerce_one_of": False, "lenient": False}
 
 # llguidance's converter drops their leading zeros, and then cannot read them. A backslash hides the one after it.
 _GBNF_CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|\\)")

@@ -44,30 +44,18 @@ class RadixCache:
 
         Splits an edge where the match ends inside it, so that the node stands for exactly the prefix.
         """
-        node, pages, position = self.root, list[int](), 0
-        while True:
-            child = node.children.get(self._first_page(tokens, position, limit))
-            if child is None:
-                return node, pages
-            shared = self._shared_pages(child, tokens, position, limit)
-            if shared < len(child.pages):
-                child = self._split(child, shared)
-            pages += child.pages
-            position += len(child.key)
-            node = child
+        return self._descend(self.root, tokens, limit)
 
     def match_length(self, tokens: Sequence[int], limit: int) -> int:
         """Tokens of the longest cached prefix of `tokens[:limit]`, leaving the tree as it is."""
         node, position = self.root, 0
-        while True:
-            child = node.children.get(self._first_page(tokens, position, limit))
-            if child is None:
-                return position
+        while (child := node.children.get(self._first_page(tokens, position, limit))) is not None:
             shared = self._shared_pages(child, tokens, position, limit)
             position += shared * self.page_size
             if shared < len(child.pages):
-                return position
+                break
             node = child
+        return position
 
     def extend(self, node: Node, tokens: list[int], pages: list[int]) -> tuple[Node, list[int]]:
         """Insert the run `tokens` in `pages` below `node`, which the caller has locked.
@@ -76,26 +64,18 @@ class RadixCache:
         stand for the run: where the tree already had a page, its own; the caller frees what was not adopted.
         """
         assert node.locks > 0 and len(tokens) == len(pages) * self.page_size
-        start, adopted, position = node, list[int](), 0
-        while position < len(tokens):
-            child = node.children.get(self._first_page(tokens, position, len(tokens)))
-            if child is None:
-                node = self._append(node, tokens[position:], pages[len(adopted) :], owned=node is start)
-                adopted += pages[len(adopted) :]
-                break
-            shared = self._shared_pages(child, tokens, position, len(tokens))
-            if shared < len(child.pages):
-                child = self._split(child, shared)
-            adopted += child.pages
-            position += len(child.key)
-            node = child
-        self._move_lock(start, node)
-        return node, adopted
+        end, adopted = self._descend(node, tokens, len(tokens))
+        if fresh := pages[len(adopted) :]:
+            end = self._append(end, tokens[len(adopted) * self.page_size :], fresh, owned=end is node)
+            adopted += fresh
+        self.lock(end, above=node)
+        return end, adopted
 
-    def lock(self, node: Node) -> None:
-        """Protect the path from the root to `node` from eviction."""
+    def lock(self, node: Node, above: Node | None = None) -> None:
+        """Protect the path to `node` from eviction: from the root, or of the nodes below `above` alone."""
         step: Node | None = node
-        while step is not None:
+        while step is not above:
+            assert step is not None
             if step.locks == 0:
                 self.evictable_pages -= len(step.pages)
             step.locks += 1
@@ -133,6 +113,17 @@ class RadixCache:
         return freed
 
     # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _descend(self, node: Node, tokens: Sequence[int], limit: int) -> tuple[Node, list[int]]:
+        """From `node` along the cached pages of `tokens[:limit]`: the end node, after a split if need be, and the
+        pages on the way."""
+        pages, position = list[int](), 0
+        while (child := node.children.get(self._first_page(tokens, position, limit))) is not None:
+            shared = self._shared_pages(child, tokens, position, limit)
+            node = child if shared == len(child.pages) else self._split(child, shared)
+            pages += node.pages
+            position += len(node.key)
+        return node, pages
 
     def _first_page(self, tokens: Sequence[int], position: int, limit: int) -> tuple[int, ...]:
         """The next whole page of tokens as a child's name; an empty tuple (no child's name) if there is none."""
@@ -178,16 +169,6 @@ class RadixCache:
         self._num_nodes += 1
         self.evictable_pages += len(pages)  # until the caller's lock moves here
         return child
-
-    def _move_lock(self, start: Node, end: Node) -> None:
-        """Add a lock to the nodes below `start` down to `end`."""
-        step = end
-        while step is not start:
-            if step.locks == 0:
-                self.evictable_pages -= len(step.pages)
-            step.locks += 1
-            assert step.parent is not None
-            step = step.parent
 
     def _remove(self, node: Node) -> None:
         parent = node.parent

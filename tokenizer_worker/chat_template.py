@@ -91,13 +91,9 @@ def load_chat_template(folder: str, override: str | None) -> ChatTemplate | None
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like, which templates write themselves."""
-    tokens = {}
-    for name, value in config.items():
-        if name.endswith("_token"):
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                tokens[name] = content
-    return tokens
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 @contextlib.contextmanager
@@ -122,10 +118,8 @@ def _cut_after(text: str, message: dict[str, Any]) -> str:
     final = content.strip() if isinstance(content, str) else ""
     at = text.rfind(final) if final else -1
     if at < 0:
-        raise invalid(
-            "continue_final_message needs a last message with text that the chat template keeps",
-            "continue_final_message",
-        )
+        words = "continue_final_message needs a last message with text that the chat template keeps"
+        raise invalid(words, "continue_final_message")
     end = at + len(final)
     # A template that keeps white space as it is: so do we.
     trailing = content[len(content.rstrip()) :] if isinstance(content, str) else ""

@@ -32,10 +32,6 @@ class Tokenizer:
         self._bytes = _ByteDecoder(self._tokenizer)
         self._known_bytes: dict[int, bytes] = {}  # by token id
 
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """`add_special_tokens`: also what the model expects around a plain text (a BOS token, mostly)."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -158,11 +158,8 @@ class Encoder:
     def _between(self, message: Completion, params: SamplingParams) -> tuple[list[int], SamplingParams]:
         """Fill in the middle; a token that ends the middle ends the answer."""
         if self._infill is None:
-            raise invalid(
-                "suffix is not supported by this model: its tokenizer has no fill-in-the-middle tokens",
-                "suffix",
-                "unsupported_parameter",
-            )
+            words = "suffix is not supported by this model: its tokenizer has no fill-in-the-middle tokens"
+            raise invalid(words, "suffix", "unsupported_parameter")
         assert isinstance(message.prompt, str) and message.suffix is not None
         ids = self._infill.encode(message.prompt, message.suffix)
         if params.ignore_eos:
@@ -171,9 +168,7 @@ class Encoder:
 
     def _render(self, chat: Chat) -> str:
         if self._template is None:
-            raise invalid(
-                "this model has no chat template: give one with --chat-template, or use /v1/completions", "messages"
-            )
+            raise invalid("this model has no chat template: use --chat-template or /v1/completions", "messages")
         return self._template.render(
             chat.messages, chat.tools, chat.template_kwargs, chat.add_generation_prompt, chat.continue_final_message
         )
@@ -185,11 +180,8 @@ class Encoder:
         if prompt_len >= context and wanted != 0:
             raise _too_long(f"the prompt has {prompt_len} tokens, the context of this model {context}", None)
         if wanted is not None and prompt_len + wanted > context:
-            raise _too_long(
-                f"the prompt has {prompt_len} tokens and max_tokens is {wanted}: together more than "
-                f"the context of {context} tokens",
-                "max_tokens",
-            )
+            asked = f"the prompt has {prompt_len} tokens and max_tokens is {wanted}"
+            raise _too_long(f"{asked}: together more than the context of {context} tokens", "max_tokens")
         return context - prompt_len if wanted is None else wanted
 
     def _check_ids(self, ids: list[int], param: str = "prompt") -> None:

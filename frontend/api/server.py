@@ -34,32 +34,30 @@ class Server(Api):
 
     async def model_info(self, _http: Request) -> Response:
         config = self._config
-        return json_response(
-            {
-                "model_path": config.model_path,
-                "tokenizer_path": config.settings.get("tokenizer_path") or config.model_path,
-                "served_model_names": config.served_names,
-                "is_generation": not config.is_embedding,
-                "preferred_sampling_params": config.default_sampling or None,
-                "max_model_len": config.context_length,
-                "vocab_size": config.vocab_size,
-            }
-        )
+        facts = {
+            "model_path": config.model_path,
+            "tokenizer_path": config.settings.get("tokenizer_path") or config.model_path,
+            "served_model_names": config.served_names,
+            "is_generation": not config.is_embedding,
+            "preferred_sampling_params": config.default_sampling or None,
+            "max_model_len": config.context_length,
+            "vocab_size": config.vocab_size,
+        }
+        return json_response(facts)
 
     async def server_info(self, _http: Request) -> Response:
         stats = self._metrics.engine.stats
         names = ("running", "waiting", "pages_total", "pages_free", "pages_cached")
         state = {} if stats is None else {name: getattr(stats, name) for name in names}
-        return json_response(
-            {
-                **self._config.settings,
-                "version": ramet.__version__,
-                "context_length": self._config.context_length,
-                "max_total_num_tokens": self._config.kv_tokens,
-                "live_requests": self._client.live,
-                "internal_states": [state],
-            }
-        )
+        facts = {
+            **self._config.settings,
+            "version": ramet.__version__,
+            "context_length": self._config.context_length,
+            "max_total_num_tokens": self._config.kv_tokens,
+            "live_requests": self._client.live,
+            "internal_states": [state],
+        }
+        return json_response(facts)
 
     async def flush_cache(self, _http: Request) -> Response:
         answer = await self._client.ask(FlushCache)

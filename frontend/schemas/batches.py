@@ -86,8 +86,5 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise invalid(f"metadata must have at most {_MAX_METADATA} pairs, got {len(metadata)}", "metadata")
         for key, value in metadata.items():
             if len(key) > _MAX_METADATA_KEY or len(value) > _MAX_METADATA_VALUE:
-                raise invalid(
-                    f"metadata: keys have at most {_MAX_METADATA_KEY} characters and values {_MAX_METADATA_VALUE}, "
-                    f"got {len(key)} and {len(value)}",
-                    "metadata",
-                )
+                limits = f"{_MAX_METADATA_KEY} characters and values {_MAX_METADATA_VALUE}"
+                raise invalid(f"metadata: keys have at most {limits}, got {len(key)} and {len(value)}", "metadata")

@@ -146,9 +146,7 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
-            raise invalid(
-                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
-            )
+            raise invalid("continue_final_message excludes add_generation_prompt", "continue_final_message")
 
     def tool_use(self) -> ToolUse | None:
         """The tools that the model is shown and may call; with the choice "none", none."""
@@ -183,9 +181,7 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
         if "enable_thinking" not in config.template_variables:
             raise invalid("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
         if effort not in ("none", "medium"):
-            raise invalid(
-                f'reasoning_effort: this model knows only "none" and "medium", got "{effort}"', "reasoning_effort"
-            )
+            raise invalid(f'reasoning_effort must be "none" or "medium" here, got "{effort}"', "reasoning_effort")
         return {"enable_thinking": effort == "medium", **given}
 
     def sampling(self, config: FrontendConfig) -> SamplingParams:

@@ -21,9 +21,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     def check(self) -> None:
         self.check_common()
         if self.best_of is not None and not self.choices <= self.best_of <= MAX_BEST_OF:
-            raise invalid(
-                f"best_of must be between n ({self.choices}) and {MAX_BEST_OF}, got {self.best_of}", "best_of"
-            )
+            raise invalid(f"best_of must be from n ({self.choices}) to {MAX_BEST_OF}, got {self.best_of}", "best_of")
         if self.stream and (self.best_of or 1) > 1:
             raise invalid("best_of above 1 is not allowed with stream: the best are known only at the end", "best_of")
         if self.suffix and self.echo:

@@ -38,11 +38,8 @@ class EmbeddingRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True
             return
         size, lengths = config.embedding_size, config.dimensions
         if lengths is None:
-            raise invalid(
-                f"this model's embeddings have {size} dimensions and cannot be cut: it is not a Matryoshka model, "
-                f"got dimensions {self.dimensions}",
-                "dimensions",
-            )
+            words = f"this model's embeddings have {size} dimensions and cannot be cut: it is not a Matryoshka model"
+            raise invalid(f"{words}, got dimensions {self.dimensions}", "dimensions")
         if not 1 <= self.dimensions <= size or (lengths and self.dimensions not in lengths):
             known = f"one of {', '.join(map(str, lengths))}" if lengths else f"between 1 and {size}"
             raise invalid(f"dimensions must be {known}, got {self.dimensions}", "dimensions")
@@ -57,9 +54,7 @@ class ScoreRequest(EmbeddingFields, kw_only=True, forbid_unknown_fields=True):
     def pairs(self) -> tuple[list[str], list[str]]:
         first, second = _texts(self.text_1, "text_1"), _texts(self.text_2, "text_2")
         if len(first) not in (1, len(second)):
-            raise invalid(
-                f"text_1 must hold one text, or as many as text_2 ({len(second)}), got {len(first)}", "text_1"
-            )
+            raise invalid(f"text_1 must hold one text or as many as text_2 ({len(second)}), got {len(first)}", "text_1")
         return first, second
 
 

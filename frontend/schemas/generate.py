@@ -30,11 +30,6 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
     seed: Int | None = None
     json_schema: str | dict[str, Any] | None = None
 
-    def native_sampling(self, config: FrontendConfig, logprobs: int | None, of_prompt: int | None) -> SamplingParams:
-        """The validated parameters; the model's own defaults stand where the request is silent."""
-        max_tokens = DEFAULT_MAX_NEW_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.to_sampling(config, max_tokens, logprobs, of_prompt)
-
     def grammars(self) -> list[Grammar | None]:
         schema = self.json_schema
         if isinstance(schema, str):
@@ -105,7 +100,9 @@ class GenerateRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
             raise invalid("n must be the same for all prompts of a request", "n")
         logprobs = (self.top_logprobs_num or 0) if self.return_logprob else None
         of_prompt = logprobs if self.start >= 0 else None
-        return each[0].choices, [item.native_sampling(config, logprobs, of_prompt) for item in each]
+        most = [DEFAULT_MAX_NEW_TOKENS if item.max_tokens is None else item.max_tokens for item in each]
+        params = [item.to_sampling(config, n, logprobs, of_prompt) for item, n in zip(each, most, strict=True)]
+        return each[0].choices, params
 
     def rids(self, count: int) -> list[str | None]:
         return list(self.rid) if isinstance(self.rid, list) else [self.rid] * count

@@ -63,15 +63,10 @@ def requested_format(asked: ResponseFormat | None) -> Grammar | None:
             return json_grammar({"type": "object"}, "response_format")
         case JsonSchemaFormat(wanted):
             if not _NAME.fullmatch(wanted.name):
-                raise invalid(
-                    f"response_format.json_schema.name must be 1 to 64 of a-z, A-Z, 0-9, _ and -, got {wanted.name!r}",
-                    "response_format.json_schema.name",
-                )
+                param = "response_format.json_schema.name"
+                raise invalid(f"{param} must be 1 to 64 of a-z, A-Z, 0-9, _ and -, got {wanted.name!r}", param)
             return json_grammar(wanted.schema or {}, "response_format")
         case StructuralTagFormat():
-            raise invalid(
-                "response_format: structural_tag is not supported by this server",
-                "response_format",
-                "unsupported_parameter",
-            )
+            words = "response_format: structural_tag is not supported by this server"
+            raise invalid(words, "response_format", "unsupported_parameter")
     return None

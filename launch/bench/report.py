@@ -156,9 +156,7 @@ def _plot(samples: Samples, colour: str) -> str:
     points = " ".join(f"{across:.1f},{down:.1f}" for across, down in curve)
     marks = [(x(10.0**power), 256.0, f"{10.0**power:g} ms") for power in range(low, low + decades + 1)]
     marks += [(20, 244 - 220 * share, f"{share:.0%}") for share in (0.0, 0.5, 0.9, 1.0)]
-    texts = "".join(
-        f'<text x="{across:.0f}" y="{down:.0f}" font-size="11">{text}</text>' for across, down, text in marks
-    )
+    texts = "".join(f'<text x="{across:.0f}" y="{down:.0f}">{text}</text>' for across, down, text in marks)
     frame = '<path d="M50 20V240H690M50 130H690M50 42H690" fill="none" stroke="#ccc"/>'
     line = f'<polyline points="{points}" fill="none" stroke="{colour}"/>'
     return f'<svg width="740" height="270" font-size="11">{frame}{texts}{line}</svg>'

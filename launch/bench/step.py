@@ -76,9 +76,8 @@ def run_steps(config: EngineConfig, batch_sizes: list[int], contexts: list[int],
 
 def step_table(results: dict[str, Any]) -> str:
     """What `ramet bench step` prints."""
-    rows = [
-        ("step", "requests", "tokens", "context", "p50 ms", "p90 ms", "p99 ms", "floor ms", "p50/floor", "bound by")
-    ]
+    figures = ("p50 ms", "p90 ms", "p99 ms", "floor ms", "p50/floor")
+    rows = [("step", "requests", "tokens", "context", *figures, "bound by")]
     for step in results["steps"]:
         sizes = (str(step[name]) for name in Case._fields)
         kind = "decode" if step["length"] == 1 else "prompt"
@@ -146,17 +145,13 @@ class _StepBench(ModelRunner):
     def __init__(self, config: RunnerConfig, cases: list[Case]) -> None:
         rows, context = max(case.rows for case in cases), max(case.context for case in cases)
         if rows > config.max_running or context > config.context_length:
-            raise ValueError(
-                f"{rows} requests of {context} tokens are beyond max_running_requests ({config.max_running}) or the "
-                f"context length ({config.context_length})"
-            )
+            limits = f"max_running_requests ({config.max_running}) or the context length ({config.context_length})"
+            raise ValueError(f"{rows} requests of {context} tokens are beyond {limits}")
         super().__init__(config, lambda text: None)
         self._pages_each = -(-context // config.page_size)
         if rows * self._pages_each > self.num_pages:
-            raise ValueError(
-                f"{rows} requests of {context} tokens are beyond the KV cache of {self.num_pages * config.page_size} "
-                "tokens: raise --max-total-tokens"
-            )
+            held = f"the KV cache of {self.num_pages * config.page_size} tokens: raise --max-total-tokens"
+            raise ValueError(f"{rows} requests of {context} tokens are beyond {held}")
         spec = getattr(self._model, "spec", None)
         if not isinstance(spec, DecoderSpec):
             raise ValueError(f"{type(self._model).__name__}: the work of a step is known of native models only")

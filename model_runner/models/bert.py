@@ -6,7 +6,7 @@ tokens of a step: [N, hidden]. The residual stream and norms are float32, as in 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,12 @@ from ramet.model_runner.weights.mapping import WeightPart
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerNames:
-    """What a family calls the parts of a layer; `layers` is what stands before a layer's number."""
+class Family:
+    """In what the families differ. `prefix` stands before all names in checkpoints with a head, `layers` before the
+    number of a layer; `qkv` to `mlp_norm` name its parts. `inner_size` and `act` are keys of the config.
+    `starts_behind_padding`: the first token is not at position 0, but at the one after the padding token's id."""
 
+    prefix: str = "bert."
     layers: str = "encoder.layer."
     qkv: tuple[str, str, str] = ("attention.self.query", "attention.self.key", "attention.self.value")
     out: str = "attention.output.dense"
@@ -34,40 +37,26 @@ class LayerNames:
     up: str = "intermediate.dense"
     down: str = "output.dense"
     mlp_norm: str = "output.LayerNorm"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    """`prefix` stands before all names in checkpoints with a head. The first token is at `first_position` of the
-    position embeddings, of which there are `num_positions`. `num_types` 0: no token types."""
-
-    prefix: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_layers: int
-    num_positions: int
-    norm_eps: float
-    act: str
-    first_position: int = 0
-    num_types: int = 0
-    names: LayerNames = LayerNames()
+    inner_size: str = "intermediate_size"
+    act: str = "hidden_act"
+    starts_behind_padding: bool = False
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, spec: EncoderSpec, index: int, group: TpGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PretrainedConfig, family: Family, index: int, group: TpGroup, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        size, names, dim = spec.hidden_size, spec.names, spec.hidden_size // spec.num_heads
-        self.head_dim = dim
+        size, inner = config.hidden_size, getattr(config, family.inner_size)
+        self.head_dim = dim = size // config.num_attention_heads
         self.spec = AttentionSpec(index, dim**-0.5)
-        self.names = names
-        self.qkv = ColumnParallelLinear(size, dict.fromkeys(names.qkv, size), group, dtype, bias=True, unit=dim)
+        self.family = family
+        self.qkv = ColumnParallelLinear(size, dict.fromkeys(family.qkv, size), group, dtype, bias=True, unit=dim)
         self.out = RowParallelLinear(size, size, group, dtype, bias=True, unit=dim)
-        self.up = ColumnParallelLinear(size, {names.up: spec.intermediate_size}, group, dtype, bias=True)
-        self.down = RowParallelLinear(spec.intermediate_size, size, group, dtype, bias=True)
-        self.act = activation(spec.act)
-        self.attention_norm, self.mlp_norm = LayerNorm(size, spec.norm_eps), LayerNorm(size, spec.norm_eps)
+        self.up = ColumnParallelLinear(size, {family.up: inner}, group, dtype, bias=True)
+        self.down = RowParallelLinear(inner, size, group, dtype, bias=True)
+        self.act = activation(getattr(config, family.act))
+        self.attention_norm, self.mlp_norm = _norm(config), _norm(config)
         self.dtype = dtype
 
     def forward(self, hidden: Tensor, ctx: AttentionContext) -> Tensor:
@@ -78,25 +67,30 @@ class EncoderLayer(nn.Module):
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         yield from self.qkv.weight_parts(prefix)
-        yield from self.out.weight_parts(prefix + self.names.out)
-        yield from self.attention_norm.weight_parts(prefix + self.names.attention_norm)
+        yield from self.out.weight_parts(prefix + self.family.out)
+        yield from self.attention_norm.weight_parts(prefix + self.family.attention_norm)
         yield from self.up.weight_parts(prefix)
-        yield from self.down.weight_parts(prefix + self.names.down)
-        yield from self.mlp_norm.weight_parts(prefix + self.names.mlp_norm)
+        yield from self.down.weight_parts(prefix + self.family.down)
+        yield from self.mlp_norm.weight_parts(prefix + self.family.mlp_norm)
 
 
 class Encoder(nn.Module):
     """Parameters are uninitialised until `weight_parts` are filled."""
 
-    def __init__(self, spec: EncoderSpec, group: TpGroup, dtype: torch.dtype) -> None:
+    def __init__(self, config: PretrainedConfig, family: Family, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec = spec
-        self.vocab_size = spec.vocab_size
-        self.embedding = VocabMatrix(spec.vocab_size, spec.hidden_size, group, dtype)
-        self.positions = empty_parameter(spec.num_positions, spec.hidden_size, dtype=dtype)
-        self.token_type = empty_parameter(1, spec.hidden_size, dtype=dtype) if spec.num_types else None
-        self.norm = LayerNorm(spec.hidden_size, spec.norm_eps)
-        self.layers = nn.ModuleList([EncoderLayer(spec, i, group, dtype) for i in range(spec.num_layers)])
+        if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
+            raise WeightsError(f"position_embedding_type {kind!r} is not supported, only 'absolute' is")
+        size, num_layers = config.hidden_size, config.num_hidden_layers
+        self.family = family
+        self.vocab_size = config.vocab_size
+        self.embedding = VocabMatrix(config.vocab_size, size, group, dtype)
+        self.positions = empty_parameter(config.max_position_embeddings, size, dtype=dtype)
+        self.first_position = config.pad_token_id + 1 if family.starts_behind_padding else 0
+        self.num_types = getattr(config, "type_vocab_size", 0)
+        self.token_type = empty_parameter(1, size, dtype=dtype) if self.num_types else None
+        self.norm = _norm(config)
+        self.layers = nn.ModuleList([EncoderLayer(config, family, i, group, dtype) for i in range(num_layers)])
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
@@ -104,74 +98,45 @@ class Encoder(nn.Module):
         hidden = self.embedding.embed(token_ids).float()
         if self.token_type is not None:
             hidden = hidden + self.token_type
-        hidden = self.norm(hidden + F.embedding(ctx.positions + self.spec.first_position, self.positions))
+        hidden = self.norm(hidden + F.embedding(ctx.positions + self.first_position, self.positions))
         for layer in self.layers:
             hidden = layer(hidden, ctx)
         return hidden
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
-        spec, embeddings = self.spec, f"{prefix}embeddings."
+        embeddings = f"{prefix}embeddings."
         yield from self.embedding.weight_parts(f"{embeddings}word_embeddings")
         yield WeightPart(f"{embeddings}position_embeddings.weight", self.positions, tuple(self.positions.shape))
         if self.token_type is not None:
-            types = (spec.num_types, spec.hidden_size)
+            types = (self.num_types, self.token_type.shape[1])
             yield WeightPart(f"{embeddings}token_type_embeddings.weight", self.token_type, types, dim=0, span=range(1))
         yield from self.norm.weight_parts(f"{embeddings}LayerNorm")
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
-            yield from layer.weight_parts(f"{prefix}{spec.names.layers}{index}.")
+            yield from layer.weight_parts(f"{prefix}{self.family.layers}{index}.")
 
 
-def _bert(config: PretrainedConfig) -> EncoderSpec:
-    if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
-        raise WeightsError(f"position_embedding_type {kind!r} is not supported, only 'absolute' is")
-    return EncoderSpec(
-        prefix="bert.",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_layers=config.num_hidden_layers,
-        num_positions=config.max_position_embeddings,
-        norm_eps=config.layer_norm_eps,
-        act=config.hidden_act,
-        num_types=config.type_vocab_size,
-    )
+def _norm(config: PretrainedConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, getattr(config, "layer_norm_eps", 1e-12))
 
 
-def _roberta(config: PretrainedConfig) -> EncoderSpec:
-    """Positions begin behind that of the padding token."""
-    return dataclasses.replace(_bert(config), prefix="roberta.", first_position=config.pad_token_id + 1)
-
-
-def _distilbert(config: PretrainedConfig) -> EncoderSpec:
-    return EncoderSpec(
-        prefix="distilbert.",
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        intermediate_size=config.hidden_dim,
-        num_heads=config.n_heads,
-        num_layers=config.n_layers,
-        num_positions=config.max_position_embeddings,
-        norm_eps=1e-12,
-        act=config.activation,
-        names=LayerNames(
-            layers="transformer.layer.",
-            qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-            out="attention.out_lin",
-            attention_norm="sa_layer_norm",
-            up="ffn.lin1",
-            down="ffn.lin2",
-            mlp_norm="output_layer_norm",
-        ),
-    )
-
-
+_ROBERTA = Family(prefix="roberta.", starts_behind_padding=True)
 # By `model_type`; the keys are those of `ENCODER_TYPES` in `model_runner/config.py`.
-ENCODERS: dict[str, Callable[[PretrainedConfig], EncoderSpec]] = {
-    "bert": _bert,
-    "camembert": _roberta,
-    "distilbert": _distilbert,
-    "roberta": _roberta,
-    "xlm-roberta": _roberta,
+ENCODERS = {
+    "bert": Family(),
+    "camembert": _ROBERTA,
+    "distilbert": Family(
+        prefix="distilbert.",
+        layers="transformer.layer.",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        out="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        up="ffn.lin1",
+        down="ffn.lin2",
+        mlp_norm="output_layer_norm",
+        inner_size="hidden_dim",
+        act="activation",
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
 }

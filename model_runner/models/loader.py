@@ -18,7 +18,7 @@ from ramet.kernels.cpu.decoder import Grid
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.layers.rope import plain_frequencies
 from ramet.model_runner.models.base import CausalLM
-from ramet.model_runner.models.bert import ENCODERS, Encoder, EncoderSpec
+from ramet.model_runner.models.bert import ENCODERS, Encoder
 from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
 from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
@@ -65,14 +65,12 @@ def load_embedder(config: RunnerConfig, group: TpGroup, progress: Progress) -> E
     if hf_config.model_type in ENCODERS:
         if not architecture.endswith(_ENCODER_CLASSES) or architecture.endswith("LMHeadModel"):
             raise WeightsError(f"{architecture} does not embed: {', '.join(_ENCODER_CLASSES)} classes do")
-        return _load_encoder(config, ENCODERS[hf_config.model_type](hf_config), group, progress)
+        return _load_encoder(config, hf_config, group, progress)
     # Published without a head, a decoder has the name of its body.
     build = NATIVE.get(architecture) or NATIVE.get(f"{architecture.removesuffix('Model')}ForCausalLM")
     if build is None:
-        raise WeightsError(
-            f"{architecture} is not supported for embeddings; supported are the models {', '.join(ENCODERS)}, and "
-            f"{', '.join(NATIVE)}"
-        )
+        known = ", ".join([*ENCODERS, *NATIVE])
+        raise WeightsError(f"{architecture} is not supported for embeddings; supported are the models {known}")
     return _load_native(config, hf_config, build, group, progress, headless=True)
 
 
@@ -90,17 +88,18 @@ def _read_config(config: RunnerConfig) -> PretrainedConfig:
     return found
 
 
-def _load_encoder(config: RunnerConfig, spec: EncoderSpec, group: TpGroup, progress: Progress) -> Encoder:
+def _load_encoder(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGroup, progress: Progress) -> Encoder:
+    family = ENCODERS[hf_config.model_type]
     with torch.device(config.device):
-        model = Encoder(spec, group, getattr(torch, config.dtype))
+        model = Encoder(hf_config, family, group, getattr(torch, config.dtype))
     with contextlib.ExitStack() as stack:
-        source = _open(config, spec.num_layers, spec.hidden_size // spec.num_heads)
+        source = _open(config, hf_config.num_hidden_layers, hf_config.hidden_size // hf_config.num_attention_heads)
         if source is None:
             fill_randomly(list(model.weight_parts("")), config.seed, progress)
             return model.eval()
         stack.callback(source.close)
         names = source.names()
-        prefix = spec.prefix if any(name.startswith(spec.prefix) for name in names) else ""
+        prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
         unused = {name for name in names if name.removeprefix(prefix).startswith(_HEADS)}
         fill(model.weight_parts(prefix), source, unused, progress)
     return model.eval()

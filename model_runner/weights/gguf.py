@@ -96,9 +96,7 @@ class GGUFSource(WeightSource):
         try:
             values = gguf.dequantize(self._raw(info, first, last), info.ggml_type)
         except NotImplementedError as error:
-            raise WeightsError(
-                f"{self.path}: {info.name} is quantised as {info.ggml_type.name}, not supported"
-            ) from error
+            raise WeightsError(f"{self.path}: {info.name} is of type {info.ggml_type.name}, not supported") from error
         values = values.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else values.reshape(-1)
         # torch wants memory it may write to; the file's map is not.
         return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))

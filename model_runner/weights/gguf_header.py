@@ -14,27 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ramet.model_runner.weights.errors import WeightsError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-_STRING, _ARRAY = 8, 9
-# GGUF value type -> numpy type of a scalar.
+_STRING, _ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
+# GGUF value type -> numpy type of a scalar: both have the same names for them.
 _SCALARS: dict[int, np.dtype[Any]] = {
-    0: np.dtype("<u1"),
-    1: np.dtype("<i1"),
-    2: np.dtype("<u2"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<u4"),
-    5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
-    7: np.dtype("?"),
-    10: np.dtype("<u8"),
-    11: np.dtype("<i8"),
-    12: np.dtype("<f8"),
+    kind: np.dtype(kind.name.lower()).newbyteorder("<") for kind in GGUFValueType if kind not in (_STRING, _ARRAY)
 }
 
 

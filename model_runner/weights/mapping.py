@@ -80,9 +80,7 @@ def fill(parts: Iterable[WeightPart], source: WeightSource, unused: set[str], pr
     for done, part in enumerate(parts):
         found = source.shape(part.name)
         if found != part.shape:
-            raise WeightsError(
-                f"{part.name} has shape {list(found)} in the checkpoint, the model needs {list(part.shape)}"
-            )
+            raise WeightsError(f"{part.name} has shape {list(found)} in the checkpoint, not {list(part.shape)}")
         progress(done, len(parts))
         tensor = source.read(part)
         if part.offset:

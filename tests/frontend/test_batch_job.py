@@ -10,15 +10,17 @@ from support.batches import line
 
 from ramet.frontend.batch_input import InputCheck
 from ramet.frontend.batch_job import ERRORS, INDEX, INPUT, MAX_ATTEMPTS, OUTPUT, TAKEN, BatchJob, BatchLine
+from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.batches import RequestCounts
 
 ID = "batch_" + "a" * 32
+CONFIG = FrontendConfig(host="", port=0, served_names=("m",), model_path="m", context_length=1, vocab_size=1)
 
 
 def prepare(folder: Path, contents: list[str]) -> None:
     entries = [json.dumps(line(f"id-{i}", "m", content)) + "\n" for i, content in enumerate(contents)]
     (folder / INPUT).write_text("".join(entries))
-    check = InputCheck(folder / INPUT, "/v1/chat/completions", lambda model: model == "m", 1000, 100_000)
+    check = InputCheck(folder / INPUT, "/v1/chat/completions", CONFIG)
     assert check.step(1000)
     assert check.errors == []
     check.write_index(folder / INDEX)

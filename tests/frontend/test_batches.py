@@ -262,7 +262,7 @@ def test_unknown_batches_and_other_files(shared: Served) -> None:
         with pytest.raises(openai.NotFoundError, match="no such batch: 'batch_x'"):
             use("batch_x")
     file = client.files.create(file=b"x", purpose="evals")
-    with pytest.raises(openai.BadRequestError, match="purpose of the file must be 'batch', and is 'evals'"):
+    with pytest.raises(openai.BadRequestError, match="the file's purpose must be 'batch', not 'evals'"):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
     with pytest.raises(openai.BadRequestError, match="limit"):
         client.batches.list(limit=101)

@@ -22,8 +22,6 @@ from ramet.launch.tensor_parallel import check_meeting_point
 from ramet.model_runner.config import LoadFormat
 
 INFO = ModelInfo(
-    architectures=("LlamaForCausalLM",),
-    model_type="llama",
     context_length=2048,
     vocab_size=100,
     dtype="bfloat16",

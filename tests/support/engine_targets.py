@@ -16,6 +16,7 @@ from ramet.ipc.pulse import Pulse
 from ramet.launch.child import Process
 from ramet.launch.placement import Placement
 from ramet.launch.serve import run
+from ramet.launch.server_args import ServerArgs
 from ramet.launch.supervisor import EngineFailed, Supervisor
 
 TARGETS = "support.engine_targets"
@@ -102,11 +103,12 @@ def processes(diary: str, mode: str, addresses: Addresses) -> list[Process]:
 def main() -> None:
     diary, mode = sys.argv[1:]
     supervisor = Supervisor(
-        num_tokenizers=1,
-        drain_timeout_s=60 if mode == "stubborn" else 5,
-        start_timeout_s=30,
-        watchdog_timeout_s=WATCHDOG_S,
-        max_restarts=MAX_RESTARTS,
+        ServerArgs(
+            drain_timeout=60 if mode == "stubborn" else 5,
+            start_timeout=30,
+            watchdog_timeout=WATCHDOG_S,
+            max_restarts=MAX_RESTARTS,
+        )
     )
     note(diary, "launcher", "folder", supervisor.addresses.folder)
     children = processes(diary, mode, supervisor.addresses)

@@ -27,7 +27,7 @@ def test_special_tokens_are_known_and_spell_their_name(tiny_model):
 
 def test_id_beyond_the_vocabulary_is_no_text(tiny_model):
     tokenizer = Tokenizer(str(tiny_model("llama")))
-    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
+    assert tokenizer.token_bytes(10**6) == b""
 
 
 def test_sentencepiece_spelling_with_byte_fallback(tmp_path):
