@@ -2,7 +2,7 @@
 
 Owns llguidance's tokenizer, a bounded cache of compiled grammars and the threads; used by the scheduling loop alone.
 Each request gets a copy. But copies share a lexer, which keeps every state that one of them came through, up to a limit
-at which all of them fail: a grammar is compiled anew after some copies, and after such a failure. Every grammar is first
+at which all of them fail: a grammar is compiled anew after some copies, and after such a failure. Every one is first
 tried in a process of its own (`scheduler/grammar_checker.py`), since a few hostile characters can cost minutes,
 gigabytes, or more stack than there is. Does not know sockets or torch.
 """
