@@ -4,8 +4,8 @@ Clients send short and long requests, whole and streamed, leave some of them, as
 deadlines, send what is invalid, and run batches. Traffic pauses at the end of each round; then no request, page or
 file may be in use, and the memory of each process is taken: what it has written itself, without the pages of programs
 and libraries, which come and go with whoever else on the machine maps them. Growth is the trend over the rounds after
-the warm-up, which fills what has a bound (the pages of the KV pool, the cache of grammars, the pages that SQLite keeps)
-and has twice the clients, so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
+the warm-up, which fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients,
+so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [-- launch_server flags …]
 """
@@ -304,7 +304,7 @@ def own_memory(pid: int) -> int:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="of traffic after the warm-up")
-    parser.add_argument("--warm-up", type=float, default=90.0, help="seconds of traffic before memory counts")
+    parser.add_argument("--warm-up", type=float, default=120.0, help="seconds of traffic before memory counts")
     parser.add_argument("--rounds", type=int, default=12, help="how often memory is taken")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--max-growth", type=float, default=1.0, help="percent, for each process")
