@@ -68,9 +68,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
             if len(body) > max_bytes:
                 raise _too_large(max_bytes, f"at least {len(body)}")
             if len(body) > _SMALL_BODY_BYTES and room.num_bytes > (most := _MAX_BODIES * max_bytes):
-                raise RequestError(
-                    FailureKind.QUEUE_FULL, f"bodies under way: {room.num_bytes} of at most {most} bytes"
-                )
+                raise RequestError(FailureKind.QUEUE_FULL, f"bodies under way: {room.num_bytes} bytes, at most {most}")
         return bytes(body)
     finally:
         room.num_bytes -= len(body)

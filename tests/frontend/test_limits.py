@@ -115,7 +115,7 @@ def test_bodies_under_way_share_a_room() -> None:
             connection.sendall(POST + b"content-length: 199999\r\n\r\n" + b" " * 199_998)
         refused = post(100_000, expected=429).json()["error"]
         assert refused["code"] == "queue_full"
-        assert re.search(r"1[67]\d{5} of at most 1600000 bytes$", refused["message"])
+        assert re.search(r"1[67]\d{5} bytes, at most 1600000$", refused["message"])
         post(50_000)
         slow.close()
         post(100_000)
