@@ -2,9 +2,10 @@
 
 Clients send short and long requests, whole and streamed, leave some of them, ask for grammars, several choices and
 deadlines, send what is invalid, and run batches. Traffic pauses at the end of each round; then no request, page or
-file may be in use, and the memory of each process is taken. Growth is the trend over the rounds after the warm-up,
-which fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients, so that later
-peaks are no news. Exits with 1 for an error, a leak, or too much growth.
+file may be in use, and the memory of each process is taken: what it has written itself, without the pages of programs
+and libraries, which come and go with whoever else on the machine maps them. Growth is the trend over the rounds after
+the warm-up, which fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients,
+so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [-- launch_server flags …]
 """
@@ -16,12 +17,14 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,6 +35,7 @@ PORT = 30891
 FLAGS = ["--max-total-tokens", "8192", "--log-level", "warning"]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 WORDS = ["rain", "plain", "train", "Spain", "falls", "the", "on", "in", "and", "what", "who", "sings", "asks", "counts"]
+CHILD = "ramet.launch.child"
 # More than are kept compiled.
 NUM_GRAMMARS = 70
 # A file or two may be open at the wrong moment.
@@ -198,7 +202,11 @@ class Soak:
                 await self._settle(http)
 
     def processes(self) -> dict[str, psutil.Process]:
-        children = {child.cmdline()[-1]: child for child in self._launcher.children()}
+        """The launcher and its children, by their names, and what these have started, by the module."""
+        children = {}
+        for child in self._launcher.children(recursive=True):
+            argv = child.cmdline()
+            children[argv[-1] if CHILD in argv else argv[argv.index("-m") + 1].rpartition(".")[2]] = child
         return {"launcher": self._launcher, **children}
 
     async def _wait_until_ready(self, http: httpx.AsyncClient) -> str:
@@ -243,7 +251,7 @@ class Soak:
         self.leaks += [f"{name} has {count} open files, after {self._files[name]}" for name, count in grown.items()]
         self._pids, self._files = pids, self._files or files
         for name, process in processes.items():
-            self.memory[name].append(process.memory_full_info().uss)
+            self.memory[name].append(own_memory(process.pid))
         preempted = metrics["ramet_scheduler_preemptions_total"]
         counts = f"{sum(self.answered.values())} requests, {len(self.errors)} errors, {preempted:.0f} preemptions"
         print(counts, flush=True)
@@ -279,17 +287,24 @@ class Soak:
         return [*(f"error: {error}" for error in self.errors), *(f"leak: {leak}" for leak in self.leaks), *grown]
 
     def report(self) -> str:
-        lines = [f"{name:14}{count:8} requests" for name, count in sorted(self.answered.items())]
+        lines = [f"{name:16}{count:8} requests" for name, count in sorted(self.answered.items())]
         for name, share in self.growth().items():
             sizes = " ".join(f"{size / 2**20:.1f}" for size in self.memory[name])
-            lines.append(f"{name:14}{share:+8.2%}  MiB after each round: {sizes}")
+            lines.append(f"{name:16}{share:+8.2%}  MiB after each round: {sizes}")
         return "\n".join([*lines, f"{len(self.errors)} errors, {len(self.leaks)} leaks"])
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that the process holds and no file backs. Its unique set size also has the pages of libraries that no
+    other process maps at the moment, and that the kernel has not dropped: tens of MiB for torch."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return 1024 * sum(map(int, re.findall(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", status, re.MULTILINE)))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="of traffic after the warm-up")
-    parser.add_argument("--warm-up", type=float, default=90.0, help="seconds of traffic before memory counts")
+    parser.add_argument("--warm-up", type=float, default=120.0, help="seconds of traffic before memory counts")
     parser.add_argument("--rounds", type=int, default=12, help="how often memory is taken")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--max-growth", type=float, default=1.0, help="percent, for each process")

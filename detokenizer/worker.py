@@ -1,14 +1,18 @@
 """The detokenizer process: token ids become text and go to the frontend; stop strings end a request here.
 
 Keeps the state of each request from its first `TokenOut` to its last word. On a stop string it ends the request at
-once, and aborts it at the scheduler; what still comes of it is then unknown here and passes by.
+once, and aborts it at the scheduler; what still comes of it is then unknown here and passes by. So does a request whose
+tokens cannot be decoded, with a failure.
 """
+
+import logging
 
 import msgspec
 
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.detokenizer.incremental import IncrementalText
 from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     Abort,
     Admitted,
@@ -27,6 +31,8 @@ from ramet.ipc.messages import (
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
 
 NAME = "detokenizer"
 
@@ -50,15 +56,20 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
             continue
         deltas: list[TextDelta] = []
         for item in message.items:
-            if item.failure is not None:
+            failure = item.failure
+            try:
+                deltas += detokenizer.add(item) if failure is None else []
+            # One odd answer must not end the process that all answers go through. A panic in Rust is no Exception.
+            except BaseException:
+                log.exception("the tokens of request %s could not be decoded", item.rid)
+                failure = Failure(FailureKind.INTERNAL, "the answer could not be decoded")
+                scheduler.send(Abort([item.rid]))
+            if failure is not None:
                 detokenizer.forget(item.rid)
-                frontend.send(Failed([item.rid], item.failure))
-            else:
-                deltas += detokenizer.add(item)
+                frontend.send(Failed([item.rid], failure))
         if deltas:
             frontend.send(TextBatch(deltas))
-        stopped = detokenizer.take_stopped()
-        if stopped:
+        if stopped := detokenizer.take_stopped():
             scheduler.send(Abort(stopped))
 
 

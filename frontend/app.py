@@ -34,7 +34,7 @@ from ramet.frontend.api.tokenize import Tokens
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import json_response
+from ramet.frontend.exchange import BodyRoom, json_response
 from ramet.frontend.generation import ClientDisconnectedError
 from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
@@ -186,6 +186,7 @@ class Envelope:
         # Routing leaves the endpoint in the scope; paths that clients make up must not become metric labels.
         self._paths: dict[object, str] = {route.endpoint: route.path for route in routes}
         self._metrics = metrics
+        self._body_room = BodyRoom()
         self._log = RequestLog(config.log_requests)
         self._tracer = None if config.otlp_traces_endpoint is None else Tracer(config.otlp_traces_endpoint)
 
@@ -203,6 +204,7 @@ class Envelope:
                 record.body += message.get("body", b"")[:kept_bytes]
             await send(message)
 
+        scope["ramet.body_room"] = self._body_room
         # The layers between have nothing to do with a body, and a stream sends one for each token.
         scope["ramet.send_body"] = send_with_id if kept_bytes else send
         self._metrics.http_in_flight.inc()

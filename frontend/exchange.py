@@ -28,6 +28,17 @@ TIMEOUT_HEADER = "x-request-timeout"
 BATCH_SERVER = ("batch", None)
 
 
+# Of the largest size, so many bodies fit into the room for those on their way. Small ones always do: many clients that
+# send slowly must not keep the others out.
+_MAX_BODIES, _SMALL_BODY_BYTES = 8, 65_536
+
+
+class BodyRoom:
+    """What all bodies on their way to this server hold."""
+
+    num_bytes = 0
+
+
 async def read_json(http: Request, schema: type[T], max_bytes: int) -> T:
     """The body, decoded, and left in the scope for the log. Raises `HTTPException` 413 and 415, and `RequestError` for
     JSON that is not of the type."""
@@ -46,15 +57,21 @@ async def read_json(http: Request, schema: type[T], max_bytes: int) -> T:
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """Stops reading at the limit, whether the client announced the length or sends chunks."""
+    """Stops reading at a limit, whether the client announced the length or sends chunks."""
     if int(request.headers.get("content-length", "0")) > max_bytes:
         raise _too_large(max_bytes, request.headers["content-length"])
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes, f"at least {len(body)}")
-    return bytes(body)
+    body, room = bytearray(), request.scope["ramet.body_room"]
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            room.num_bytes += len(chunk)
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes, f"at least {len(body)}")
+            if len(body) > _SMALL_BODY_BYTES and room.num_bytes > (most := _MAX_BODIES * max_bytes):
+                raise RequestError(FailureKind.QUEUE_FULL, f"bodies under way: {room.num_bytes} bytes, at most {most}")
+        return bytes(body)
+    finally:
+        room.num_bytes -= len(body)
 
 
 def _too_large(max_bytes: int, size: str) -> HTTPException:

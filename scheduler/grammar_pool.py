@@ -1,15 +1,17 @@
 """`GrammarPool`: compiles grammars off the scheduling loop, holds requests meanwhile, and fills masks.
 
-Owns llguidance's tokenizer, a bounded cache of compiled grammars (each request gets a copy) and the threads; used by
-the scheduling loop alone. Every grammar is first tried in a process of its own (`scheduler/grammar_checker.py`), since
-a few hostile characters can cost minutes, gigabytes, or more stack than there is. Does not know sockets or torch.
+Owns llguidance's tokenizer, a bounded cache of compiled grammars and the threads; used by the scheduling loop alone.
+Each request gets a copy. But copies share a lexer, which keeps every state that one of them came through, up to a limit
+at which all of them fail: a grammar is compiled anew after some copies, and after such a failure. Every one is first
+tried in a process of its own (`scheduler/grammar_checker.py`), since a few hostile characters can cost minutes,
+gigabytes, or more stack than there is. Does not know sockets or torch.
 """
 
-import collections
+import itertools
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,16 +21,17 @@ from llguidance import LLMatcher, LLTokenizer
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Generate
-from ramet.ipc.sampling import Grammar, GrammarKind
+from ramet.ipc.sampling import Grammar
 from ramet.ipc.step import TokenMasks
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import GrammarError, compile_grammar, load_tokenizer, refusal
+from ramet.scheduler.grammar import GrammarError, compile_grammar, load_tokenizer, matcher_failure, refusal
 from ramet.scheduler.grammar_checker import CPU_LIMIT_S, MEMORY_LIMIT_BYTES
 from ramet.scheduler.request import Request
 
 log = logging.getLogger(__name__)
 
 _CACHED_GRAMMARS = 64
+_MAX_COPIES = 100  # of one compilation
 _MASK_THREADS = 4
 
 
@@ -49,7 +52,8 @@ class GrammarPool:
         self._tokenizer: LLTokenizer | None = None
         self._checker: subprocess.Popen[bytes] | None = None
         self._fillers = ThreadPoolExecutor(_MASK_THREADS, "masks")
-        self._cache: collections.OrderedDict[tuple[GrammarKind, str], Future[LLMatcher]] = collections.OrderedDict()
+        # The last used at the end. Each comes as often as it may be copied.
+        self._cache: dict[Grammar, Iterator[Future[LLMatcher]]] = {}
         self._held: list[_Held] = []
 
     @property
@@ -82,8 +86,10 @@ class GrammarPool:
         fills = [self._fillers.submit(self._fill, request, bits[i]) for i, (_, request) in enumerate(rows)]
 
         def wait() -> TokenMasks:
-            for fill in fills:
+            for fill, (_, request) in zip(fills, rows, strict=True):
                 fill.result()
+                if matcher_failure(request) and (grammar := request.params.grammar):
+                    self._cache.pop(grammar, None)
             return TokenMasks([row for row, _ in rows], bits)
 
         return wait
@@ -113,20 +119,20 @@ class GrammarPool:
         if isinstance(error, GrammarError):
             return refusal(grammar, str(error))
         log.error("a grammar could not be compiled", exc_info=error)
-        self._cache.pop((grammar.kind, grammar.source), None)  # it may go better the next time
+        self._cache.pop(grammar, None)  # it may go better the next time
         return Failure(FailureKind.INTERNAL, f"the grammar could not be compiled: {error}")
 
     def _compiled(self, grammar: Grammar) -> "Future[LLMatcher]":
         """From the cache; or under way, with the word of it to follow."""
-        key = (grammar.kind, grammar.source)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-        else:
-            self._cache[key] = self._compiler.submit(self._compile, grammar)
+        left = self._cache.pop(grammar, iter(()))
+        if (compiled := next(left, None)) is None:
+            compiled = self._compiler.submit(self._compile, grammar)
             self._compiler.submit(self._on_ready)
-            if len(self._cache) > _CACHED_GRAMMARS:
-                self._cache.popitem(last=False)
-        return self._cache[key]
+            left = itertools.repeat(compiled, _MAX_COPIES - 1)
+        self._cache[grammar] = left
+        if len(self._cache) > _CACHED_GRAMMARS:
+            del self._cache[next(iter(self._cache))]
+        return compiled
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if self._tokenizer is None:
@@ -154,8 +160,7 @@ class GrammarPool:
                 f"too complex: compiling it took more than {CPU_LIMIT_S} s of CPU time or "
                 f"{MEMORY_LIMIT_BYTES // 1024**2} MiB of memory, or it nests too deep"
             )
-        words = msgspec.json.decode(answer, type=str)
-        if words:
+        if words := msgspec.json.decode(answer, type=str):
             raise GrammarError(words)
 
     def _end_checker(self) -> None:

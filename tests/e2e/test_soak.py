@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import mmap
 import os
 import re
 import subprocess
@@ -38,15 +39,32 @@ def test_a_short_soak(servers: Any, tiny_model: Callable[[str], Path]) -> None:
     kinds = {"abandoned", "batch", "choices", "constrained", "deadline", "invalid", "long_stream", "short", "tokenized"}
     assert counts.keys() == kinds
     assert all(int(count) > 0 for count in counts.values())
-    for process in ("launcher", "scheduler-0", "frontend", "detokenizer", "tokenizer-0"):
+    for process in ("launcher", "scheduler-0", "frontend", "detokenizer", "tokenizer-0", "grammar_checker"):
         assert re.search(rf"^{process} .*%  MiB after each round: \d", ended.stdout, re.MULTILINE)
 
 
-def test_what_is_wrong_is_told() -> None:
+@pytest.fixture
+def program() -> Any:
     spec = importlib.util.spec_from_file_location("soak", PROGRAM)
     assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_memory_is_what_a_process_holds_and_not_the_files_that_it_maps(program: Any, tmp_path: Path) -> None:
+    size = 32 * 2**20
+    (tmp_path / "library").write_bytes(bytes(size))
+    before = program.own_memory(os.getpid())
+    with (tmp_path / "library").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped.find(b"\1") == -1  # all of it is read
+        assert abs(program.own_memory(os.getpid()) - before) < size / 4
+    with mmap.mmap(-1, size) as own:
+        own.write(bytes(size))
+        assert program.own_memory(os.getpid()) - before > size * 3 / 4
+
+
+def test_what_is_wrong_is_told(program: Any) -> None:
     soak = program.Soak(argparse.Namespace(max_growth=1.0), psutil.Process())
     soak.memory |= {"frontend": [1000, 1002, 1001, 1009], "scheduler-0": [1000, 2000, 1011, 1022]}
     assert soak.failures() == ["scheduler-0 grew by 1.89%"]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -94,6 +95,30 @@ def test_tokens_in_the_queue() -> None:
             answer = callers.post(body, "completions")
             says("x")(engine, engine.job())
             assert answer.result().status_code == 200
+
+
+def test_bodies_under_way_share_a_room() -> None:
+    """Of bodies of at most 200,000 bytes, eight fit; small ones always do."""
+    with ScriptedEngine(max_body_bytes=200_000) as engine, contextlib.ExitStack() as slow:
+        engine.script = says("x")
+
+        def post(characters: int, expected: int = 200) -> httpx.Response:
+            """Again and again until it is answered so: what the others send or leave takes a moment to be seen."""
+            body = {**CHAT, "messages": [{"role": "user", "content": "x" * characters}]}
+            deadline = time.monotonic() + WAIT_S
+            while (answer := httpx.post(f"{engine.url}/v1/chat/completions", json=body)).status_code != expected:
+                assert time.monotonic() < deadline, answer.text
+            return answer
+
+        for _ in range(8):
+            connection = slow.enter_context(connect(engine))
+            connection.sendall(POST + b"content-length: 199999\r\n\r\n" + b" " * 199_998)
+        refused = post(100_000, expected=429).json()["error"]
+        assert refused["code"] == "queue_full"
+        assert re.search(r"1[67]\d{5} bytes, at most 1600000$", refused["message"])
+        post(50_000)
+        slow.close()
+        post(100_000)
 
 
 def test_embeddings_count_as_well() -> None:

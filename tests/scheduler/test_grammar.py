@@ -15,8 +15,9 @@ from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import FinishReason, Generate
 from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import MAX_SOURCE_CHARS
+from ramet.scheduler.grammar import MAX_SOURCE_CHARS, matcher_failure
 from ramet.scheduler.grammar_pool import GrammarPool
+from ramet.scheduler.request import Request
 
 PROMPT = [5, 77, 130, 8, 250, 91, 4, 33, 60, 12, 200]
 EOS_ID = 2
@@ -173,8 +174,17 @@ def test_a_grammar_is_compiled_once_and_each_request_has_its_own_matcher(pool: P
     first.try_consume_tokens(tokenizer.encode("once").ids)
     assert all(accepts(matcher, tokenizer, "once1") for matcher in (second, third))
     assert accepts(first, tokenizer, "1")
-    failures = pool.outcomes(regex("(b"), Grammar(GrammarKind.REGEX, "(b", "another name"))
-    assert [failure.param for failure in failures.values()] == ["regex", "another name"]
+    failures = pool.outcomes(regex("(b"), regex("(b"))
+    assert [failure.param for failure in failures.values()] == ["regex", "regex"]
+    assert pool.wakes == before + 2
+
+
+def test_a_grammar_is_compiled_anew_after_a_number_of_copies(pool: Pool):
+    before = pool.wakes
+    for _ in range(100):
+        pool.outcome(regex("popular[0-9]"))
+    assert pool.wakes == before + 1
+    pool.outcome(regex("popular[0-9]"))
     assert pool.wakes == before + 2
 
 
@@ -187,6 +197,18 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(pool: Pool
     assert pool.wakes == before
     pool.outcome(regex("oldest"))
     assert pool.wakes == before + 1
+
+
+def test_a_full_lexer_fails_who_filled_it_and_nobody_later(pool: Pool, tokenizer: tokenizers.Tokenizer):
+    """The copies of a grammar share it: all would fail for as long as the grammar is kept."""
+    grammar = regex(r"\p{L}{1,5000}")  # some twenty states at each position
+    message = Generate("r0", [1], SamplingParams(max_tokens=5000, grammar=grammar))
+    request = Request(message, 1, 5000, (), pool.outcome(grammar))
+    while (failure := matcher_failure(request)) is None:
+        assert request.matcher.consume_token(tokenizer.token_to_id("a"))
+        pool.pool.fill([(0, request)])()
+    assert "too many states" in failure.message
+    assert accepts(pool.outcome(grammar), tokenizer, "a" * 100)
 
 
 def test_a_held_request_can_be_taken_back(pool: Pool):
