@@ -111,7 +111,8 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
         __m512i exact_low[ROUNDED_ROWS], exact_high[ROUNDED_ROWS];
         for (int r = 0; r < rows; r++)
             exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? sums[r * groups + g] : 0);
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 8, w += COLUMNS * bits) {
+#pragma GCC unroll 4 /* else each of the few turns copies the sums from register to register */
+        for (int k = 0; k < GROUP; k += 8, w += COLUMNS * bits) {
             fetch(ahead);
             __m512i part[2][2]; /* of inputs k..k+3 and k+4..k+7: the first 16 outputs, and the others */
             for (int i = 0; i < bits / 2; i++) {
@@ -126,7 +127,7 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
             for (int p = 0; p < 2; p++)
                 for (int r = 0; r < rows; r++) {
                     int32_t four;
-                    memcpy(&four, a + r * inner + k + 4 * p, sizeof four);
+                    memcpy(&four, a + r * inner + g * GROUP + k + 4 * p, sizeof four);
                     const __m512i x = _mm512_set1_epi32(four);
                     exact_low[r] = _mm512_dpbusd_epi32(exact_low[r], part[p][0], x);
                     exact_high[r] = _mm512_dpbusd_epi32(exact_high[r], part[p][1], x);
