@@ -338,18 +338,19 @@ static Heads heads_of(const Op *op) {
     return (Heads){op->in, op->out, op->keys, op->values, op->heads, op->kv_heads, op->dim, op->window, op->softcap};
 }
 
-static int64_t tiles_in(const Op *op, const Step *step) {
+static int64_t tiles_in(const Op *op, const Step *step, int64_t threads, Tile *tiles) {
     switch (op->kind) {
         case MATMUL: return column_tiles(op) * ((step->n + CHUNK_ROWS - 1) / CHUNK_ROWS);
         case ATTENTION: {
             const Heads heads = heads_of(op);
-            return attention_tiles(&heads, step) * op->kv_heads;
+            return list_tiles(&heads, step, threads, tiles) * op->kv_heads;
         }
         default: return step->n;
     }
 }
 
-static void run_tile(const Op *op, const Step *step, float *scratch, int64_t index, int64_t then) {
+/* `then`: the tile that this thread takes next. `tiles`: those of attention. */
+static void run_tile(const Op *op, const Step *step, const Tile *tiles, float *scratch, int64_t index, int64_t then) {
     switch (op->kind) {
         case NORM: norm_row(op, index); break;
         case MATMUL: matmul_tile(op, step->n, index, then); break;
@@ -357,21 +358,22 @@ static void run_tile(const Op *op, const Step *step, float *scratch, int64_t ind
         case QUANTIZE: quantize_row(op, index); break;
         case ATTENTION: {
             const Heads heads = heads_of(op);
-            attention_tile(&heads, step, scratch, index, then);
+            attention_tile(&heads, step, scratch, tiles + index / op->kv_heads, index % op->kv_heads,
+                           tiles + then / op->kv_heads, then % op->kv_heads);
         }
     }
 }
 
 /* A thread's share of an operation. In a step of few tokens it takes one range ahead, so as to know what to fetch; tiles
  * of many rows are too long for the others to wait for one more. */
-static void run_op(const Op *op, const Step *step, Counter *counter, int64_t threads, float *scratch) {
-    const int64_t tiles = tiles_in(op, step);
+static void run_op(const Op *op, const Step *step, Counter *counter, int64_t threads, Tile *list, float *scratch) {
+    const int64_t tiles = tiles_in(op, step, threads, list);
     const int early = step->n <= CHUNK_ROWS;
     Range now, then = {0, 0};
     for (int more = take(counter, tiles, threads, &now); more; now = then) {
         if (early) more = take(counter, tiles, threads, &then);
         for (int64_t index = now.from; index < now.to; index++)
-            run_tile(op, step, scratch, index, index + 1 < now.to ? index + 1 : early && more ? then.from : index);
+            run_tile(op, step, list, scratch, index, index + 1 < now.to ? index + 1 : early && more ? then.from : index);
         if (!early) more = take(counter, tiles, threads, &then);
     }
 }
@@ -379,26 +381,30 @@ static void run_op(const Op *op, const Step *step, Counter *counter, int64_t thr
 /* Run `count` operations over the tokens of a step. Returns 0, or 1 if there was no memory for the scratch space. */
 int run_ops(const Op *ops, int64_t count, const Step *step) {
     Counter *counters = calloc(count, sizeof(Counter));
-    int64_t scratch_size = 0;
+    int64_t scratch_size = 0, list_size = 0; /* of each thread */
     for (int64_t i = 0; i < count; i++)
         if (ops[i].kind == ATTENTION) {
             const Heads heads = heads_of(ops + i);
             const int64_t size = scratch_floats(&heads);
             scratch_size = size > scratch_size ? size : scratch_size;
+            list_size = most_tiles(&heads, step) > list_size ? most_tiles(&heads, step) : list_size;
         }
     float *scratches = aligned_alloc(64, sizeof(float) * (omp_get_max_threads() * scratch_size + LANES));
-    const int failed = !counters || !scratches;
+    Tile *lists = malloc(sizeof(Tile) * (omp_get_max_threads() * list_size + 1));
+    const int failed = !counters || !scratches || !lists;
     _Atomic int64_t arrived = 0;
 #pragma omp parallel if (!failed)
     if (!failed) {
         const int64_t threads = omp_get_num_threads();
         float *scratch = scratches + omp_get_thread_num() * scratch_size;
+        Tile *list = lists + omp_get_thread_num() * list_size;
         for (int64_t i = 0; i < count; i++) {
-            run_op(ops + i, step, counters + i, threads, scratch);
+            run_op(ops + i, step, counters + i, threads, list, scratch);
             meet(&arrived, (i + 1) * threads);
         }
     }
     free(counters);
     free(scratches);
+    free(lists);
     return failed;
 }

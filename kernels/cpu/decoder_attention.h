@@ -335,17 +335,6 @@ static int64_t scratch_floats(const Heads *h) {
     return TILE_ROWS * (h->dim + h->dim / 2 + BLOCK + BLOCK / 2 + 3);
 }
 
-static int64_t tiles_of(const Heads *h, const Step *step, int64_t row) {
-    const int64_t rows = (step->cu_q[row + 1] - step->cu_q[row]) * (h->heads / h->kv_heads);
-    return (rows + TILE_ROWS - 1) / TILE_ROWS;
-}
-
-static int64_t attention_tiles(const Heads *h, const Step *step) {
-    int64_t tiles = 0;
-    for (int64_t row = 0; row < step->rows; row++) tiles += tiles_of(h, step, row);
-    return tiles;
-}
-
 static void gather_queries(const Block *b, const uint16_t *const *from, uint16_t *q, int wide) {
     const int64_t dim = b->heads->dim;
     if (wide) memset(q, 0, sizeof *q * dim * TILE_ROWS);
@@ -373,54 +362,102 @@ static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
     }
 }
 
-/* A tile of work: rows pair..pair+rows-1 of those that request `row` has for one key/value head, over the keys from
- * `first` to `end`. */
+/* Rows pair..pair+rows-1 of those that request `row` has for one key/value head, over the keys from `first` on. Or those
+ * of several requests that decode, `members`, which begin with the same `shared` keys: these are read once for all. */
 typedef struct {
-    int64_t row, kv, pair, rows, start, first, end;
+    int64_t row, members, pair, rows, start, first, shared;
 } Tile;
 
-static Tile tile_at(const Heads *h, const Step *step, int64_t index) {
-    int64_t tile = index / h->kv_heads, row = 0;
-    while (tile >= tiles_of(h, step, row)) tile -= tiles_of(h, step, row++);
-    const int64_t group = h->heads / h->kv_heads, length = step->cu_q[row + 1] - step->cu_q[row];
-    Tile t = {.row = row, .kv = index % h->kv_heads, .start = step->seq_lens[row] - length};
-    t.pair = (tiles_of(h, step, row) - 1 - tile) * TILE_ROWS; /* the last see the longest context: first */
-    t.rows = length * group - t.pair < TILE_ROWS ? length * group - t.pair : TILE_ROWS;
-    const int64_t oldest = h->window ? t.start + t.pair / group - h->window + 1 : 0;
-    t.first = oldest > 0 ? oldest / BLOCK * BLOCK : 0;
-    t.end = t.start + (t.pair + t.rows - 1) / group + 1;
-    return t;
+/* How many requests from `row` on, at most `most`, have one token each and the same pages in their first whole blocks. */
+static int64_t members_from(const Step *step, int64_t row, int64_t most, int64_t *shared) {
+    const int32_t *pages = step->block_table + row * step->table_width;
+    int64_t members = 1, common = (step->seq_lens[row] - 1) / BLOCK * BLOCK;
+    for (int64_t other = row + 1; members < most && other < step->rows; other++, members++) {
+        const int32_t *theirs = pages + members * step->table_width;
+        const int64_t own = (step->seq_lens[other] - 1) / BLOCK * BLOCK, most_common = own < common ? own : common;
+        int64_t same = 0;
+        while (same < most_common && pages[same / step->page_size] == theirs[same / step->page_size])
+            same += step->page_size;
+        same = (same < most_common ? same : most_common) / BLOCK * BLOCK;
+        if (step->cu_q[other + 1] - step->cu_q[other] != 1 || same == 0) break;
+        common = same;
+    }
+    *shared = members > 1 ? common : 0;
+    return members;
 }
 
-/* `then`: the tile that this thread takes next. */
-static void attention_tile(const Heads *h, const Step *step, float *scratch, int64_t index, int64_t then) {
-    const Tile t = tile_at(h, step, index), after = tile_at(h, step, then);
-    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[t.row], dim = h->dim;
-    const int wide = t.rows > NARROW_ROWS;
+static int64_t most_tiles(const Heads *h, const Step *step) {
+    return step->rows + step->n * (h->heads / h->kv_heads) / TILE_ROWS;
+}
+
+/* Into `tiles`, which has room for `most_tiles`; returns how many there are for each key/value head. Requests share tiles
+ * as far as there remain enough for all threads; the numbers are the same either way. */
+static int64_t list_tiles(const Heads *h, const Step *step, int64_t threads, Tile *tiles) {
+    const int64_t group = h->heads / h->kv_heads, spare = step->rows * h->kv_heads / (2 * threads);
+    const int64_t most = h->window ? 1 : spare < NARROW_ROWS / group ? spare : NARROW_ROWS / group;
+    int64_t count = 0;
+    for (int64_t row = 0, members; row < step->rows; row += members) {
+        const int64_t length = step->cu_q[row + 1] - step->cu_q[row], start = step->seq_lens[row] - length;
+        int64_t shared = 0;
+        members = members_from(step, row, length == 1 ? most : 1, &shared);
+        const int64_t rows = (length > members ? length : members) * group;
+        /* The last of a prompt see the longest context, and come first. */
+        for (int64_t pair = (rows - 1) / TILE_ROWS * TILE_ROWS; pair >= 0; pair -= TILE_ROWS) {
+            const int64_t oldest = h->window ? start + pair / group - h->window + 1 : 0;
+            const int64_t left = rows - pair < TILE_ROWS ? rows - pair : TILE_ROWS;
+            tiles[count++] = (Tile){row, members, pair, left, start, oldest > 0 ? oldest / BLOCK * BLOCK : 0, shared};
+        }
+    }
+    return count;
+}
+
+/* The end of the keys of one of a tile's members. */
+static int64_t end_of(const Heads *h, const Step *step, const Tile *t, int64_t member) {
+    if (t->members > 1) return step->seq_lens[t->row + member];
+    return t->start + (t->pair + t->rows - 1) / (h->heads / h->kv_heads) + 1;
+}
+
+/* Tile `t` of head `kv`; `after`, of head `after_kv`, is what this thread takes next. */
+static void attention_tile(const Heads *h, const Step *step, float *scratch, const Tile *t, int64_t kv, const Tile *after,
+                           int64_t after_kv) {
+    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[t->row], dim = h->dim;
+    const int wide = t->rows > NARROW_ROWS;
     float *sums = scratch, *max = sums + TILE_ROWS * dim, *sum = max + TILE_ROWS, *keep = sum + TILE_ROWS;
     float *scores = keep + TILE_ROWS;
     uint16_t *weights = (uint16_t *)(scores + TILE_ROWS * BLOCK), *q = weights + TILE_ROWS * BLOCK;
     const uint16_t *from[TILE_ROWS];
     uint16_t *to[TILE_ROWS];
-    for (int64_t i = 0; i < t.rows; i++) {
-        const int64_t at = ((begin + (t.pair + i) / group) * h->heads + t.kv * group + (t.pair + i) % group) * dim;
+    for (int64_t i = 0; i < t->rows; i++) {
+        const int64_t at = ((begin + (t->pair + i) / group) * h->heads + kv * group + (t->pair + i) % group) * dim;
         from[i] = h->query + at, to[i] = h->out + at;
     }
-    Block b = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
-               .keep = keep, .stride = 2 * step->page_size, .rows = t.rows, .group = group, .start = t.start,
-               .pair = t.pair};
-    gather_queries(&b, from, q, wide);
-    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t.rows) * dim);
+    const Block whole = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
+                         .keep = keep, .stride = 2 * step->page_size, .rows = t->rows, .group = group,
+                         .start = t->start, .pair = t->pair};
+    gather_queries(&whole, from, q, wide);
+    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t->rows) * dim);
     for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
-    locate(h, step, t.row, t.kv, t.first, t.end, b.next_keys, b.next_values);
-    for (b.first = t.first; b.first < t.end; b.first += BLOCK) {
-        b.count = t.end - b.first < BLOCK ? t.end - b.first : BLOCK;
-        memcpy(b.keys, b.next_keys, sizeof b.keys), memcpy(b.values, b.next_values, sizeof b.values);
-        if (b.first + BLOCK < t.end)
-            locate(h, step, t.row, t.kv, b.first + BLOCK, t.end, b.next_keys, b.next_values);
-        else locate(h, step, after.row, after.kv, after.first, after.end, b.next_keys, b.next_values);
-        if (wide) attend_wide(&b);
-        else attend_narrow(&b);
+    const uint16_t *keys[PARTS], *values[PARTS]; /* of the block that this thread computes next */
+    locate(h, step, t->row, kv, t->first, end_of(h, step, t, 0), keys, values);
+    /* First the shared keys, then each member's own. */
+    for (int64_t i = t->shared ? -1 : 0; i < t->members; i++) {
+        Block b = whole;
+        if (i >= 0 && t->members > 1) {
+            b.q += i * group * dim, b.sums += i * group * dim, b.max += i * group, b.sum += i * group;
+            b.rows = group, b.start = step->seq_lens[t->row + i] - 1;
+        }
+        const int64_t row = t->row + (i > 0 ? i : 0), end = i < 0 ? t->shared : end_of(h, step, t, i);
+        for (b.first = i < 0 ? 0 : t->first + t->shared; b.first < end; b.first += BLOCK) {
+            b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
+            memcpy(b.keys, keys, sizeof keys), memcpy(b.values, values, sizeof values);
+            if (b.first + BLOCK < end) locate(h, step, row, kv, b.first + BLOCK, end, keys, values);
+            else if (i + 1 < t->members) {
+                locate(h, step, t->row + i + 1, kv, t->shared, end_of(h, step, t, i + 1), keys, values);
+            } else locate(h, step, after->row, after_kv, after->first, end_of(h, step, after, 0), keys, values);
+            memcpy(b.next_keys, keys, sizeof keys), memcpy(b.next_values, values, sizeof values);
+            if (wide) attend_wide(&b);
+            else attend_narrow(&b);
+        }
     }
-    scatter_sums(&b, to, wide);
+    scatter_sums(&whole, to, wide);
 }
