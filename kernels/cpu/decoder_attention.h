@@ -10,6 +10,10 @@
  * keys in blocks of 64 positions that begin at multiples of 64, with a running maximum between blocks (Milakov and
  * Gimelshein, "Online normalizer calculation for softmax", 2018). Weights are rounded before they are summed up, so
  * that they add up to one. Scores are logarithms to base 2: the caller scales the queries so.
+ *
+ * Decodes are bound by the way from memory: with each vector of a block the one at the same place of the next block is
+ * fetched into the second-level cache, and requests that share leading pages pass their keys together. (Fetched in one
+ * burst before each block, or into the first-level cache, attention took 1.4 times as long.)
  */
 #include "vector.h"
 
