@@ -5,11 +5,11 @@ dummy that padding rows may write to.
 """
 
 import dataclasses
-import math
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ramet.kernels.cpu import huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,8 @@ class KVPool:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeroed memory: a NaN left in what is not written yet would survive a masked softmax (0 * NaN).
 
-    On a CPU numpy asks the kernel for pages that are zero and only mapped when they are written, so that a large pool
-    costs what is used of it; torch would write all of it.
+    On a CPU pages are zero and only mapped when they are written, so that a large pool costs what is used of it.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    if device.type == "cpu":
+        return huge_pages.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

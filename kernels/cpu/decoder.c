@@ -49,15 +49,29 @@ typedef struct {
 
 /* ---- matrix products ---------------------------------------------------------------------------------------------*/
 
+/* Weights that a thread will read next, from memory. Each panel of rows fetches its share of them while it computes:
+ * left to the first panel that reads them, memory would be the bottleneck there and idle during the others. */
+typedef struct {
+    const char *at;
+    int64_t step; /* bytes for each step of a panel through its inputs */
+} Ahead;
+
+static inline void fetch(Ahead *ahead) {
+    _mm_prefetch(ahead->at, _MM_HINT_T1);
+    _mm_prefetch(ahead->at + 64, _MM_HINT_T1);
+    ahead->at += ahead->step;
+}
+
 /* tile [rows][32] = a [rows, 2 * pairs] . w; `rows` is known where this is inlined. */
 static inline __attribute__((always_inline)) void panel(const uint16_t *a, int64_t inner, const uint16_t *w,
-                                                        float *tile, const int rows) {
+                                                        float *tile, Ahead *ahead, const int rows) {
     __m512 low[PANEL_ROWS], high[PANEL_ROWS];
     for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < inner; k += 2, w += 2 * COLUMNS) {
         const __m512bh w_low = (__m512bh)_mm512_loadu_si512(w), w_high = (__m512bh)_mm512_loadu_si512(w + COLUMNS);
         _mm_prefetch((const char *)(w + 64 * COLUMNS), _MM_HINT_T0);
         _mm_prefetch((const char *)(w + 65 * COLUMNS), _MM_HINT_T0);
+        fetch(ahead);
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, a + r * inner + k, sizeof pair);
@@ -82,7 +96,8 @@ static inline __m512 half_floats(const uint16_t *at) {
  * `scales` has as float16 [tile][group][scale, minimum][32]; a byte holds the weights of inputs k (low half) and k + 4.
  */
 static inline __attribute__((always_inline)) void panel_rounded(const Op *op, int64_t row, int64_t column_tile,
-                                                                float *tile, const int rows, const int bits) {
+                                                                float *tile, Ahead *ahead, const int rows,
+                                                                const int bits) {
     const int64_t inner = op->inner, groups = inner / GROUP;
     const int8_t *a = (const int8_t *)op->in + row * inner;
     const uint8_t *w = (const uint8_t *)op->weight + column_tile * COLUMNS * inner * bits / 8;
@@ -96,7 +111,9 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
         __m512i exact_low[ROUNDED_ROWS], exact_high[ROUNDED_ROWS];
         for (int r = 0; r < rows; r++)
             exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? sums[r * groups + g] : 0);
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 8, w += COLUMNS * bits) {
+#pragma GCC unroll 4 /* else each of the few turns copies the sums from register to register */
+        for (int k = 0; k < GROUP; k += 8, w += COLUMNS * bits) {
+            fetch(ahead);
             __m512i part[2][2]; /* of inputs k..k+3 and k+4..k+7: the first 16 outputs, and the others */
             for (int i = 0; i < bits / 2; i++) {
                 const __m512i bytes = _mm512_loadu_si512(w + i * 64);
@@ -110,7 +127,7 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
             for (int p = 0; p < 2; p++)
                 for (int r = 0; r < rows; r++) {
                     int32_t four;
-                    memcpy(&four, a + r * inner + k + 4 * p, sizeof four);
+                    memcpy(&four, a + r * inner + g * GROUP + k + 4 * p, sizeof four);
                     const __m512i x = _mm512_set1_epi32(four);
                     exact_low[r] = _mm512_dpbusd_epi32(exact_low[r], part[p][0], x);
                     exact_high[r] = _mm512_dpbusd_epi32(exact_high[r], part[p][1], x);
@@ -139,14 +156,14 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
 }
 
 #define CASE(R) \
-    case R: panel(a, op->inner, w, tile, R); break;
+    case R: panel(a, op->inner, w, tile, ahead, R); break;
 #define ROUNDED_CASE(R) \
     case R: \
-        if (op->bits == 8) panel_rounded(op, row, column_tile, tile, R, 8); \
-        else panel_rounded(op, row, column_tile, tile, R, 4); \
+        if (op->bits == 8) panel_rounded(op, row, column_tile, tile, ahead, R, 8); \
+        else panel_rounded(op, row, column_tile, tile, ahead, R, 4); \
         break;
 /* tile [rows][32]: outputs of one tile of weights for rows row..row+rows-1. */
-static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_tile, float *tile) {
+static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_tile, float *tile, Ahead *ahead) {
     const uint16_t *a = (const uint16_t *)op->in + row * op->inner;
     const uint16_t *w = (const uint16_t *)op->weight + column_tile * COLUMNS * op->inner;
     if (op->bits == 16) switch (rows) {
@@ -193,16 +210,18 @@ static int64_t column_tiles(const Op *op) {
     return (op->width + unit - 1) / unit;
 }
 
-static void matmul_tile(const Op *op, int64_t n, int64_t index) {
+/* `then`: the tile that this thread takes next. */
+static void matmul_tile(const Op *op, int64_t n, int64_t index, int64_t then) {
     const int64_t tiles = column_tiles(op), column_tile = index % tiles, from = index / tiles * CHUNK_ROWS;
     const int64_t to = from + CHUNK_ROWS < n ? from + CHUNK_ROWS : n;
     const int64_t most = op->bits < 16 ? ROUNDED_ROWS : PANEL_ROWS;
     const int64_t panels = (to - from + most - 1) / most, step = (to - from + panels - 1) / panels;
+    const int64_t tile_bytes = COLUMNS * op->inner * op->bits / 8, inputs = op->bits < 16 ? 8 : 2;
+    Ahead ahead = {(const char *)op->weight + then % tiles * tile_bytes, COLUMNS * op->bits / 8 * inputs / panels};
     float tile[PANEL_ROWS * COLUMNS] __attribute__((aligned(64)));
     for (int64_t row = from; row < to; row += step) {
         const int64_t rows = row + step < to ? step : to - row;
-
-        multiply(op, row, rows, column_tile, tile);
+        multiply(op, row, rows, column_tile, tile, &ahead);
         finish(op, tile, row, rows, column_tile);
     }
 }
@@ -291,14 +310,18 @@ typedef struct {
     char apart[56];
 } Counter;
 
+typedef struct {
+    int64_t from, to;
+} Range;
+
 /* Tiles from..to-1, a part of what is left that shrinks towards the end; 0 if all are taken. */
-static int take(Counter *counter, int64_t tiles, int64_t threads, int64_t *from, int64_t *to) {
+static int take(Counter *counter, int64_t tiles, int64_t threads, Range *range) {
     int64_t at = atomic_load_explicit(&counter->next, memory_order_relaxed);
     do {
         if (at >= tiles) return 0;
         const int64_t share = (tiles - at) / (2 * threads);
-        *from = at, *to = at + (share > 0 ? share : 1);
-    } while (!atomic_compare_exchange_weak_explicit(&counter->next, &at, *to, memory_order_relaxed, memory_order_relaxed));
+        *range = (Range){at, at + (share > 0 ? share : 1)};
+    } while (!atomic_compare_exchange_weak_explicit(&counter->next, &at, range->to, memory_order_relaxed, memory_order_relaxed));
     return 1;
 }
 
@@ -315,56 +338,73 @@ static Heads heads_of(const Op *op) {
     return (Heads){op->in, op->out, op->keys, op->values, op->heads, op->kv_heads, op->dim, op->window, op->softcap};
 }
 
-static int64_t tiles_in(const Op *op, const Step *step) {
+static int64_t tiles_in(const Op *op, const Step *step, int64_t threads, Tile *tiles) {
     switch (op->kind) {
         case MATMUL: return column_tiles(op) * ((step->n + CHUNK_ROWS - 1) / CHUNK_ROWS);
         case ATTENTION: {
             const Heads heads = heads_of(op);
-            return attention_tiles(&heads, step) * op->kv_heads;
+            return list_tiles(&heads, step, threads, tiles) * op->kv_heads;
         }
         default: return step->n;
     }
 }
 
-static void run_tile(const Op *op, const Step *step, float *scratch, int64_t index) {
+/* `then`: the tile that this thread takes next. `tiles`: those of attention. */
+static void run_tile(const Op *op, const Step *step, const Tile *tiles, float *scratch, int64_t index, int64_t then) {
     switch (op->kind) {
         case NORM: norm_row(op, index); break;
-        case MATMUL: matmul_tile(op, step->n, index); break;
+        case MATMUL: matmul_tile(op, step->n, index, then); break;
         case ROPE: rope_token(op, step, index); break;
         case QUANTIZE: quantize_row(op, index); break;
         case ATTENTION: {
             const Heads heads = heads_of(op);
-            attention_tile(&heads, step, scratch, index);
+            attention_tile(&heads, step, scratch, tiles + index / op->kv_heads, index % op->kv_heads,
+                           tiles + then / op->kv_heads, then % op->kv_heads);
         }
+    }
+}
+
+/* A thread's share of an operation. In a step of few tokens it takes one range ahead, so as to know what to fetch; tiles
+ * of many rows are too long for the others to wait for one more. */
+static void run_op(const Op *op, const Step *step, Counter *counter, int64_t threads, Tile *list, float *scratch) {
+    const int64_t tiles = tiles_in(op, step, threads, list);
+    const int early = step->n <= CHUNK_ROWS;
+    Range now, then = {0, 0};
+    for (int more = take(counter, tiles, threads, &now); more; now = then) {
+        if (early) more = take(counter, tiles, threads, &then);
+        for (int64_t index = now.from; index < now.to; index++)
+            run_tile(op, step, list, scratch, index, index + 1 < now.to ? index + 1 : early && more ? then.from : index);
+        if (!early) more = take(counter, tiles, threads, &then);
     }
 }
 
 /* Run `count` operations over the tokens of a step. Returns 0, or 1 if there was no memory for the scratch space. */
 int run_ops(const Op *ops, int64_t count, const Step *step) {
     Counter *counters = calloc(count, sizeof(Counter));
-    int64_t scratch_size = 0;
+    int64_t scratch_size = 0, list_size = 0; /* of each thread */
     for (int64_t i = 0; i < count; i++)
         if (ops[i].kind == ATTENTION) {
             const Heads heads = heads_of(ops + i);
             const int64_t size = scratch_floats(&heads);
             scratch_size = size > scratch_size ? size : scratch_size;
+            list_size = most_tiles(&heads, step) > list_size ? most_tiles(&heads, step) : list_size;
         }
     float *scratches = aligned_alloc(64, sizeof(float) * (omp_get_max_threads() * scratch_size + LANES));
-    const int failed = !counters || !scratches;
+    Tile *lists = malloc(sizeof(Tile) * (omp_get_max_threads() * list_size + 1));
+    const int failed = !counters || !scratches || !lists;
     _Atomic int64_t arrived = 0;
 #pragma omp parallel if (!failed)
     if (!failed) {
         const int64_t threads = omp_get_num_threads();
         float *scratch = scratches + omp_get_thread_num() * scratch_size;
+        Tile *list = lists + omp_get_thread_num() * list_size;
         for (int64_t i = 0; i < count; i++) {
-            const int64_t tiles = tiles_in(ops + i, step);
-            int64_t from, to;
-            while (take(counters + i, tiles, threads, &from, &to))
-                for (int64_t index = from; index < to; index++) run_tile(ops + i, step, scratch, index);
+            run_op(ops + i, step, counters + i, threads, list, scratch);
             meet(&arrived, (i + 1) * threads);
         }
     }
     free(counters);
     free(scratches);
+    free(lists);
     return failed;
 }

@@ -5,7 +5,6 @@ An `Op` holds addresses: whoever makes one keeps the tensors alive.
 
 import ctypes
 import dataclasses
-import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.cpu.build import KernelUnavailable, load_kernel
+from ramet.kernels.cpu.huge_pages import HugePages
 
 NORM, MATMUL, ROPE, ATTENTION, QUANTIZE = range(5)
 STORE, ADD, GATED_SILU, GATED_GELU_TANH = range(4)
@@ -106,11 +106,11 @@ class Packed:
         """16 bits, or 8 by a scale of each output, symmetric. weight [out, in] bfloat16; `in` is even, for 8 bits a
         multiple of 32."""
         if bits == 16:
-            return cls(bits, in_huge_pages(pack(weight)))
+            return cls(bits, pack(weight))
         weight = F.pad(weight.float(), (0, 0, 0, -weight.shape[0] % COLUMNS))
         scales = weight.abs().amax(dim=1) / 127
         rounded = (weight / scales.clamp(min=1e-30)[:, None]).round() + 128
-        return cls(bits, in_huge_pages(pack(rounded.to(torch.uint8), 4)), scales)
+        return cls(bits, pack(rounded.to(torch.uint8), 4), scales)
 
     @classmethod
     def of_grid(cls, grid: Grid) -> "Packed":
@@ -118,7 +118,10 @@ class Packed:
         nibbles = pack(grid.numbers, 4)  # [tiles, in / 4, 32, 4]
         halves = F.pad(torch.stack([grid.scales, grid.minima]), (0, 0, 0, -grid.scales.shape[0] % COLUMNS))
         halves = halves.unflatten(1, (-1, COLUMNS)).permute(1, 3, 0, 2)  # [tiles, groups, 2, 32]
-        return cls(4, in_huge_pages(nibbles[:, ::2] | nibbles[:, 1::2] << 4), halves.contiguous())
+        return cls(4, nibbles[:, ::2] | nibbles[:, 1::2] << 4, halves.contiguous())
+
+    def kept_in(self, pages: HugePages) -> "Packed":
+        return Packed(self.bits, pages.copy(self.weight), None if self.scales is None else pages.copy(self.scales))
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -126,12 +129,3 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     half = COLUMNS // 2
     parts = [part.unflatten(0, (-1, half)) for part in (gate, up)]
     return torch.stack(parts, dim=1).flatten(0, 2)
-
-
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy in memory of 2 MiB pages, where the system has them: weights are read from end to end in each step."""
-    memory = mmap.mmap(-1, max(tensor.nbytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-    return copy.copy_(tensor)

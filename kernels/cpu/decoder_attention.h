@@ -10,6 +10,10 @@
  * keys in blocks of 64 positions that begin at multiples of 64, with a running maximum between blocks (Milakov and
  * Gimelshein, "Online normalizer calculation for softmax", 2018). Weights are rounded before they are summed up, so
  * that they add up to one. Scores are logarithms to base 2: the caller scales the queries so.
+ *
+ * Decodes are bound by the way from memory: with each vector of a block the one at the same place of the next block is
+ * fetched into the second-level cache, and requests that share leading pages pass their keys together. (Fetched in one
+ * burst before each block, or into the first-level cache, attention took 1.4 times as long.)
  */
 #include "vector.h"
 
@@ -70,15 +74,19 @@ static void store_value(uint16_t *values, int64_t heads, int64_t head, int64_t d
         for (int64_t d = 0; d < dim; d++) at[2 * d + 1] = 0;
 }
 
-/* scores[r][0..63] = q[r] . keys; part i's 16 keys begin at `keys[i]`, their pairs `stride` apart. */
+/* scores[r][0..63] = q[r] . keys; part i's 16 keys begin at `keys[i]`, their pairs `stride` apart. The like of `next`
+ * are fetched. */
 static inline __attribute__((always_inline)) void score_rows(const uint16_t *q, const uint16_t *const *keys,
-                                                             int64_t stride, int64_t dim, __m512 scores[][PARTS],
-                                                             const int rows) {
+                                                             const uint16_t *const *next, int64_t stride, int64_t dim,
+                                                             __m512 scores[][PARTS], const int rows) {
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < PARTS; i++) scores[r][i] = _mm512_setzero_ps();
     for (int64_t d = 0, at = 0; d < dim; d += 2, at += stride) {
         __m512bh k[PARTS];
-        for (int i = 0; i < PARTS; i++) k[i] = load_pairs(keys[i] + at);
+        for (int i = 0; i < PARTS; i++) {
+            k[i] = load_pairs(keys[i] + at);
+            _mm_prefetch((const char *)(next[i] + at), _MM_HINT_T1);
+        }
         for (int r = 0; r < rows; r++) {
             const __m512bh x = pair_of(q + r * dim + d);
             for (int i = 0; i < PARTS; i++) scores[r][i] = _mm512_dpbf16_ps(scores[r][i], x, k[i]);
@@ -86,10 +94,10 @@ static inline __attribute__((always_inline)) void score_rows(const uint16_t *q, 
     }
 }
 
-/* sums[r] = sums[r] * keep[r] + weights[r] . values over `pairs` pairs of tokens. */
+/* sums[r] = sums[r] * keep[r] + weights[r] . values over `pairs` pairs of tokens; the like of `next` are fetched. */
 static inline __attribute__((always_inline)) void add_values(const uint16_t *weights, const uint16_t *const *values,
-                                                             int64_t pairs, int64_t dim, const float *keep, float *sums,
-                                                             const int rows) {
+                                                             const uint16_t *const *next, int64_t pairs, int64_t dim,
+                                                             const float *keep, float *sums, const int rows) {
     for (int64_t d = 0; d < dim; d += BLOCK) {
         const int parts = dim - d < BLOCK ? (int)(dim - d) / LANES : PARTS;
         __m512 sum[MOST_ROWS][PARTS];
@@ -99,9 +107,13 @@ static inline __attribute__((always_inline)) void add_values(const uint16_t *wei
                                                       _mm512_set1_ps(keep[r]))
                                       : _mm512_setzero_ps();
         for (int64_t j = 0; j < pairs; j++) {
-            const uint16_t *v = values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
+            const int64_t at = (j % (LANES / 2) * dim + d) * 2;
+            const uint16_t *v = values[j / (LANES / 2)] + at, *fetched = next[j / (LANES / 2)] + at;
             __m512bh part[PARTS];
-            for (int i = 0; i < PARTS; i++) part[i] = load_pairs(v + (i < parts ? i : 0) * 2 * LANES);
+            for (int i = 0; i < PARTS; i++) {
+                part[i] = load_pairs(v + (i < parts ? i : 0) * 2 * LANES);
+                _mm_prefetch((const char *)(fetched + i * 2 * LANES), _MM_HINT_T1);
+            }
             for (int r = 0; r < rows; r++) {
                 const __m512bh w = pair_of(weights + r * BLOCK + 2 * j);
                 for (int i = 0; i < PARTS; i++) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], w, part[i]);
@@ -162,6 +174,7 @@ static float weigh(__m512 *scores, int64_t from, int64_t to, float softcap, uint
 typedef struct {
     const Heads *heads;
     const uint16_t *q, *keys[PARTS], *values[PARTS];
+    const uint16_t *next_keys[PARTS], *next_values[PARTS]; /* of the block that this thread computes next */
     uint16_t *weights;
     float *scores, *sums, *max, *sum, *keep;
     int64_t stride;       /* from one pair of a key's numbers to the next */
@@ -170,24 +183,14 @@ typedef struct {
     int64_t start, pair;  /* row i is of the token at position start + (pair + i) / group */
 } Block;
 
-/* Where the keys and values of the 16 tokens from `position` on begin, for one head of one row. */
-static inline void locate(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t position,
+/* One head's keys and values of the 64 tokens of request `row` from `first` on, as far as there are any before `end`. */
+static inline void locate(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t first, int64_t end,
                           const uint16_t **keys, const uint16_t **values) {
-    const int64_t size = step->page_size, offset = position % size;
-    const int64_t page = step->block_table[row * step->table_width + position / size];
-    *keys = h->keys + (page * h->kv_heads + kv) * size * h->dim + 2 * offset;
-    *values = h->values + ((page * h->kv_heads + kv) * size + offset) * h->dim;
-}
-
-/* Pages lie scattered, and the processor cannot guess the next one. (Of pages of 16 tokens; of larger ones it can.) */
-static void fetch_ahead(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t from, int64_t end) {
-    for (int64_t position = from; position < end && position < from + BLOCK; position += LANES) {
-        const uint16_t *keys, *values;
-        locate(h, step, row, kv, position, &keys, &values);
-        for (int64_t i = 0; i < LANES * h->dim; i += 32) {
-            _mm_prefetch((const char *)(keys + i), _MM_HINT_T1);
-            _mm_prefetch((const char *)(values + i), _MM_HINT_T1);
-        }
+    for (int64_t i = 0; i < PARTS; i++) { /* parts beyond the end are masked; they only must be readable */
+        const int64_t position = first + i * LANES < end ? first + i * LANES : first, size = step->page_size;
+        const int64_t page = step->block_table[row * step->table_width + position / size], offset = position % size;
+        keys[i] = h->keys + (page * h->kv_heads + kv) * size * h->dim + 2 * offset;
+        values[i] = h->values + ((page * h->kv_heads + kv) * size + offset) * h->dim;
     }
 }
 
@@ -196,14 +199,14 @@ static inline __attribute__((always_inline)) void attend_rows(const Block *b, in
     const int64_t dim = b->heads->dim, window = b->heads->window;
     __m512 scores[MOST_ROWS][PARTS];
     float keep[MOST_ROWS];
-    score_rows(b->q + i * dim, b->keys, b->stride, dim, scores, rows);
+    score_rows(b->q + i * dim, b->keys, b->next_keys, b->stride, dim, scores, rows);
     for (int r = 0; r < rows; r++) {
         const int64_t position = b->start + (b->pair + i + r) / b->group, from = position - window + 1 - b->first;
         const int64_t to = position + 1 - b->first;
         keep[r] = weigh(scores[r], window && from > 0 ? from : 0, to < BLOCK ? to : BLOCK, b->heads->softcap,
                         b->weights + r * BLOCK, b->max + i + r, b->sum + i + r);
     }
-    add_values(b->weights, b->values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
+    add_values(b->weights, b->values, b->next_values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
 }
 
 static void attend_narrow(const Block *b) {
@@ -336,17 +339,6 @@ static int64_t scratch_floats(const Heads *h) {
     return TILE_ROWS * (h->dim + h->dim / 2 + BLOCK + BLOCK / 2 + 3);
 }
 
-static int64_t tiles_of(const Heads *h, const Step *step, int64_t row) {
-    const int64_t rows = (step->cu_q[row + 1] - step->cu_q[row]) * (h->heads / h->kv_heads);
-    return (rows + TILE_ROWS - 1) / TILE_ROWS;
-}
-
-static int64_t attention_tiles(const Heads *h, const Step *step) {
-    int64_t tiles = 0;
-    for (int64_t row = 0; row < step->rows; row++) tiles += tiles_of(h, step, row);
-    return tiles;
-}
-
 static void gather_queries(const Block *b, const uint16_t *const *from, uint16_t *q, int wide) {
     const int64_t dim = b->heads->dim;
     if (wide) memset(q, 0, sizeof *q * dim * TILE_ROWS);
@@ -374,43 +366,102 @@ static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
     }
 }
 
-/* Rows pair..pair+rows-1 of those that request `row` has for one key/value head. */
-static void attend(const Heads *h, const Step *step, float *scratch, int64_t row, int64_t kv, int64_t pair, int64_t rows) {
-    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[row];
-    const int64_t start = step->seq_lens[row] - (step->cu_q[row + 1] - begin), dim = h->dim;
-    const int64_t end = start + (pair + rows - 1) / group + 1;
-    const int wide = rows > NARROW_ROWS;
+/* Rows pair..pair+rows-1 of those that request `row` has for one key/value head, over the keys from `first` on. Or those
+ * of several requests that decode, `members`, which begin with the same `shared` keys: these are read once for all. */
+typedef struct {
+    int64_t row, members, pair, rows, start, first, shared;
+} Tile;
+
+/* How many requests from `row` on, at most `most`, have one token each and the same pages in their first whole blocks. */
+static int64_t members_from(const Step *step, int64_t row, int64_t most, int64_t *shared) {
+    const int32_t *pages = step->block_table + row * step->table_width;
+    int64_t members = 1, common = (step->seq_lens[row] - 1) / BLOCK * BLOCK;
+    for (int64_t other = row + 1; members < most && other < step->rows; other++, members++) {
+        const int32_t *theirs = pages + members * step->table_width;
+        const int64_t own = (step->seq_lens[other] - 1) / BLOCK * BLOCK, most_common = own < common ? own : common;
+        int64_t same = 0;
+        while (same < most_common && pages[same / step->page_size] == theirs[same / step->page_size])
+            same += step->page_size;
+        same = (same < most_common ? same : most_common) / BLOCK * BLOCK;
+        if (step->cu_q[other + 1] - step->cu_q[other] != 1 || same == 0) break;
+        common = same;
+    }
+    *shared = members > 1 ? common : 0;
+    return members;
+}
+
+static int64_t most_tiles(const Heads *h, const Step *step) {
+    return step->rows + step->n * (h->heads / h->kv_heads) / TILE_ROWS;
+}
+
+/* Into `tiles`, which has room for `most_tiles`; returns how many there are for each key/value head. Requests share tiles
+ * as far as there remain enough for all threads; the numbers are the same either way. */
+static int64_t list_tiles(const Heads *h, const Step *step, int64_t threads, Tile *tiles) {
+    const int64_t group = h->heads / h->kv_heads, spare = step->rows * h->kv_heads / (2 * threads);
+    const int64_t most = h->window ? 1 : spare < NARROW_ROWS / group ? spare : NARROW_ROWS / group;
+    int64_t count = 0;
+    for (int64_t row = 0, members; row < step->rows; row += members) {
+        const int64_t length = step->cu_q[row + 1] - step->cu_q[row], start = step->seq_lens[row] - length;
+        int64_t shared = 0;
+        members = members_from(step, row, length == 1 ? most : 1, &shared);
+        const int64_t rows = (length > members ? length : members) * group;
+        /* The last of a prompt see the longest context, and come first. */
+        for (int64_t pair = (rows - 1) / TILE_ROWS * TILE_ROWS; pair >= 0; pair -= TILE_ROWS) {
+            const int64_t oldest = h->window ? start + pair / group - h->window + 1 : 0;
+            const int64_t left = rows - pair < TILE_ROWS ? rows - pair : TILE_ROWS;
+            tiles[count++] = (Tile){row, members, pair, left, start, oldest > 0 ? oldest / BLOCK * BLOCK : 0, shared};
+        }
+    }
+    return count;
+}
+
+/* The end of the keys of one of a tile's members. */
+static int64_t end_of(const Heads *h, const Step *step, const Tile *t, int64_t member) {
+    if (t->members > 1) return step->seq_lens[t->row + member];
+    return t->start + (t->pair + t->rows - 1) / (h->heads / h->kv_heads) + 1;
+}
+
+/* Tile `t` of head `kv`; `after`, of head `after_kv`, is what this thread takes next. */
+static void attention_tile(const Heads *h, const Step *step, float *scratch, const Tile *t, int64_t kv, const Tile *after,
+                           int64_t after_kv) {
+    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[t->row], dim = h->dim;
+    const int wide = t->rows > NARROW_ROWS;
     float *sums = scratch, *max = sums + TILE_ROWS * dim, *sum = max + TILE_ROWS, *keep = sum + TILE_ROWS;
     float *scores = keep + TILE_ROWS;
     uint16_t *weights = (uint16_t *)(scores + TILE_ROWS * BLOCK), *q = weights + TILE_ROWS * BLOCK;
     const uint16_t *from[TILE_ROWS];
     uint16_t *to[TILE_ROWS];
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t at = ((begin + (pair + i) / group) * h->heads + kv * group + (pair + i) % group) * dim;
+    for (int64_t i = 0; i < t->rows; i++) {
+        const int64_t at = ((begin + (t->pair + i) / group) * h->heads + kv * group + (t->pair + i) % group) * dim;
         from[i] = h->query + at, to[i] = h->out + at;
     }
-    Block b = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
-               .keep = keep, .stride = 2 * step->page_size, .rows = rows, .group = group, .start = start, .pair = pair};
-    gather_queries(&b, from, q, wide);
-    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : rows) * dim);
+    const Block whole = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
+                         .keep = keep, .stride = 2 * step->page_size, .rows = t->rows, .group = group,
+                         .start = t->start, .pair = t->pair};
+    gather_queries(&whole, from, q, wide);
+    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t->rows) * dim);
     for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
-    const int64_t oldest = h->window ? start + pair / group - h->window + 1 : 0;
-    b.first = oldest > 0 ? oldest / BLOCK * BLOCK : 0;
-    for (; b.first < end; b.first += BLOCK) {
-        b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
-        fetch_ahead(h, step, row, kv, b.first + BLOCK, end);
-        for (int64_t i = 0; i < PARTS; i++) /* parts beyond the end are masked; they only must be readable */
-            locate(h, step, row, kv, b.first + (i * LANES < b.count ? i * LANES : 0), b.keys + i, b.values + i);
-        if (wide) attend_wide(&b);
-        else attend_narrow(&b);
+    const uint16_t *keys[PARTS], *values[PARTS]; /* of the block that this thread computes next */
+    locate(h, step, t->row, kv, t->first, end_of(h, step, t, 0), keys, values);
+    /* First the shared keys, then each member's own. */
+    for (int64_t i = t->shared ? -1 : 0; i < t->members; i++) {
+        Block b = whole;
+        if (i >= 0 && t->members > 1) {
+            b.q += i * group * dim, b.sums += i * group * dim, b.max += i * group, b.sum += i * group;
+            b.rows = group, b.start = step->seq_lens[t->row + i] - 1;
+        }
+        const int64_t row = t->row + (i > 0 ? i : 0), end = i < 0 ? t->shared : end_of(h, step, t, i);
+        for (b.first = i < 0 ? 0 : t->first + t->shared; b.first < end; b.first += BLOCK) {
+            b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
+            memcpy(b.keys, keys, sizeof keys), memcpy(b.values, values, sizeof values);
+            if (b.first + BLOCK < end) locate(h, step, row, kv, b.first + BLOCK, end, keys, values);
+            else if (i + 1 < t->members) {
+                locate(h, step, t->row + i + 1, kv, t->shared, end_of(h, step, t, i + 1), keys, values);
+            } else locate(h, step, after->row, after_kv, after->first, end_of(h, step, after, 0), keys, values);
+            memcpy(b.next_keys, keys, sizeof keys), memcpy(b.next_values, values, sizeof values);
+            if (wide) attend_wide(&b);
+            else attend_narrow(&b);
+        }
     }
-    scatter_sums(&b, to, wide);
-}
-
-static void attention_tile(const Heads *h, const Step *step, float *scratch, int64_t index) {
-    int64_t tile = index / h->kv_heads, row = 0;
-    while (tile >= tiles_of(h, step, row)) tile -= tiles_of(h, step, row++);
-    const int64_t rows = (step->cu_q[row + 1] - step->cu_q[row]) * (h->heads / h->kv_heads);
-    const int64_t pair = (tiles_of(h, step, row) - 1 - tile) * TILE_ROWS; /* the last see the longest context: first */
-    attend(h, step, scratch, row, index % h->kv_heads, pair, rows - pair < TILE_ROWS ? rows - pair : TILE_ROWS);
+    scatter_sums(&whole, to, wide);
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ramet.kernels.cpu import decoder as kernel
 from ramet.kernels.cpu.decoder import Grid, Op, Packed, interleave, op
+from ramet.kernels.cpu.huge_pages import HugePages
 from ramet.model_runner.context import ForwardContext
 from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -53,10 +54,11 @@ class CpuDecoder(CausalLM):
         self.spec, self.vocab_size, self.kv_specs = model.spec, model.vocab_size, model.kv_specs
         self._model = model
         # Packed one after the other, each in place of the plain one.
-        self._weights = {id(module): _take_weight(module, bits, stored) for module in self._linears()}
+        pages = HugePages()
+        self._weights = {id(module): _take_weight(module, bits, stored).kept_in(pages) for module in self._linears()}
         self._biases = {id(module): _bias(module) for module in self._linears()}
         # 4 bits are too few for the head: its error goes straight into the logits.
-        self._head = Packed.of(model.head.weight, max(bits, 8))
+        self._head = Packed.of(model.head.weight, max(bits, 8)).kept_in(pages)
         self._capacity = 0
         self._scratch: dict[str, Tensor] = {}
         self._pool: KVPool | None = None
@@ -101,9 +103,10 @@ class CpuDecoder(CausalLM):
         """Buffers for so many tokens, and the operations that work in them."""
         spec = self.spec
         heads = spec.num_heads + 2 * spec.num_kv_heads
+        pages = HugePages()
 
         def buffer(width: int, dtype: torch.dtype) -> Tensor:
-            return kernel.in_huge_pages(torch.empty(capacity, width, dtype=dtype))
+            return pages.take((capacity, width), dtype)
 
         self._scratch = {
             "residual": buffer(spec.hidden_size, torch.float32),

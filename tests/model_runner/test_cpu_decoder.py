@@ -99,6 +99,20 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(fused: Caus
     assert torch.equal(torch.cat(found), expected[:20])
 
 
+def test_requests_that_share_pages_have_the_bits_they_have_alone(fused: CausalLM) -> None:
+    prefix = prompt(128, seed=4)
+    driver = ModelDriver(fused, torch.bfloat16, num_pages=128)
+    driver.step({"a": prefix})
+    tails = {name: prompt(2 + 9 * i, seed=i) for i, name in enumerate("bcdefg")}
+    shared = dict.fromkeys(tails, 128) | {"e": 64}
+    for name, length in shared.items():
+        driver.pages[name], driver.lengths[name] = driver.pages["a"][: length // 16], length
+    driver.step({name: tail[:-1] for name, tail in tails.items()})
+    found = driver.step({name: tail[-1:] for name, tail in tails.items()})
+    for name, tail in tails.items():
+        assert torch.equal(found[name], logits_of(fused, [prefix[: shared[name]] + tail])[-1:])
+
+
 def test_what_is_not_wanted_does_not_change_the_rest(fused: CausalLM) -> None:
     driver = ModelDriver(fused, torch.bfloat16)
     rows = {"a": prompt(1, seed=1), "b": prompt(30, seed=2), "c": prompt(20, seed=3)}
