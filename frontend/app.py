@@ -203,8 +203,8 @@ class Envelope:
                 record.body += message.get("body", b"")[:kept_bytes]
             await send(message)
 
-        # The layers between have nothing to do with a body, and a stream sends one for each token.
-        scope["ramet.send_body"] = send_with_id if kept_bytes else send
+        if kept_bytes:  # no piece of a body may pass by
+            scope.pop("ramet.write", None)
         self._metrics.http_in_flight.inc()
         try:
             await self._app(scope, receive, send_with_id)
