@@ -1,7 +1,7 @@
 """`IncrementalText`: one request's tokens become text, never half a character, up to a stop string.
 
-Works on bytes: each token has its own (`Tokenizer.token_bytes`), and what is not a whole character yet is held back. So
-the cost of a token does not grow with the text.
+Works on bytes: each token has its own (`Tokenizer.token_bytes`), and an incremental UTF-8 decoder holds back what is
+not a whole character yet. So the cost of a token does not grow with the text.
 """
 
 import codecs
@@ -11,6 +11,8 @@ from ramet.ipc.messages import Finish
 from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.tokenizer import Tokenizer
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class IncrementalText:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
@@ -19,7 +21,7 @@ class IncrementalText:
         self._keep_match = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._stop = StopMatcher(params.stop, self._keep_match)
-        self._half = b""  # the beginning of a character
+        self._utf8 = _Utf8Decoder(errors="replace")
         self.num_tokens = 0
 
     @property
@@ -36,9 +38,7 @@ class IncrementalText:
             data = b""
         else:
             data = self._tokenizer.token_bytes(token_id)
-        data = self._half + data
-        text, used = codecs.utf_8_decode(data, "replace", finish is not None)
-        self._half = data[used:]
+        text = self._utf8.decode(data, final=finish is not None)
         if self.num_tokens < self._min_tokens:
             return text  # too early for any stop string
         text = self._stop.feed(text)

@@ -26,8 +26,8 @@ class _HeadTooLargeError(Exception):
 
 
 def _write(transport: asyncio.Transport, flow: FlowControl, piece: bytes) -> bool:
-    """Send a piece of a body in chunks whose head `send` has sent. Does not wait, so no task has to be woken, which costs
-    more than the piece. False if `send` would wait now: the next piece should."""
+    """Send a piece of a body in chunks whose head `send` has sent. Does not wait, so no task has to be woken, which
+    costs more than the piece. False if `send` would wait now: the next piece should."""
     if not transport.is_closing():
         transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
     return not flow.write_paused

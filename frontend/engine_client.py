@@ -246,13 +246,9 @@ class EngineClient:
 
     def abort_named(self, name: str | None) -> int:
         """Have the engine end the live requests of this name (None: all) with the text they have; how many."""
-        by_tokenizer: dict[int, list[str]] = collections.defaultdict(list)
-        for rid, live in self._live.items():
-            if name is None or live.name == name:
-                by_tokenizer[live.tokenizer].append(rid)
-        for tokenizer, group in by_tokenizer.items():
-            self._tokenizers[tokenizer].send(Abort(group))
-        return sum(map(len, by_tokenizer.values()))
+        named = [(rid, live.tokenizer) for rid, live in self._live.items() if name is None or live.name == name]
+        self._send_aborts(named)
+        return len(named)
 
     def drain(self) -> None:
         """Take no new request from now on."""

@@ -13,7 +13,6 @@ import msgspec
 from ramet.ipc.errors import Failure, RequestError
 from ramet.ipc.messages import TextDelta
 
-
 # Takes a choice's text as it comes; false if what follows has to wait.
 Sink = Callable[[int, TextDelta], bool]
 
@@ -112,7 +111,7 @@ class Generation:
             try:
                 if not self._sink(index, delta):
                     self._sink = None
-            except Exception as error:  # a bug, to be told by who waits
+            except Exception as error:  # noqa: BLE001 - a bug, which who waits raises and tells
                 self._fail(error)
             return
         self._pending.setdefault(index, []).append(delta)

@@ -6,20 +6,16 @@ start with `ramet_`, but for `process_*`; `docs/metrics.md` lists them. The regi
 library's global one.
 """
 
-import bisect
 import functools
-import itertools
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 import ramet
 from ramet.frontend.config import BUCKETS
@@ -76,24 +72,6 @@ class ProcessCollector(Collector):
             files.add_metric([name], num_fds)
             threads.add_metric([name], num_threads)
         yield from (cpu, memory, files, threads)
-
-
-class TokenHistogram(Collector):
-    """A histogram for what is observed at each token: the library's takes locks and walks over the buckets."""
-
-    def __init__(self, registry: CollectorRegistry, name: str, words: str, bounds: tuple[float, ...]) -> None:
-        self._name, self._words, self._bounds = name, words, (*bounds, math.inf)
-        self._counts, self._sum = [0] * len(self._bounds), 0.0
-        registry.register(self)
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterator[Metric]:
-        totals = itertools.accumulate(self._counts)
-        buckets = [(floatToGoString(bound), total) for bound, total in zip(self._bounds, totals, strict=True)]
-        yield HistogramMetricFamily(self._name, self._words, buckets, self._sum)
 
 
 class EngineMetrics:
@@ -213,10 +191,7 @@ class Metrics:
         self.generation_tokens = Counter("ramet_generation_tokens", "Tokens generated", registry=registry)
         histogram = functools.partial(_histogram, buckets, registry)
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From submission to the first token")
-        gap = "inter_token_latency_seconds"
-        self.inter_token_latency = TokenHistogram(
-            registry, f"ramet_{gap}", "Time per token after the first", buckets[gap]
-        )
+        self.inter_token_latency = histogram("inter_token_latency_seconds", "Time per token after the first")
         self.request_duration = histogram("request_duration_seconds", "From submission to an end by itself")
         self.request_queue = histogram("request_queue_seconds", "From arrival in the scheduler to the first slot")
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt")

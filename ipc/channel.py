@@ -129,10 +129,10 @@ class AsyncInbox(Generic[T]):
             try:
                 # To the end: the descriptor tells of what comes to an empty socket, not of what is there. An exception
                 # for an empty one would cost more than the question.
-                while not broken.done() and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                while not broken.done() and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                     if (message := _decode(self._decoder, self._socket.recv())) is not None:
                         handle(message)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it goes on where this is awaited
                 broken.set_exception(error)
 
         loop.add_reader(descriptor, drain)

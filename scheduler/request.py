@@ -130,4 +130,4 @@ class Request:
     def take_grant(self) -> PageGrant | None:
         """Pages that the runner has not been told of; from now on it has."""
         first, self.num_granted = self.num_granted, len(self.pages)
-        return PageGrant(self.slot, first, self.pages[first:]) if self.slot is not None and first < len(self.pages) else None
+        return PageGrant(self.slot, first, self.pages[first:]) if self.slot is not None and self.pages[first:] else None

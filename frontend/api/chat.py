@@ -60,7 +60,7 @@ class ChatAnswer(OpenAIAnswer):
         reader = self._readers[index]
         if reader.is_plain and delta.finish is None and delta.logprobs is None and index in self._begun:
             self._usage.add(index, delta)  # most tokens of most answers: the same as below, sooner
-            return self._text_chunk(index, delta.text)
+            return self._text_chunk(index, delta.text, lambda text: self._choice(index, {"content": text}))
         found = reader.read(delta) or ([{}] if delta.logprobs else [])
         self._usage.add(index, delta, reader.reasoning_tokens)
         logprobs = [None if delta.logprobs is None else _logprobs(delta.logprobs)] + [None] * len(found)
@@ -81,9 +81,6 @@ class ChatAnswer(OpenAIAnswer):
         matched: int | str | None = None,
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
-
-    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
-        return self._choice(index, {"content": text})
 
     def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
         choices = []

@@ -1,6 +1,6 @@
 """What chat completions and completions have in common in their answers: usage, and what stands around choices."""
 
-import abc
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -44,7 +44,7 @@ class Usage:
         return usage
 
 
-class OpenAIAnswer(abc.ABC):
+class OpenAIAnswer:
     """The base of an answer, whole or in chunks: what stands around the choices, and the usage where it is asked. `n`:
     how many choices are generated for each prompt."""
 
@@ -57,25 +57,20 @@ class OpenAIAnswer(abc.ABC):
         self._templates: dict[int, list[bytes]] = {}
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return self._start + msgspec.json.encode(choice) + self._tail()
-
-    def _text_chunk(self, index: int, text: str) -> bytes:
-        """The chunk of a choice's text and nothing else: most of a stream, so of its JSON only the text is made anew."""
-        if not text:
-            return b""
-        if (template := self._templates.get(index)) is None:
-            template = msgspec.json.encode(self._text_choice(index, "")).split(b'""')
-            self._templates[index] = template
-        return b"".join((self._start, template[0], msgspec.json.encode(text), template[1], self._tail()))
-
-    @abc.abstractmethod
-    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
-        """A choice with text that is new, and nothing else."""
-
-    def _tail(self) -> bytes:
         if self._continuous_usage:
-            return b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
-        return b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+            tail = b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
+        else:
+            tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+        return self._start + msgspec.json.encode(choice) + tail
+
+    def _text_chunk(self, index: int, text: str, choice: Callable[[str], dict[str, Any]]) -> bytes:
+        """The chunk of a choice's text and nothing else. Most of a stream: only the text is encoded anew each time."""
+        if not text or self._continuous_usage:
+            return self._chunk(choice(text)) if text else b""
+        if (template := self._templates.get(index)) is None:
+            # No empty string follows that of the text.
+            template = self._templates[index] = self._chunk(choice("")).rsplit(b'""', 1)
+        return template[0] + msgspec.json.encode(text) + template[1]
 
     def end(self) -> bytes:
         """The chunk without choices that ends a stream whose usage was asked for."""

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -18,7 +19,7 @@ from ramet.frontend.api.chunks import OpenAIAnswer
 from ramet.frontend.generation import merged
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.sse import respond
-from ramet.ipc.messages import Completion, Finish, PromptInfo, TextDelta, TokenText
+from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
 
 class Completions(Api):
@@ -64,8 +65,13 @@ class Choice:
             if self._echo:
                 text = prompt_text + text
                 tokens = self._echoed(delta.prompt) + tokens
-        logprobs = self._logprobs(tokens) if self._with_logprobs else None
-        return _choice(self.index, text, logprobs, delta.finish)
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": self._logprobs(tokens) if self._with_logprobs else None,
+            "finish_reason": delta.finish.reason if delta.finish else None,
+            "matched_stop": delta.finish.matched if delta.finish else None,
+        }
 
     def _echoed(self, prompt: PromptInfo) -> list[TokenText]:
         """The prompt's tokens. Their offsets are laid so that they end where the text does: a first token may stand
@@ -96,15 +102,11 @@ class CompletionAnswer(OpenAIAnswer):
 
     def render(self, index: int, delta: TextDelta) -> bytes:
         self._usage.add(index, delta)
+        choice = self._choices[index]
         if delta.logprobs is None and delta.prompt is None and delta.finish is None:
-            return self._text_chunk(index, delta.text)  # the same as below, sooner
-        choice = self._choices[index].news(delta)
-        if not choice["text"] and not delta.logprobs and delta.finish is None:
-            return b""
-        return self._chunk(choice)
-
-    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
-        return _choice(index, text)
+            return self._text_chunk(index, delta.text, lambda text: choice.news(replace(delta, text=text)))
+        news = choice.news(delta)
+        return self._chunk(news) if news["text"] or delta.logprobs or delta.finish else b""
 
     def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
         deltas = list(map(merged, parts))
@@ -114,11 +116,6 @@ class CompletionAnswer(OpenAIAnswer):
             deltas = _best(deltas, self._candidates, self._n)
         choices = [choice.news(delta) for choice, delta in zip(self._choices, deltas, strict=True)]
         return self._body("text_completion", choices)
-
-
-def _choice(index: int, text: str, logprobs: Any = None, finish: Finish | None = None) -> dict[str, Any]:
-    reason, matched = (finish.reason, finish.matched) if finish else (None, None)
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
 
 
 def _best(deltas: list[TextDelta], candidates: int, n: int) -> list[TextDelta]:

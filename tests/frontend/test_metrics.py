@@ -10,15 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from ramet.frontend import metrics as metrics_module
 from ramet.frontend.config import BUCKETS
-from ramet.frontend.metrics import Metrics, TokenHistogram
+from ramet.frontend.metrics import Metrics
 from ramet.ipc.messages import Stats, Step
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -158,19 +155,6 @@ def test_a_dead_scheduler_has_nothing_and_its_counts_stay() -> None:
     assert found["ramet_kv_usage_ratio"] == 0
     assert found["ramet_scheduler_requests[running]"] == found["ramet_scheduler_requests[waiting]"] == 0
     assert found["ramet_scheduler_finished_total"] == 7
-
-
-@given(st.lists(st.floats(0, 10, allow_nan=False) | st.sampled_from([0.5, 2.0]), max_size=30))
-def test_the_histogram_of_tokens_is_as_the_librarys(values: list[float]) -> None:
-    registries = CollectorRegistry(), CollectorRegistry()
-    ours = TokenHistogram(registries[0], "x", "words", (0.5, 2.0))
-    theirs = Histogram("x", "words", buckets=(0.5, 2.0), registry=registries[1])
-    for value in values:
-        ours.observe(value)
-        theirs.observe(value)
-    [family], [expected] = (list(registry.collect()) for registry in registries)
-    assert (family.name, family.documentation, family.type) == (expected.name, expected.documentation, expected.type)
-    assert family.samples == [sample for sample in expected.samples if sample.name != "x_created"]
 
 
 def test_each_histogram_has_the_buckets_asked_for() -> None:
