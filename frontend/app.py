@@ -205,8 +205,8 @@ class Envelope:
             await send(message)
 
         scope["ramet.body_room"] = self._body_room
-        # The layers between have nothing to do with a body, and a stream sends one for each token.
-        scope["ramet.send_body"] = send_with_id if kept_bytes else send
+        if kept_bytes:  # no piece of a body may pass by
+            scope.pop("ramet.write", None)
         self._metrics.http_in_flight.inc()
         try:
             await self._app(scope, receive, send_with_id)

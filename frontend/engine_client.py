@@ -23,7 +23,7 @@ import msgspec
 
 from ramet.frontend.generation import ChoiceRecord, Generation
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, AsyncInbox, Outbox
+from ramet.ipc.channel import Addresses, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
@@ -101,6 +101,7 @@ class EngineClient:
         self._resets_missing = 0
         self.up = asyncio.Event()  # set while the engine can take work
         self.processes: tuple[str, ...] = ()  # of the engine, by name
+        self.info: dict[str, int | str | float] = {}  # its limits, as the scheduler told them
 
     @property
     def live(self) -> int:
@@ -245,13 +246,9 @@ class EngineClient:
 
     def abort_named(self, name: str | None) -> int:
         """Have the engine end the live requests of this name (None: all) with the text they have; how many."""
-        by_tokenizer: dict[int, list[str]] = collections.defaultdict(list)
-        for rid, live in self._live.items():
-            if name is None or live.name == name:
-                by_tokenizer[live.tokenizer].append(rid)
-        for tokenizer, group in by_tokenizer.items():
-            self._tokenizers[tokenizer].send(Abort(group))
-        return sum(map(len, by_tokenizer.values()))
+        named = [(rid, live.tokenizer) for rid, live in self._live.items() if name is None or live.name == name]
+        self._send_aborts(named)
+        return len(named)
 
     def drain(self) -> None:
         """Take no new request from now on."""
@@ -265,11 +262,6 @@ class EngineClient:
             live.generation.fail(rid, failure)
         for rid in list(self._questions):
             self._fail(rid, failure)
-
-    async def receive(self, inbox: AsyncInbox[ToFrontend]) -> None:
-        """Dispatch messages for ever."""
-        while True:
-            self.dispatch(await inbox.receive())
 
     def dispatch(self, message: ToFrontend) -> None:
         if isinstance(message, TextBatch):
@@ -288,7 +280,7 @@ class EngineClient:
                 self._go_down("it is starting")
             else:
                 self._metrics.engine_restarts.inc()
-            self.processes = tuple(name for name in message.pids if name != "launcher")
+            self.processes, self.info = tuple(name for name in message.pids if name != "launcher"), message.info
             self._resets += 1
             self._resets_missing = len(self._tokenizers)
             for outbox in self._tokenizers:

@@ -5,13 +5,16 @@ and nothing more. Leaving its `with` block aborts whatever of it is still live.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import msgspec
 
 from ramet.ipc.errors import Failure, RequestError
 from ramet.ipc.messages import TextDelta
+
+# Takes a choice's text as it comes; false if what follows has to wait.
+Sink = Callable[[int, TextDelta], bool]
 
 
 class ClientDisconnectedError(Exception):
@@ -54,6 +57,7 @@ class Generation:
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._wake_per_delta = True
+        self._sink: Sink | None = None
 
     def __enter__(self) -> "Generation":
         return self
@@ -73,10 +77,12 @@ class Generation:
         while changes := await self.change():
             yield changes
 
-    async def change(self) -> list[tuple[int, TextDelta]]:
+    async def change(self, sink: Sink | None = None) -> list[tuple[int, TextDelta]]:
         """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last
-        text if a choice failed."""
+        text if a choice failed. What comes while this waits goes into the sink, if it is not an end, and wakes
+        nobody."""
         while not self._pending and self._open and self._error is None:
+            self._sink = sink
             await self._changed()
         if not self._pending:
             self._raise_error()
@@ -101,6 +107,13 @@ class Generation:
         self._fail(error)
 
     def push(self, index: int, delta: TextDelta) -> None:
+        if self._sink is not None and delta.finish is None:
+            try:
+                if not self._sink(index, delta):
+                    self._sink = None
+            except Exception as error:  # noqa: BLE001 - a bug, which who waits raises and tells
+                self._fail(error)
+            return
         self._pending.setdefault(index, []).append(delta)
         self._silent_prompts.discard(index // self.n)
         if delta.finish is not None:
@@ -122,6 +135,7 @@ class Generation:
         return self._waiter
 
     def _wake(self) -> None:
+        self._sink = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

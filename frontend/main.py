@@ -37,7 +37,7 @@ from ramet.frontend.port import bind
 from ramet.frontend.store import Store
 from ramet.ipc.channel import Addresses, AsyncInbox
 from ramet.ipc.errors import RequestError
-from ramet.ipc.messages import EngineUp, ToFrontend
+from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
 
@@ -106,56 +106,44 @@ async def _run(
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopping = asyncio.create_task(stop.wait())
+    metrics = Metrics(config.metrics_buckets, config.served_names[0])
+    client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
     inbox: AsyncInbox[ToFrontend] = AsyncInbox(addresses.frontend, ToFrontend)
+    receiving = asyncio.create_task(inbox.deliver(client.dispatch))
+    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
+    up = asyncio.create_task(client.up.wait())
     try:
-        engine_ready = asyncio.create_task(_engine_ready(inbox))
-        await asyncio.wait({stopping, engine_ready}, return_when=asyncio.FIRST_COMPLETED)
-        if engine_ready.done():
-            engine_up = engine_ready.result()
-            info = engine_up.info
-            length = int(info.get("context_length", config.context_length))
+        await asyncio.wait({stopping, receiving, up}, return_when=asyncio.FIRST_COMPLETED)
+        if up.done():
             config = msgspec.structs.replace(
                 config,
-                context_length=length,
-                kv_tokens=int(info.get("kv_tokens", 0)),
-                embedding_size=int(info.get("embedding_size", 0)),
+                context_length=int(client.info.get("context_length", config.context_length)),
+                kv_tokens=int(client.info.get("kv_tokens", 0)),
+                embedding_size=int(client.info.get("embedding_size", 0)),
             )
-            await _serve(config, addresses, inbox, store, startup, listener, stopping, engine_up)
-        else:
-            engine_ready.cancel()
+            await _serve(config, client, metrics, store, startup, listener, stopping, receiving, beating)
+        if receiving.done():
+            receiving.result()
     finally:
+        receiving.cancel()
         inbox.close()
-
-
-async def _engine_ready(inbox: AsyncInbox[ToFrontend]) -> EngineUp:
-    """The launcher's word that all others are ready."""
-    while not isinstance(message := await inbox.receive(), EngineUp):
-        log.debug("not ready yet: %s", message)
-    return message
+        client.close()
 
 
 async def _serve(
     config: FrontendConfig,
-    addresses: Addresses,
-    inbox: AsyncInbox[ToFrontend],
+    client: EngineClient,
+    metrics: Metrics,
     store: Store,
     startup: Startup,
     listener: socket.socket,
     stopping: asyncio.Task[bool],
-    engine_up: EngineUp,
+    receiving: asyncio.Task[None],
+    beating: asyncio.Task[None],
 ) -> None:
-    metrics = Metrics(config.metrics_buckets, config.served_names[0])
-    client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
-    client.dispatch(engine_up)
     worker = BatchWorker(config, store, client, metrics)
     app = build_app(config, client, metrics, store, worker)
     server = _Server(_uvicorn_config(config, app))
-    receiving = asyncio.create_task(client.receive(inbox))
-    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
-    client.dispatch(engine_up)
-    await asyncio.wait(
-        {stopping, receiving, asyncio.create_task(client.up.wait())}, return_when=asyncio.FIRST_COMPLETED
-    )
     with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
         listener.listen(_BACKLOG)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -170,10 +158,6 @@ async def _serve(
     server.should_exit = True
     await serving
     await batching
-    client.close()
-    if receiving.done():
-        receiving.result()
-    receiving.cancel()
 
 
 async def _beat(pulse: Pulse) -> None:

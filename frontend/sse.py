@@ -4,8 +4,8 @@ Knows nothing of what an answer looks like: a `Rendering` makes it. Whatever goe
 the stream as one error event; the last event is always `[DONE]`.
 """
 
-import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -58,8 +58,7 @@ async def respond(
         async with watching(receive, generation, limit_s):
             if stream:
                 await generation.started()
-                # A task of its own: else each token would wake the frames of all layers around the endpoint.
-                await asyncio.create_task(write_events(send, scope.get("ramet.send_body", send), generation, rendering))
+                await write_events(send, scope.get("ramet.write"), generation, rendering)
             else:
                 response = json_response(rendering.whole(await generation.parts()))
                 await response(scope, receive, send)
@@ -69,14 +68,21 @@ def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def write_events(send: Send, send_body: Send, generation: Generation, rendering: Rendering) -> None:
+async def write_events(
+    send: Send, write: Callable[[bytes], bool] | None, generation: Generation, rendering: Rendering
+) -> None:
     """Answer 200 and stream to the end. The generation has started: what fails now can only be told in the stream.
-    `send_body` takes all that follows the status line."""
+    `write` sends a piece of the body at once (`frontend/connection.py`); without it, each token wakes this task."""
+
+    def pass_on(index: int, delta: TextDelta) -> bool:
+        body = rendering.render(index, delta)
+        return not body or write is None or write(body)
+
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     try:
-        while changes := await generation.change():
+        while changes := await generation.change(write and pass_on):
             if body := b"".join([rendering.render(index, delta) for index, delta in changes]):
-                await send_body({"type": "http.response.body", "body": body, "more_body": True})
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         tail = rendering.end()
     except ClientDisconnectedError:
         return
@@ -85,4 +91,4 @@ async def write_events(send: Send, send_body: Send, generation: Generation, rend
     except Exception:
         log.exception("a stream broke")
         tail = event(error_body(Failure(FailureKind.INTERNAL, "internal error")))
-    await send_body({"type": "http.response.body", "body": tail + _DONE})
+    await send({"type": "http.response.body", "body": tail + _DONE})

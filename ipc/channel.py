@@ -15,7 +15,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -114,28 +114,32 @@ class Inbox(Generic[T]):
 
 
 class AsyncInbox(Generic[T]):
-    """The receiving end of a channel inside an asyncio loop, for one reader. Watches the socket's descriptor itself:
-    `zmq.asyncio` costs several callbacks for each message."""
+    """The receiving end of a channel inside an asyncio loop. The loop watches the socket's descriptor for as long as it
+    is read: `zmq.asyncio`, and a task that waits anew for each message, cost several callbacks and system calls."""
 
     def __init__(self, address: str, union: object) -> None:
         self._socket = _bind(address)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
-    async def receive(self) -> T:
-        while True:
-            try:
-                if (message := _decode(self._decoder, self._socket.recv(zmq.NOBLOCK))) is not None:
-                    return message
-            except zmq.Again:
-                # Only now may one wait: the descriptor tells of what comes to an empty socket, not of what is there.
-                await self._readable()
-
-    async def _readable(self) -> None:
+    async def deliver(self, handle: Callable[[T], None]) -> None:
+        """Give each message to `handle` as it comes, for ever. Raises what that raises."""
         loop, descriptor = asyncio.get_running_loop(), self._socket.fileno()  # `close` may come before a cancellation
-        signal = loop.create_future()
-        loop.add_reader(descriptor, signal.set_result, None)
+        broken: asyncio.Future[None] = loop.create_future()
+
+        def drain() -> None:
+            try:
+                # To the end: the descriptor tells of what comes to an empty socket, not of what is there. An exception
+                # for an empty one would cost more than the question.
+                while not broken.done() and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                    if (message := _decode(self._decoder, self._socket.recv())) is not None:
+                        handle(message)
+            except Exception as error:  # noqa: BLE001 - it goes on where this is awaited
+                broken.set_exception(error)
+
+        loop.add_reader(descriptor, drain)
         try:
-            await signal
+            drain()
+            await broken
         finally:
             loop.remove_reader(descriptor)
 

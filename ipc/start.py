@@ -5,6 +5,7 @@ process (`launch/child.py`) reports it.
 """
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -34,4 +35,7 @@ class Startup:
             raise SystemExit(1) from error
 
     def ready(self, **info: int | str | float) -> None:
+        """What is here now stays for good: later collections of garbage need not go over it."""
+        gc.collect()
+        gc.freeze()
         self._launcher.send(Ready(self._process, info))

@@ -128,7 +128,7 @@ class EngineHost:
 
     async def _receive(self) -> None:
         try:
-            await self.client.receive(self._inbox)
+            await self._inbox.deliver(self.client.dispatch)
         finally:
             self.client.dispatch(EngineDown("it was closed"))
 

@@ -60,17 +60,17 @@ class ChatAnswer(OpenAIAnswer):
         reader = self._readers[index]
         if reader.is_plain and delta.finish is None and delta.logprobs is None and index in self._begun:
             self._usage.add(index, delta)  # most tokens of most answers: the same as below, sooner
-            return self._choice(index, {"content": delta.text}) if delta.text else b""
+            return self._text_chunk(index, delta.text, lambda text: self._choice(index, {"content": text}))
         found = reader.read(delta) or ([{}] if delta.logprobs else [])
         self._usage.add(index, delta, reader.reasoning_tokens)
         logprobs = [None if delta.logprobs is None else _logprobs(delta.logprobs)] + [None] * len(found)
-        chunks = [self._choice(index, item, logprobs[i]) for i, item in enumerate(found)]
+        choices = [self._choice(index, item, logprobs[i]) for i, item in enumerate(found)]
         if index not in self._begun:
             self._begun.add(index)
-            chunks.insert(0, self._choice(index, {"role": "assistant", "content": ""}))
+            choices.insert(0, self._choice(index, {"role": "assistant", "content": ""}))
         if (finish := delta.finish) is not None:
-            chunks.append(self._choice(index, {}, None, reader.finish_reason(finish), finish.matched))
-        return b"".join(chunks)
+            choices.append(self._choice(index, {}, None, reader.finish_reason(finish), finish.matched))
+        return b"".join(map(self._chunk, choices))
 
     def _choice(
         self,
@@ -79,10 +79,8 @@ class ChatAnswer(OpenAIAnswer):
         logprobs: Any = None,
         reason: str | None = None,
         matched: int | str | None = None,
-    ) -> bytes:
-        return self._chunk(
-            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
-        )
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
 
     def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
         choices = []

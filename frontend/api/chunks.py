@@ -1,5 +1,6 @@
 """What chat completions and completions have in common in their answers: usage, and what stands around choices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -53,6 +54,7 @@ class OpenAIAnswer:
         self._usage = Usage(n)
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
+        self._templates: dict[int, list[bytes]] = {}
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         if self._continuous_usage:
@@ -60,6 +62,15 @@ class OpenAIAnswer:
         else:
             tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
         return self._start + msgspec.json.encode(choice) + tail
+
+    def _text_chunk(self, index: int, text: str, choice: Callable[[str], dict[str, Any]]) -> bytes:
+        """The chunk of a choice's text and nothing else. Most of a stream: only the text is encoded anew each time."""
+        if not text or self._continuous_usage:
+            return self._chunk(choice(text)) if text else b""
+        if (template := self._templates.get(index)) is None:
+            # No empty string follows that of the text.
+            template = self._templates[index] = self._chunk(choice("")).rsplit(b'""', 1)
+        return template[0] + msgspec.json.encode(text) + template[1]
 
     def end(self) -> bytes:
         """The chunk without choices that ends a stream whose usage was asked for."""

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -101,10 +102,11 @@ class CompletionAnswer(OpenAIAnswer):
 
     def render(self, index: int, delta: TextDelta) -> bytes:
         self._usage.add(index, delta)
-        choice = self._choices[index].news(delta)
-        if not choice["text"] and not delta.logprobs and delta.finish is None:
-            return b""
-        return self._chunk(choice)
+        choice = self._choices[index]
+        if delta.logprobs is None and delta.prompt is None and delta.finish is None:
+            return self._text_chunk(index, delta.text, lambda text: choice.news(replace(delta, text=text)))
+        news = choice.news(delta)
+        return self._chunk(news) if news["text"] or delta.logprobs or delta.finish else b""
 
     def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
         deltas = list(map(merged, parts))

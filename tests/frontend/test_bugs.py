@@ -64,9 +64,12 @@ def test_endpoint_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFix
     assert "r1" in caplog.text
 
 
-def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["at its first event", "at one written at once"])
+def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixture, begun: bool) -> None:
     class Broken:
         def render(self, index: int, delta: TextDelta) -> bytes:
+            if begun and delta.text == "a":
+                return b"fine"
             raise ZeroDivisionError("secret detail")
 
         def end(self) -> bytes:
@@ -87,7 +90,10 @@ def test_stream_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFixtu
         with client.submit([prompt], SamplingParams()) as generation:
             [rid] = jobs[0].rids
             client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(1, 0))]))
-            await sse.write_events(send, send, generation, Broken())
+            writing = asyncio.create_task(sse.write_events(send, lambda piece: True, generation, Broken()))
+            await asyncio.sleep(0.01)
+            client.dispatch(TextBatch([TextDelta(rid, "b", 2)]))
+            await asyncio.wait_for(writing, 5)
 
     asyncio.run(stream())
     assert client.live == 0

@@ -102,6 +102,50 @@ def test_a_backlog_is_merged(harness: Harness) -> None:
     assert harness.client.live == 0
 
 
+def test_who_waits_may_have_text_passed_on_at_once(harness: Harness) -> None:
+    async def read() -> None:
+        generation, message = harness.submit()
+        [rid] = message.job.rids
+        passed: list[str] = []
+
+        def pass_on(index: int, delta: TextDelta) -> bool:
+            assert index == 0
+            passed.append(delta.text)
+            return delta.text != "c"
+
+        def come(*texts: str, finish: Finish | None = None) -> None:
+            harness.client.dispatch(TextBatch([TextDelta(rid, text, 1, finish=finish) for text in texts]))
+
+        async def changed() -> asyncio.Task[list[tuple[int, TextDelta]]]:
+            waiting = asyncio.create_task(generation.change(pass_on))
+            await asyncio.sleep(0)  # from now on it waits
+            return waiting
+
+        with generation:
+            come("a")  # nobody waits
+            [(_, delta)] = await generation.change(pass_on)
+            assert delta.text == "a"
+            waiting = await changed()
+            come("b", "c")  # after "c" the sink takes no more
+            await asyncio.sleep(0.01)
+            assert (passed, waiting.done()) == (["b", "c"], False)
+            come("d", "e")
+            [(_, delta)] = await waiting
+            assert (passed, delta.text) == (["b", "c"], "de")
+            come("f")  # while the one before is being written
+            [(_, delta)] = await generation.change(pass_on)
+            assert delta.text == "f"
+            waiting = await changed()
+            come("g")
+            come("h", finish=STOP)  # an end is for who waits
+            [(_, delta)] = await waiting
+            assert (passed, delta.text) == (["b", "c", "g"], "h")
+            assert await generation.change(pass_on) == []
+
+    asyncio.run(read())
+    assert harness.client.live == 0
+
+
 def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None:
     async def read() -> None:
         generation, message = harness.submit()

@@ -170,6 +170,7 @@ def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
     assert lines['ramet_kv_pages{state="in_use"}'] == "6.0"
     assert lines["ramet_kv_usage_ratio"] == "0.3"
     assert lines["ramet_scheduler_preemptions_total"] == "14.0"
+    assert lines["ramet_engine_restarts_total"] == "0.0"
     assert lines['ramet_scheduler_step_seconds_bucket{le="0.0256",phase="run"}'] == "2.0"
     assert float(lines['ramet_scheduler_step_seconds_sum{phase="run"}']) == pytest.approx(0.44)
     assert lines['ramet_scheduler_step_seconds_count{phase="commit"}'] == "4.0"

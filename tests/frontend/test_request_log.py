@@ -1,12 +1,15 @@
 """What the request log says at each level; a field of any endpoint that holds what the user said is content."""
 
+import asyncio
 import logging
 from typing import Any
 
 import msgspec
 import pytest
 
-from ramet.frontend.config import RequestLogLevel
+from ramet.frontend.app import Envelope
+from ramet.frontend.config import FrontendConfig, RequestLogLevel
+from ramet.frontend.metrics import Metrics
 from ramet.frontend.request_log import RequestLog, RequestRecord
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
@@ -59,3 +62,18 @@ def test_levels(caplog: pytest.LogCaptureFixture, schema: type[msgspec.Struct], 
 
 def test_a_request_without_a_body(caplog: pytest.LogCaptureFixture) -> None:
     assert "request" not in logged(caplog, "parameters")[0]
+
+
+@pytest.mark.parametrize(("level", "passes_by"), [("parameters", True), ("content", False)])
+def test_no_piece_of_a_logged_body_passes_by(level: RequestLogLevel, passes_by: bool) -> None:
+    found = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append("ramet.write" in scope)
+
+    config = FrontendConfig(
+        host="x", port=1, served_names=("m",), model_path="/m", context_length=9, vocab_size=9, log_requests=level
+    )
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "ramet.write": print}
+    asyncio.run(Envelope(app, [], Metrics(), config)(scope, None, None))  # type: ignore[arg-type]
+    assert found == [passes_by]

@@ -75,17 +75,23 @@ def test_nothing_is_missed_by_asking_without_waiting(addresses):
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
     async def read() -> list[str]:
+        got: list[str] = []
+
+        def take(message):
+            got.extend(message.rids)
+            if len(got) == 3_000:
+                raise EOFError
+
         inbox = AsyncInbox(addresses.scheduler, ToScheduler)
         try:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    await inbox.receive()
+                    await inbox.deliver(take)
             sender.start()
             await asyncio.sleep(0.05)  # messages come while nobody reads
-            got = []
-            async with asyncio.timeout(30):
-                while len(got) < 3_000:
-                    got += (await inbox.receive()).rids
+            with pytest.raises(EOFError):
+                async with asyncio.timeout(30):
+                    await inbox.deliver(take)
             return got
         finally:
             inbox.close()
@@ -102,7 +108,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
 def test_a_reader_may_be_cancelled_after_the_inbox_was_closed(addresses, loop_factory):
     async def close() -> None:
         inbox = AsyncInbox(addresses.scheduler, ToScheduler)
-        reading = asyncio.create_task(inbox.receive())
+        reading = asyncio.create_task(inbox.deliver(print))
         await asyncio.sleep(0.05)
         reading.cancel()
         inbox.close()

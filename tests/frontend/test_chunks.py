@@ -1,0 +1,50 @@
+"""Most chunks of a stream are made from a template. They are, byte for byte, what is encoded as a whole."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramet.frontend.answer import AnswerReader
+from ramet.frontend.api.chat import ChatAnswer
+from ramet.frontend.api.completions import CompletionAnswer
+from ramet.frontend.schemas.chat import ChatRequest
+from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.ipc.messages import PromptInfo, TextDelta
+
+OPTIONS = [None, {"include_usage": True}, {"continuous_usage_stats": True}]
+
+
+def both(answer: ChatAnswer | CompletionAnswer, index: int, text: str) -> tuple[bytes, bytes]:
+    """The chunk with a text as the first event of a choice and as a later one."""
+    first = answer.render(index, TextDelta("r", text, 3, PromptInfo(2, 1)))
+    later = answer.render(index, TextDelta("r", text, 3))
+    return first.removesuffix(b"\n\n").split(b"\n\n")[-1] + b"\n\n", later
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(text=st.text(min_size=1), rid=st.sampled_from(["", '""', None]))
+def test_chat(options: dict[str, Any] | None, text: str, rid: str | None) -> None:
+    body = {"model": '""', "messages": [], "n": 2, "stream": True, "stream_options": options, "rid": rid}
+    request = msgspec.convert(body, ChatRequest)
+    answer = ChatAnswer(request, [AnswerReader(None, "json", None) for _ in range(2)])
+    for index in range(2):
+        whole, made = both(answer, index, text)
+        assert made == whole
+        assert msgspec.json.decode(made[6:])["choices"][0]["delta"] == {"content": text}
+    assert answer.render(0, TextDelta("r", "", 4)) == b""
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(text=st.text(min_size=1))
+def test_completions(options: dict[str, Any] | None, text: str) -> None:
+    body = {"model": "m", "prompt": ["a", "b"], "stream": True, "stream_options": options}
+    request = msgspec.convert(body, CompletionRequest)
+    answer = CompletionAnswer(request, ["a", "b"])
+    for index in range(2):
+        whole, made = both(answer, index, text)
+        assert made == whole
+        assert msgspec.json.decode(made[6:])["choices"][0]["text"] == text
+    assert answer.render(0, TextDelta("r", "", 4)) == b""
