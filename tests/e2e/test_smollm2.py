@@ -61,11 +61,11 @@ def first_token(client: openai.OpenAI, model: str, prompt: list[int]) -> tuple[f
 def test_a_prefix_sent_twice(smollm2: RunningServer) -> None:
     prefix = new_prefix()
     cold_s, cold_cached = first_token(smollm2.client, smollm2.model, [*prefix, 1000, 1001])
-    warm_s, warm_cached = first_token(smollm2.client, smollm2.model, [*prefix, 2000, 2001])
-    print(f"time to first token: {cold_s:.3f} s, then {warm_s:.3f} s")
+    warm = [first_token(smollm2.client, smollm2.model, [*prefix, i, i + 1]) for i in (2000, 3000, 4000)]
+    print(f"time to first token: {cold_s:.3f} s, then {[round(took_s, 3) for took_s, _ in warm]} s")
     assert cold_cached == 0
-    assert PREFIX_TOKENS - PAGE_TOKENS <= warm_cached <= PREFIX_TOKENS
-    assert warm_s < cold_s / 5
+    assert all(PREFIX_TOKENS - PAGE_TOKENS <= cached <= PREFIX_TOKENS for _, cached in warm)
+    assert min(warm)[0] < cold_s / 5  # others may have the machine for a moment
 
 
 def test_eight_requests_with_one_cold_prefix_compute_it_once(smollm2: RunningServer) -> None:
@@ -138,7 +138,7 @@ def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer,
     def disturb(number: int) -> None:
         prompt = f"{number} things to know about the number {number}: " * (1 + number % 5)
         smollm2.client.completions.create(
-            model=smollm2.model, prompt=prompt, max_tokens=80, extra_body={"ignore_eos": True}
+            model=smollm2.model, prompt=prompt, max_tokens=120, extra_body={"ignore_eos": True}
         )
 
     with concurrent.futures.ThreadPoolExecutor(16 + len(SEEDED)) as pool:
