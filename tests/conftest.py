@@ -40,7 +40,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2_gguf: Path) -> tuple[Any, Any]:
-    """SmolLM2's tokenizer and model in float32, as transformers reads the file, which takes it long; not to be changed."""
+    """SmolLM2's tokenizer and model in float32, as transformers reads the file: slowly. Not to be changed."""
     place = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)

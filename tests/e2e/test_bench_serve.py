@@ -18,14 +18,9 @@ def test_serve_agrees_with_the_servers_own_counters(tiny: RunningServer, tmp_pat
     flags = "--num-requests 12 --input-len 20-60 --output-len 4-8 --ignore-eos --concurrency 4 --warmup 0 --details"
     flags += " --shared-prefix-len 64 --num-prefixes 2 --prompts token-ids --token-id-range 5-300"
     before = tiny.quiet_metrics()
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, "bench", "serve", "--base-url", tiny.url, *flags.split()]
-        + ["--json", str(results), "--html", str(page)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", MAIN, "bench", "serve", "--base-url", tiny.url, *flags.split()]
+    command += ["--json", str(results), "--html", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     finished = "ramet_scheduler_finished_total"
     after = tiny.quiet_metrics(finished=int(before.get(finished, 0)) + 12)

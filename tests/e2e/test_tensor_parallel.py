@@ -116,9 +116,9 @@ def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str]
 
 def test_a_machine_that_nobody_awaits_gives_up(tiny_model: Callable[[str], Path]) -> None:
     address = address_of_node_0()
-    with Node(*node_flags(tiny_model("llama"), 1, address), "--start-timeout", "10") as node:
+    with Node(*node_flags(tiny_model("llama"), 1, address), "--start-timeout", "15") as node:
         assert node.exit_code(FAILS_S) == 1
-        assert f"not ready after 10 s: scheduler-1 (waiting for rank 0 at tcp://{address})" in node.log()
+        assert f"not ready after 15 s: scheduler-1 (waiting for rank 0 at tcp://{address})" in node.log()
         node.assert_nothing_left()
 
 

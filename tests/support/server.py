@@ -140,7 +140,7 @@ class RunningServer:
         return int(self.metrics()[f"ramet_scheduler_{name}_total"])
 
     def wait_until_idle(self, finished: int = 0) -> None:
-        """Until no request is left anywhere, as far as the frontend knows, and `finished` have ended in the scheduler."""
+        """Until no request is left, as far as the frontend knows, and `finished` have ended in the scheduler."""
 
         def is_idle() -> bool:
             metrics = self.metrics()
