@@ -97,8 +97,6 @@ SEEDED = {
     7: "Write a short story about a lighthouse keeper who finds a letter in a bottle on the beach one morning.",
     8: "Explain to a child of ten years why the sky is blue, and why the sunset is red instead.",
     9: "Describe a city that nobody has ever seen.",
-    10: "Make up six names for a boat, each with its reason.",
-    11: "Write a letter to an old friend about the weather.",
 }
 
 
@@ -138,15 +136,17 @@ def test_a_seed_gives_the_same_text_among_sixteen_others(smollm2: RunningServer,
     def disturb(number: int) -> None:
         prompt = f"{number} things to know about the number {number}: " * (1 + number % 5)
         smollm2.client.completions.create(
-            model=smollm2.model, prompt=prompt, max_tokens=120, extra_body={"ignore_eos": True}
+            model=smollm2.model, prompt=prompt, max_tokens=1000, extra_body={"ignore_eos": True}
         )
 
     with concurrent.futures.ThreadPoolExecutor(16 + len(SEEDED)) as pool:
         others = [pool.submit(disturb, number) for number in range(16)]
         among_others = dict(zip(SEEDED, pool.map(lambda seed: seeded(smollm2, seed), SEEDED), strict=True))
         assert not any(other.done() for other in others)  # they were there to the end
+        smollm2.http.post("/abort_request", json={"abort_all": True})
         for other in others:
-            other.result()
+            with pytest.raises(openai.APIStatusError, match="aborted"):
+                other.result()
     assert among_others == alone
 
 
@@ -166,7 +166,7 @@ def test_an_idle_server_rests(smollm2: RunningServer) -> None:
         times = {name: process.cpu_times() for name, process in processes.items()}
         return {name: used.user + used.system for name, used in times.items()}
 
-    window_s, before = 5.0, cpu_s()
+    window_s, before = 3.0, cpu_s()
     time.sleep(window_s)
     used = {name: after - before[name] for name, after in cpu_s().items()}
     print(f"CPU seconds in {window_s:.0f} s: {used}")
