@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models, and the real SmolLM2 and MiniLM weights where they can be had."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,20 @@ from typing import Any
 # Before torch is imported anywhere: the tests share two cores with the engines that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import httpx
 import pytest
 import torch
 import transformers
 from support.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context_for_httpx():
+    """Each `httpx.get` is a client of its own, and reads all certificates for it: 30 ms of CPU time."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(httpx.create_ssl_context)
+        patch.setattr("httpx._transports.default.create_ssl_context", cached, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

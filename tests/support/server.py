@@ -59,7 +59,7 @@ class RunningServer:
         self._clients = contextlib.ExitStack()
         # For what the tests look at again and again: each look has a connection of its own, and tells of no other.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._probe = self._clients.enter_context(httpx.Client(base_url=self.url, limits=limits, verify=False))
+        self._probe = self._clients.enter_context(httpx.Client(base_url=self.url, limits=limits))
 
     def __enter__(self) -> "RunningServer":
         self._sockets = self._home / "tmp"
