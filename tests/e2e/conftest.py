@@ -1,6 +1,6 @@
 """Servers that tests share: started when first asked for, and at most one at a time, for they share the cores too.
 
-Files are named so that those that use the same server follow one another.
+Tests that use the same server follow one another, whatever file they are in; those with servers of their own come last.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,22 @@ THINKER = """{% for tool in tools or [] %}{{ tool | tojson }} in <tool_call></to
 {% endif %}"""
 
 
+# Fixtures that lend a shared server, in the order in which it is their turn.
+SHARED = ("tiny", "thinker", "mistral", "tiny_embedder", "minilm_server", "smollm2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starting servers takes longer than most of what is asked of them."""
+
+    def turn(item: pytest.Item) -> int:
+        if item.get_closest_marker("e2e") is None:
+            return -1
+        used = item.fixturenames  # type: ignore[attr-defined]
+        return next((i for i, name in enumerate(SHARED) if name in used), len(SHARED))
+
+    items.sort(key=turn)
+
+
 class Servers:
     """Keeps the server that was asked for last."""
 
@@ -34,9 +50,13 @@ class Servers:
         return self._kept[1]
 
     def close(self) -> None:
+        """Stop it. What its tests have left running shows at the latest here."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            kept[1].__exit__(None, None, None)
+            try:
+                kept[1].quiet_metrics()
+            finally:
+                kept[1].__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")
@@ -97,8 +117,8 @@ def _watched(servers: Servers, flags: tuple[str, ...]) -> Iterator[RunningServer
     news = server.log()[seen:]
     print(news)  # pytest shows it with a failure
     try:
-        assert httpx.get(f"{server.url}/ready").status_code == 200
-        server.quiet_metrics()
+        assert server.is_ready()
+        server.wait_until_idle()
         assert "Traceback" not in news
     except BaseException:
         servers.close()

@@ -183,6 +183,7 @@ def test_a_client_that_leaves(minilm_server: RunningServer) -> None:
         return sum(metrics[f"ramet_scheduler_{name}_total"] for name in ("aborted", "finished"))
 
     embed(minilm_server, input="so that there are metrics")
+    minilm_server.quiet_metrics(finished=1)
     ended_before, aborted_before = ended(), minilm_server.counter("aborted")
     body = {"model": minilm_server.model, "input": ["word " * 200] * 1000}
 

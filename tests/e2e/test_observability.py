@@ -18,6 +18,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support.server import RunningServer, until
 
+pytestmark = pytest.mark.e2e
+
 KEY = "sk-4f1c9d-the-key"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from support.offline import nothing_left
 
 from ramet import Engine, SamplingParams
@@ -18,15 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.smollm2]
 TEXT = "The capital of France is Paris, which lies on the Seine. Its tower was built in 1889 for a world fair."
 
 
-@pytest.fixture(scope="module")
-def reference(smollm2_gguf: Path) -> tuple[Any, Any]:
-    """The tokenizer and the model, in float32."""
-    folder, name = str(smollm2_gguf.parent), smollm2_gguf.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-
-
-def test_logprobs_agree_with_transformers(smollm2_gguf: Path, reference: tuple[Any, Any]) -> None:
+def test_logprobs_agree_with_transformers(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=5, prompt_logprobs=5, ignore_eos=True)
     with nothing_left(), Engine(smollm2_gguf, dtype="float32", max_total_tokens=2048, context_length=1024) as engine:
         cold, warm = (engine.generate(TEXT, params) for _ in range(2))
@@ -38,7 +29,7 @@ def test_logprobs_agree_with_transformers(smollm2_gguf: Path, reference: tuple[A
     assert warm.prompt_logprobs[1:] == cold.prompt_logprobs[1:]
     assert (warm.text, warm.logprobs) == (cold.text, cold.logprobs)
 
-    tokenizer, model = reference
+    tokenizer, model = smollm2_reference
     prompt = tokenizer(TEXT)["input_ids"]
     assert cold.prompt_tokens == len(prompt) > 20
     ids = list(prompt)
@@ -55,7 +46,7 @@ def test_logprobs_agree_with_transformers(smollm2_gguf: Path, reference: tuple[A
         assert sum(math.exp(other.logprob) for other in token.top) <= 1 + 1e-6
 
 
-def test_it_answers_with_the_files_4_bit_weights(smollm2_gguf: Path, reference: tuple[Any, Any]) -> None:
+def test_it_answers_with_the_files_4_bit_weights(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     try:
         DecoderKernel()
     except KernelUnavailable as error:
@@ -65,7 +56,7 @@ def test_it_answers_with_the_files_4_bit_weights(smollm2_gguf: Path, reference: 
     with nothing_left(), Engine(smollm2_gguf, **settings) as engine:
         answer = engine.generate(TEXT, params)
     assert answer.text and answer.completion_tokens == 6
-    tokenizer, model = reference
+    tokenizer, model = smollm2_reference
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         theirs = model(ids).logits[0].log_softmax(dim=-1)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import RunningServer, tiny_flags
+from support.server import RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -47,13 +47,31 @@ def answers(server: RunningServer) -> list[Any]:
     return asyncio.run(ask())
 
 
-def test_answers_are_the_same_in_a_pool_that_is_too_small(servers: Any, tiny_model: Callable[[str], Path]) -> None:
-    flags = tiny_flags(tiny_model("llama"))
-    roomy = servers.get(*flags)
-    before = roomy.metrics().get("ramet_scheduler_preemptions_total", 0)
-    in_peace = answers(roomy)
-    assert roomy.counter("preemptions") == before
-    small = servers.get(*flags[:-1], str(POOL_TOKENS))
+@pytest.fixture(scope="module")
+def in_peace(servers: Any, tiny_model: Callable[[str], Path]) -> list[Any]:
+    """The answers where there is room for all."""
+    roomy = servers.get(*tiny_flags(tiny_model("llama")))
+    before = roomy.quiet_metrics().get("ramet_scheduler_preemptions_total", 0)
+    told = answers(roomy)
+    assert roomy.quiet_metrics(finished=NUM_CHOICES)["ramet_scheduler_preemptions_total"] == before
+    servers.close()
+    return told
+
+
+@pytest.fixture(scope="module")
+def small(in_peace: list[Any], tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """Started with the usual limit on open files: it must help itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        with RunningServer(*tiny_flags(tiny_model("llama"))[:-1], str(POOL_TOKENS)) as server:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            yield server
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_answers_are_the_same_in_a_pool_that_is_too_small(small: RunningServer, in_peace: list[Any]) -> None:
     pressed = answers(small)
     metrics = small.quiet_metrics(finished=NUM_CHOICES)
     assert metrics["ramet_scheduler_preemptions_total"] >= NUM_CHOICES / 2, metrics
@@ -64,11 +82,11 @@ def test_answers_are_the_same_in_a_pool_that_is_too_small(servers: Any, tiny_mod
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """This process may have a connection for each client; the servers it starts must help themselves."""
+    """This process may have a connection for each client."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < NUM_CLIENTS + 500:
         pytest.skip(f"only {hard} open files are allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (NUM_CLIENTS + 500, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -96,26 +114,23 @@ class Crowd:
         return answer
 
 
-def test_two_thousand_clients_at_once(many_files: None, servers: Any, tiny_model: Callable[[str], Path]) -> None:
-    servers.close()
-    with RunningServer(*tiny_flags(tiny_model("llama"))) as server:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (NUM_CLIENTS + 500, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-        frontend = psutil.Process(server.pids()["frontend"])
-        server.client.completions.create(model=server.model, prompt="a", max_tokens=1)
-        before = frontend.memory_info().rss
-        heads = [answer.partition(b"\r\n\r\n") for answer in asyncio.run(Crowd(server).answers())]
-        growth = frontend.memory_info().rss - before
-        counts = collections.Counter(int(head[9:12]) for head, _, _ in heads)
-        print(counts, f"{growth / 2**20:.0f} MiB")
-        assert counts.keys() <= {200, 429}
-        assert counts.total() == NUM_CLIENTS
-        assert counts[200] >= 1024  # as many as --max-queued-requests lets in
-        for head, _, body in heads:
-            answer = json.loads(body)
-            assert answer["error"]["code"] == "queue_full" if b" 429 " in head else answer["choices"]
-            if b" 429 " in head:
-                [wait] = [line for line in head.split(b"\r\n") if line.startswith(b"retry-after: ")]
-                assert 1 <= int(wait.removeprefix(b"retry-after: ")) <= 60
-        assert growth < GROWTH_BYTES
-        assert server.quiet_metrics()['ramet_kv_pages{state="in_use"}'] == 0
-        assert frontend.num_fds() < 100
+def test_two_thousand_clients_at_once(small: RunningServer, many_files: None) -> None:
+    frontend = psutil.Process(small.pids()["frontend"])
+    small.client.completions.create(model=small.model, prompt="a", max_tokens=1)
+    before = frontend.memory_info().rss
+    heads = [answer.partition(b"\r\n\r\n") for answer in asyncio.run(Crowd(small).answers())]
+    growth = frontend.memory_info().rss - before
+    counts = collections.Counter(int(head[9:12]) for head, _, _ in heads)
+    print(counts, f"{growth / 2**20:.0f} MiB")
+    assert counts.keys() <= {200, 429}
+    assert counts.total() == NUM_CLIENTS
+    assert counts[200] >= 1024  # as many as --max-queued-requests lets in
+    for head, _, body in heads:
+        answer = json.loads(body)
+        assert answer["error"]["code"] == "queue_full" if b" 429 " in head else answer["choices"]
+        if b" 429 " in head:
+            [wait] = [line for line in head.split(b"\r\n") if line.startswith(b"retry-after: ")]
+            assert 1 <= int(wait.removeprefix(b"retry-after: ")) <= 60
+    assert growth < GROWTH_BYTES
+    assert small.quiet_metrics()['ramet_kv_pages{state="in_use"}'] == 0
+    until(lambda: frontend.num_fds() < 100, 20, lambda: f"few connections: {frontend.num_fds()}")

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import RunningServer, tiny_flags
+from support.server import RunningServer, tiny_flags, until
 
 from ramet.frontend.app import ApiKeys
 
@@ -72,8 +72,8 @@ def test_secrets_stay_out_of_logs_and_answers(server: RunningServer) -> None:
     httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {OTHER_KEY}x"})
     told = [server.http.get(path).text for path in ("/get_server_info", "/get_model_info", "/openapi.json", "/metrics")]
     assert json.loads(told[0])["port"] == server.port  # it does tell settings
+    until(lambda: "/v1/completions" in server.log(), 20, server.log)
     told.append(server.log())
-    assert "/v1/completions" in told[-1]
     # The launcher's own arguments are what the operator typed; nothing passes them on.
     for name, pid in server.pids().items():
         if name != "launcher":
@@ -84,12 +84,14 @@ def test_secrets_stay_out_of_logs_and_answers(server: RunningServer) -> None:
 
 
 def test_log_lines_cannot_be_forged(server: RunningServer) -> None:
+    seen = len(server.log())
     server.http.get("/v1/models/%0aFORGED%0d%1b[31m")
     server.http.get("/v1/models", headers={"x-request-id": "a b"})
     body = {"model": server.model, "prompt": "a\nFORGED", "max_tokens": 1, "user": "x\r\nFORGED"}
     assert server.http.post("/v1/completions", json=body).status_code == 200
+    answered = re.compile("/v1/completions.*200")
+    until(lambda: answered.search(server.log(), seen) is not None, 20, server.log)
     lines = server.log().splitlines()
-    assert any("/v1/completions" in line and "200" in line for line in lines)
     assert not [line for line in lines if line.startswith("FORGED")]
     assert "\x1b[31m" not in server.log()
     assert "id=a b" not in server.log()

@@ -92,26 +92,26 @@ def test_two_ranks_serve_and_start_again_when_one_is_killed(tiny_model: Callable
         check_tokens(server, folder)
 
 
-@pytest.mark.parametrize("victim", ["rank on machine 1", "launcher of machine 0"])
-def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str], Path], victim: str) -> None:
+def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str], Path]) -> None:
+    """When a rank has died, and when the launcher of the machine that answers has."""
     folder, address = tiny_model("qwen3_moe"), address_of_node_0()
     with (
         Node(*node_flags(folder, 1, address), roles=("scheduler-1",)) as node_1,
         RunningServer(*node_flags(folder, 0, address)) as node_0,
     ):
-        until(lambda: "the ranks are ready" in node_1.log(), 10, node_1.log)
+        until(lambda: "the ranks are ready" in node_1.log(), 20, node_1.log)
         check_tokens(node_0, folder)
         time.sleep(1.5)  # idle: rank 0 looks after the others
-        if victim == "rank on machine 1":
-            os.kill(node_1.pids()["scheduler-1"], signal.SIGKILL)  # nobody computes: only the channel tells
-            until(lambda: "rank is gone: Host unreachable; it is started again" in node_0.log(), 20, node_0.log)
-            assert "scheduler-1 was killed by SIGKILL" in node_1.log()
-        else:
-            node_0.process.kill()
-            node_0.process.wait()
-            until(lambda: "scheduler-1: PeerLost: rank 0" in node_1.log(), 20, node_1.log)
-            node_0.start_again()
+        os.kill(node_1.pids()["scheduler-1"], signal.SIGKILL)  # nobody computes: only the channel tells
+        until(lambda: "rank is gone: Host unreachable; it is started again" in node_0.log(), 60, node_0.log)
+        until(lambda: "scheduler-1 was killed by SIGKILL" in node_1.log(), 60, node_1.log)
         node_0.wait_until_ready()
+        check_tokens(node_0, folder)
+
+        node_0.process.kill()
+        node_0.process.wait()
+        until(lambda: "scheduler-1: PeerLost: rank 0" in node_1.log(), 60, node_1.log)
+        node_0.start_again()
         check_tokens(node_0, folder)
 
 
@@ -163,15 +163,8 @@ def test_a_machine_with_another_model_is_refused_on_both(tiny_model: Callable[[s
         with Node(*node_flags(tiny_model("qwen2"), 1, address)) as node:
             assert node.exit_code(FAILS_S) == 1
             with pytest.raises(ValueError, match="rank 1 cannot work with rank 0") as refused:
-                leading.result(10)
+                leading.result(30)
             assert "config.json (" in str(refused.value)
             assert "weight files (" in str(refused.value)
             assert f"error: scheduler-1: {refused.value}" in node.log()
             node.assert_nothing_left()
-
-
-def test_heads_that_do_not_divide_end_the_start(tiny_model: Callable[[str], Path]) -> None:
-    with Node(*tiny_flags(tiny_model("llama")), "--device", "cpu", "--tp-size", "3") as server:
-        assert server.exit_code(FAILS_S) == 1
-        assert "query heads (4) cannot be divided over 3 tensor-parallel ranks" in server.log()
-        server.assert_nothing_left()

@@ -17,6 +17,8 @@ from ramet.ipc.messages import EngineDown, EngineUp, Fatal, Finish, FinishReason
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 STREAM = {**CHAT, "stream": True}
 STOP = Finish(FinishReason.STOP, 2)
+# Within which clients hear of a death.
+HEARD_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +270,7 @@ def test_engine_down(caller: Caller) -> None:
             tail = read_until(connection, b"[DONE]")
         assert b"scheduler died" in tail
         assert whole.result().status_code == 503
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < HEARD_S
         for path, status in (("/health", 503), ("/ready", 503), ("/metrics", 200)):
             assert httpx.get(engine.url + path).status_code == status
         response = caller.post(engine, CHAT).result()

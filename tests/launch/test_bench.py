@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import trustme
-from support.server import RunningServer, tiny_flags
 
 from ramet.launch import cli
 from ramet.launch.bench.answer import Answer, EventParser, Record
@@ -631,35 +630,6 @@ def test_a_load_needs_no_torch() -> None:
         "import sys, ramet.launch.bench.cli\nprint([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-
-
-@pytest.mark.e2e
-def test_serve_agrees_with_the_servers_own_counters(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    results, page = tmp_path / "results.json", tmp_path / "page.html"
-    flags = "--num-requests 12 --input-len 20-60 --output-len 4-8 --ignore-eos --concurrency 4 --warmup 0 --details"
-    flags += " --shared-prefix-len 64 --num-prefixes 2 --prompts token-ids --token-id-range 5-300"
-    with RunningServer(*tiny_flags(tiny_model("llama"))) as server:
-        done = run_command(
-            "serve", "--base-url", server.url, *flags.split(), "--json", str(results), "--html", str(page)
-        )
-        assert done.returncode == 0, done.stderr
-        metrics = server.quiet_metrics(finished=12)
-    assert "12 completed, 0 failed" in done.stdout and "counted by usage" in done.stdout
-    whole = json.loads(results.read_text())
-    summary = whole["summary"]
-    assert summary["input_tokens"] == metrics["ramet_prefix_cache_queries_total"]
-    assert summary["cached_tokens"] == metrics["ramet_prefix_cache_hits_total"] >= 10 * 64
-    assert summary["output_tokens"] == metrics["ramet_scheduler_generated_tokens_total"]
-    assert summary["completed"] == metrics["ramet_scheduler_finished_total"] == 12
-    for record in whole["requests"]:
-        assert record["input_tokens"] == record["input_len"] and record["output_tokens"] == record["output_len"]
-        assert record["arrivals_s"] == sorted(record["arrivals_s"])
-        assert sum(record["arrival_tokens"]) == pytest.approx(record["output_tokens"])
-    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
-        figures = summary[name]
-        assert 0 <= figures["p50"] <= figures["p90"] <= figures["p99"] <= figures["max"]
-    assert whole["settings"]["input_len"] == "20-60" and whole["environment"]["usable_cpus"] >= 1
-    assert page.read_text().count("<polyline") == 2
 
 
 ENGINE = ["--dtype", "float32", "--max-total-tokens", "2048", "--num-threads", "1", "--log-level", "warning"]

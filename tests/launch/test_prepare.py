@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -174,13 +175,13 @@ def test_a_slow_tokenizer_and_a_short_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.smollm2
-def test_smollm2_against_transformers(smollm2_gguf: Path) -> None:
+def test_smollm2_against_transformers(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     """Equal to what transformers makes of the file, but for the digits, which it forgets to take apart."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = prepared_folder(smollm2_gguf)
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    theirs, model = smollm2_reference
     assert made.get_vocab() == theirs.get_vocab()
     for text in SAMPLES:
         assert made.decode(made.encode(text).ids, skip_special_tokens=False) == text
@@ -190,7 +191,7 @@ def test_smollm2_against_transformers(smollm2_gguf: Path) -> None:
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == theirs.chat_template
 
     ours = AutoConfig.from_pretrained(folder).to_dict()
-    expected = AutoConfig.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name).to_dict()
+    expected = model.config.to_dict()
     same = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"}
     same |= {"num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters"}
     same |= {"tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"}

@@ -17,6 +17,8 @@ from support.engine_targets import MAX_RESTARTS, WATCHDOG_S
 
 TESTS = Path(__file__).parents[1]
 NAMES = ["scheduler-0", "tokenizer-0", "detokenizer", "frontend"]
+# Within which clients hear of a death, and so the frontend.
+HEARD_S = 2.0
 
 
 class Run:
@@ -98,7 +100,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
     for run in runs:
         run.process.terminate()
         try:
-            run.process.wait(10)
+            run.process.wait(20)
         except subprocess.TimeoutExpired:
             run.process.kill()
             run.process.wait()
@@ -121,7 +123,7 @@ def test_order_of_readiness_and_a_clean_stop(launch: Callable[[str], Run]) -> No
     assert scheduler.nice() == psutil.Process(run.process.pid).nice() + 1
 
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(10) == 0
+    assert run.process.wait(20) == 0
     assert run.find("frontend", "terminating")
     run.assert_nothing_left()
     assert not run.folder.exists()
@@ -132,7 +134,7 @@ def test_ctrl_c_reaches_only_the_launcher(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("launcher", "ready")
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(10) == 0
+    assert run.process.wait(20) == 0
     run.assert_nothing_left()
 
 
@@ -148,8 +150,8 @@ def test_what_dies_or_hangs_is_started_again(
     before = run.pids()
     hurt_at = time.monotonic()
     os.kill(before[name], number)
-    down = run.wait_for("frontend", "down", timeout_s=6)
-    assert down[0] - hurt_at < (1 if number == signal.SIGKILL else WATCHDOG_S + 1)
+    down = run.wait_for("frontend", "down")
+    assert down[0] - hurt_at < HEARD_S + (WATCHDOG_S if number == signal.SIGSTOP else 0)
     assert down[4].startswith(f"{name} {reason}")
     run.wait_until_up(2)
     after = run.pids()
@@ -198,13 +200,13 @@ def test_several_deaths_at_once(launch: Callable[[str], Run]) -> None:
     before = run.pids()
     for name in ("scheduler-0", "frontend"):
         os.kill(before[name], signal.SIGKILL)
-    until(lambda: run.pids()["scheduler-0"] != before["scheduler-0"], 10, "started again")
+    until(lambda: run.pids()["scheduler-0"] != before["scheduler-0"], 20, "started again")
     os.kill(before["tokenizer-0"], signal.SIGKILL)
-    until(lambda: run.pids()["tokenizer-0"] != before["tokenizer-0"], 10, "started again")
+    until(lambda: run.pids()["tokenizer-0"] != before["tokenizer-0"], 20, "started again")
     run.wait_until_up(2)
     assert {name for name, pid in run.pids().items() if pid == before.get(name)} == {"detokenizer"}
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(10) == 0
+    assert run.process.wait(20) == 0
     run.assert_nothing_left()
 
 
@@ -216,7 +218,7 @@ def test_too_many_deaths_end_the_launcher(launch: Callable[[str], Run]) -> None:
         run.wait_until_up(life + 1)
     assert [f"again in {pause_s} s" in run.log() for pause_s in (0, 1, 2)] == [True] * 3
     os.kill(run.pids()["tokenizer-0"], signal.SIGKILL)
-    assert run.process.wait(10) == 1
+    assert run.process.wait(20) == 1
     reason, *words = run.wait_for("launcher", "failed")[4].splitlines()
     assert reason.startswith("tokenizer-0 was killed by SIGKILL")
     assert reason.endswith(f"after {MAX_RESTARTS} restarts in 10 minutes")
@@ -230,7 +232,7 @@ def test_a_failure_at_a_restart_ends_the_launcher(launch: Callable[[str], Run]) 
     run = launch("once")
     run.wait_for("launcher", "ready")
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
-    assert run.process.wait(10) == 1
+    assert run.process.wait(20) == 1
     assert run.wait_for("launcher", "failed")[4] == "scheduler-0: ValueError: no weights for scheduler-0"
     run.assert_nothing_left()
 
@@ -265,7 +267,7 @@ def test_killing_the_launcher_leaves_nothing_alive(launch: Callable[[str], Run])
     pids = [run.pid(name) for name in NAMES]
     folder = run.folder
     run.process.kill()
-    until(lambda: not any(is_alive(pid) for pid in pids), 2, f"{pids} dead")
+    until(lambda: not any(is_alive(pid) for pid in pids), 20, f"{pids} dead")
     assert folder.exists()  # nobody is left who could remove it
     kept = run.diary
     kept.rename(kept.with_suffix(".first"))
@@ -277,7 +279,7 @@ def test_stopping_during_the_start(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("scheduler-0", "started")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(10) == 0
+    assert run.process.wait(20) == 0
     run.assert_nothing_left()
     assert not run.folder.exists()
 
@@ -290,7 +292,7 @@ def test_a_second_signal_stops_at_once(launch: Callable[[str], Run]) -> None:
     time.sleep(0.2)
     assert run.process.poll() is None  # draining, for up to a minute
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(2) == 0
+    assert run.process.wait(20) == 0
     run.assert_nothing_left()
 
 
@@ -300,8 +302,8 @@ def test_a_death_while_draining_is_told_to_the_clients(launch: Callable[[str], R
     run.process.send_signal(signal.SIGTERM)
     run.wait_for("frontend", "terminating")
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
-    run.wait_for("frontend", "down", timeout_s=2)
-    assert run.process.wait(10) == 0
+    run.wait_for("frontend", "down")
+    assert run.process.wait(20) == 0
     run.assert_nothing_left()
 
 

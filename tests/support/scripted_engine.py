@@ -42,7 +42,7 @@ from ramet.ipc.messages import (
 )
 
 MODEL = "tiny/model"
-WAIT_S = 10.0
+WAIT_S = 30.0
 _PROCESS = """
 import sys, msgspec
 from ramet.frontend.config import FrontendConfig
@@ -60,6 +60,7 @@ class ScriptedEngine:
 
     def __init__(self, *, tokenizers: int = 1, start: bool = True, **config: Any) -> None:
         self._addresses = Addresses(tempfile.mkdtemp(prefix="ramet-test-"), tokenizers)
+        self._stderr = Path(self._addresses.folder, "stderr")
         defaults: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": 0,
@@ -89,16 +90,17 @@ class ScriptedEngine:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         arguments = [msgspec.json.encode(value).decode() for value in (self.config, folder)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, *arguments], stderr=subprocess.PIPE, start_new_session=True
-        )
+        with self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _PROCESS, *arguments], stderr=stderr, start_new_session=True
+            )
         if self._start:
             self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         self._closing.set()
         self._thread.join(WAIT_S)
         for channel in (*self._tokenizers, self._launcher, self._frontend):
@@ -122,9 +124,8 @@ class ScriptedEngine:
         return Path(self._addresses.frontend).exists()
 
     def errors(self) -> str:
-        """What an ended process wrote to stderr."""
-        assert self.process.stderr is not None
-        return self.process.stderr.read().decode()
+        """What the process has written to stderr."""
+        return self._stderr.read_text()
 
     def job(self) -> Request:
         return self.jobs.get(timeout=WAIT_S)

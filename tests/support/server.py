@@ -23,6 +23,7 @@ import openai
 import psutil
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
+POLL_S = 0.02
 SETTLE_S = 0.25  # far more than the Stats of the scheduler take
 START_S = 120.0
 TESTS = Path(__file__).parents[1]
@@ -56,6 +57,9 @@ class RunningServer:
         self._home = Path(tempfile.mkdtemp(prefix="e2e-"))  # short: the path of a socket is limited to 107 bytes
         self._log_path = self._home / "log"
         self._clients = contextlib.ExitStack()
+        # For what the tests look at again and again: each look has a connection of its own, and tells of no other.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._probe = self._clients.enter_context(httpx.Client(base_url=self.url, limits=limits))
 
     def __enter__(self) -> "RunningServer":
         self._sockets = self._home / "tmp"
@@ -103,7 +107,7 @@ class RunningServer:
 
     @functools.cached_property
     def model(self) -> str:
-        return httpx.get(f"{self.url}/v1/models", headers=self.headers).json()["data"][0]["id"]
+        return self._probe.get("/v1/models", headers=self.headers).json()["data"][0]["id"]
 
     @functools.cached_property
     def client(self) -> openai.OpenAI:
@@ -121,9 +125,13 @@ class RunningServer:
         assert set(children) >= set(self.roles), children
         return {"launcher": self.process.pid, **children}
 
+    def is_ready(self) -> bool:
+        """What `/ready` says. Raises httpx.TransportError where nobody answers."""
+        return self._probe.get("/ready").status_code == 200
+
     def metrics(self) -> dict[str, float]:
         """`/metrics` by sample: `ramet_kv_pages{state="free"}`."""
-        page = httpx.get(f"{self.url}/metrics").text
+        page = self._probe.get("/metrics").text
         lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
@@ -131,13 +139,10 @@ class RunningServer:
         """A counter of the scheduler."""
         return int(self.metrics()[f"ramet_scheduler_{name}_total"])
 
-    def quiet_metrics(self, finished: int = 0) -> dict[str, float]:
-        """The metrics once no request is left anywhere and `finished` have ended in the scheduler.
+    def wait_until_idle(self, finished: int = 0) -> None:
+        """Until no request is left, as far as the frontend knows, and `finished` have ended in the scheduler."""
 
-        What the scheduler counted travels beside the answers and can come after them: two readings must agree.
-        """
-
-        def is_quiet() -> bool:
+        def is_idle() -> bool:
             metrics = self.metrics()
             return (
                 metrics["ramet_http_requests_in_flight"] == 1  # the one that asks
@@ -147,11 +152,19 @@ class RunningServer:
                 and metrics.get("ramet_scheduler_finished_total", 0) >= finished
             )
 
+        until(is_idle, 20, lambda: f"idle; the metrics:\n{self.metrics()}")
+
+    def quiet_metrics(self, finished: int = 0) -> dict[str, float]:
+        """The metrics once the server is idle and the frontend has heard all of it.
+
+        What the scheduler counted travels beside the answers and can come after them: two readings must agree.
+        """
+
         def settled() -> dict[str, float]:
             return {name: value for name, value in self.metrics().items() if "scheduler" in name or "kv_" in name}
 
         while True:
-            until(is_quiet, 20, lambda: f"quiet; the metrics:\n{self.metrics()}")
+            self.wait_until_idle(finished)
             before = settled()
             time.sleep(SETTLE_S)
             if settled() == before:
@@ -198,7 +211,7 @@ class RunningServer:
         code = self.process.poll()
         assert code is None, f"the launcher ended with {code}:\n{self.log()}"
         try:
-            return httpx.get(f"{self.url}/ready", timeout=1).status_code == 200
+            return self.is_ready()
         except httpx.TransportError:
             return False
 
@@ -222,7 +235,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], st
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what()}"
-        time.sleep(0.05)
+        time.sleep(POLL_S)
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """Without a GPU the kernel tests run under Triton's interpreter, which must be chosen before triton is imported."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -21,12 +22,17 @@ KERNEL_TESTS = [TESTS / "kernels/triton", TESTS / "model_runner/test_cuda_decode
 def test_kernels_interpreted():
     # numpy warns of overflows and infinities, which the kernels mean; older interpreters use what it deprecates.
     ignored = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *ignored, *map(str, KERNEL_TESTS)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+
+    def run(tests: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *ignored, str(tests)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(len(KERNEL_TESTS)) as pool:
+        for done in pool.map(run, KERNEL_TESTS):
+            assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+            assert " passed" in done.stdout
