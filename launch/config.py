@@ -115,7 +115,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             tokenizer_dir=model.tokenizer_dir,
             policy=args.schedule_policy,
             prefix_cache=not args.disable_radix_cache,
-            tp=tensor_parallel(args, device, is_embedding),
+            tp=tensor_parallel(args, model.info, device, is_embedding),
             steps_ahead=int(device == "cuda" and not args.disable_overlap_schedule),
         ),
         runner=runner,

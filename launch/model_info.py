@@ -52,7 +52,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`context_length` is None if the config does not tell. `dtype` is that of the published weights.
 
     `eos_ids`: tokens that end generation. `default_sampling`: the model's own defaults, for parameters a request
-    leaves out.
+    leaves out. `num_heads`, `num_kv_heads`: None if the config does not tell.
     """
 
     context_length: int | None
@@ -62,6 +62,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_sampling: dict[str, float]
     added_tokens: tuple[AddedToken, ...] = ()
     embedding: EmbeddingInfo = EmbeddingInfo()
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
 
 
 class _SentenceConfig(msgspec.Struct):
@@ -105,6 +107,8 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
         default_sampling=_default_sampling(generation),
         added_tokens=added_tokens,
         embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
+        num_heads=text.get("num_attention_heads"),
+        num_kv_heads=text.get("num_key_value_heads"),
     )
 
 

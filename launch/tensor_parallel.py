@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from ramet.frontend.port import bind
+from ramet.launch.model_info import ModelInfo
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.scheduler.config import TpConfig
 
@@ -16,8 +17,15 @@ _SECRET_VARIABLE = "RAMET_DIST_SECRET"
 _SECRET_CHARACTERS = 16
 
 
-def tensor_parallel(args: ServerArgs, device: str, is_embedding: bool) -> TpConfig:
+def tensor_parallel(args: ServerArgs, info: ModelInfo, device: str, is_embedding: bool) -> TpConfig:
     """That of the first rank on this machine. Raises ConfigError for what cannot be honoured."""
+    # Ranks would find the same, with all else that has to be divided, but only when they have been started.
+    heads, kv_heads = info.num_heads or 0, info.num_kv_heads or 0
+    if heads % args.tp_size or (kv_heads % args.tp_size and args.tp_size % kv_heads):
+        raise ConfigError(
+            f"tp_size is {args.tp_size}, but the model has {heads} query and {kv_heads or heads} key-value heads: "
+            "the former must be a multiple of it, the latter a multiple or a divisor"
+        )
     if args.tp_size > 1 and is_embedding:
         raise ConfigError(f"tp_size is {args.tp_size}, but models that embed run on one device")
     if args.base_gpu_id and device == "cpu":

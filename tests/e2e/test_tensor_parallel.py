@@ -143,6 +143,13 @@ def test_fewer_devices_than_ranks_end_the_start(tiny_model: Callable[[str], Path
         server.assert_nothing_left()
 
 
+def test_heads_that_do_not_divide_end_the_start(tiny_model: Callable[[str], Path]) -> None:
+    with Node(*tiny_flags(tiny_model("llama")), "--device", "cpu", "--tp-size", "3") as server:
+        assert server.exit_code(FAILS_S) == 1
+        assert "tp_size is 3, but the model has 4 query and 2 key-value heads" in server.log()
+        server.assert_nothing_left()
+
+
 def test_a_machine_with_another_secret_is_turned_away(tiny_model: Callable[[str], Path]) -> None:
     address = address_of_node_0()
     server: RankServer[Hello] = RankServer(f"tcp://{address}", SECRET + "!", Hello)

@@ -1,5 +1,6 @@
 """`resolve()`: what is chosen when the user leaves it open, and what is refused."""
 
+import contextlib
 import logging
 import os
 import re
@@ -122,6 +123,14 @@ def test_ranks_on_one_machine_have_a_gpu_each() -> None:
 def test_machines_that_cannot_work_together(args: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         resolve(ServerArgs(**{**TWO_NODES, **args}), model())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "fits"), [(8, 4, True), (8, 2, True), (8, None, True), (6, 2, False), (12, 3, False)]
+)
+def test_heads_are_divided_over_ranks(heads: int, kv_heads: int | None, fits: bool) -> None:
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=f"tp_size is 4, .* {heads} query "):
+        resolve(ServerArgs(tp_size=4, device="cpu"), model(num_heads=heads, num_kv_heads=kv_heads))
 
 
 @pytest.mark.parametrize(
