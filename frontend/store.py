@@ -134,6 +134,7 @@ class Store:
                 undo.callback(self.db.close)
                 self.db.execute("PRAGMA journal_mode=WAL")
                 self.db.execute("PRAGMA synchronous=FULL")
+                self.db.execute("PRAGMA cache_size=-256")  # KiB; else it grows by 2 MiB over thousands of batches
                 self._migrate()
                 self._sweep()
                 undo.pop_all()

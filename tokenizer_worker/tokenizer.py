@@ -4,10 +4,13 @@ Wraps the `tokenizers` library; neither torch nor transformers is imported, whic
 Shared with the detokenizer. Does not know chats (`chat_template.py`) or requests.
 """
 
+import functools
 import json
 from pathlib import Path
 
 import tokenizers
+
+_KNOWN_TOKENS = 4096  # of which the bytes are kept; texts have few others
 
 
 class TokenizerError(Exception):
@@ -15,7 +18,11 @@ class TokenizerError(Exception):
 
 
 class Tokenizer:
-    """`special_ids` are the tokens that are not text (skipped in output unless asked)."""
+    """`special_ids` are the tokens that are not text (skipped in output unless asked).
+
+    `token_bytes` gives the bytes that a token adds to the text: maybe a part of a character, and for a special token its
+    name. Empty for an id that the vocabulary does not have (models pad their embedding).
+    """
 
     def __init__(self, folder: str) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -30,7 +37,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added = {i: token.content for i, token in added.items()}
         self._bytes = _ByteDecoder(self._tokenizer)
-        self._known_bytes: dict[int, bytes] = {}  # by token id
+        self.token_bytes = functools.lru_cache(_KNOWN_TOKENS)(self._token_bytes)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """`add_special_tokens`: also what the model expects around a plain text (a BOS token, mostly)."""
@@ -47,16 +54,7 @@ class Tokenizer:
         """A token as the vocabulary spells it; empty for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or ""
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to the text: maybe a part of a character, and for a special token its name.
-
-        Empty for an id that the vocabulary does not have (models pad their embedding).
-        """
-        if token_id not in self._known_bytes:
-            self._known_bytes[token_id] = self._bytes_of(token_id)
-        return self._known_bytes[token_id]
-
-    def _bytes_of(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._tokenizer.id_to_token(token_id)
