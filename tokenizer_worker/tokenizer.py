@@ -20,8 +20,8 @@ class TokenizerError(Exception):
 class Tokenizer:
     """`special_ids` are the tokens that are not text (skipped in output unless asked).
 
-    `token_bytes` gives the bytes that a token adds to the text: maybe a part of a character, and for a special token its
-    name. Empty for an id that the vocabulary does not have (models pad their embedding).
+    `token_bytes` gives the bytes that a token adds to the text: maybe a part of a character, and for a special token
+    its name. Empty for an id that the vocabulary does not have (models pad their embedding).
     """
 
     def __init__(self, folder: str) -> None:
