@@ -31,7 +31,7 @@ import httpx
 import psutil
 
 PORT = 30891
-# Small, so that prefixes are evicted and requests preempted all the time.
+# Small, so that prefixes are evicted all the time.
 FLAGS = ["--max-total-tokens", "8192", "--log-level", "warning"]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 WORDS = ["rain", "plain", "train", "Spain", "falls", "the", "on", "in", "and", "what", "who", "sings", "asks", "counts"]
@@ -273,7 +273,7 @@ class Soak:
 
     def growth(self) -> dict[str, float]:
         """By process, as a share of its memory, over all rounds: the slope of Theil and Sen (the median of the slopes
-        between any two rounds), which single rounds in which more grammars are held cannot move."""
+        between any two rounds), which single rounds cannot move."""
         shares = {}
         for name, sizes in self.memory.items():
             pairs = itertools.combinations(enumerate(sizes), 2)

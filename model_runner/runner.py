@@ -140,10 +140,11 @@ class ModelRunner:
                 return PendingStep(plan, None, scored, cuda)
             logits = self._model.logits(hidden[batch.sampled_at])
             choices, sampled_slots = batch.choices, batch.sampled_slots
-        sampled, tokens = None, torch.empty_like(sampled_slots)
         if plain or not self._group.rank:
             sampled = sample(logits, rows, choices, self._choose, masks() if masks is not None else None)
             tokens = sampled.tokens
+        else:
+            sampled, tokens = None, torch.empty_like(sampled_slots)
         if not plain:  # else each rank finds the same: scale and noise of the logits that all have gathered
             self._group.broadcast(tokens)
         self._slots.keep_tokens(sampled_slots, tokens)
