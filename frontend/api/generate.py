@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.api.base import Api
-from ramet.frontend.api.chat import LOWEST_LOGPROB
+from ramet.frontend.api.chunks import shown_logprob
 from ramet.frontend.generation import merged
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.sse import event, respond
@@ -112,7 +112,7 @@ class Choice:
 
     def _entry(self, token: TokenText) -> tuple[float | None, int, str | None]:
         """Log-probability, id, and the text if it is wanted; nothing predicts a prompt's first token."""
-        value = None if math.isnan(token.logprob) else max(token.logprob, LOWEST_LOGPROB)
+        value = None if math.isnan(token.logprob) else shown_logprob(token)
         return value, token.token_id, token.token if self._with_text else None
 
     def _top(self, token: TokenText) -> list[tuple[float | None, int, str | None]] | None:
