@@ -10,9 +10,11 @@ from starlette.types import Scope
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import no_such_model
-from ramet.frontend.exchange import read_json, time_limit
+from ramet.frontend.exchange import BATCH_SERVER, read_json, time_limit
 
 T = TypeVar("T")
+
+BATCH_PRIORITY = 100
 
 
 class Api:
@@ -29,6 +31,10 @@ class Api:
         if model is not None and not self._config.serves(model):
             raise no_such_model(model)
         return request
+
+    def _priority(self, scope: Scope, given: int | None) -> int:
+        """A line of a batch yields to every interactive request that names none."""
+        return (given or 0) + (BATCH_PRIORITY if scope["server"] == BATCH_SERVER else 0)
 
     def _limit_s(self, scope: Scope) -> float | None:
         """Seconds that the request has. Raises `RequestError` if its header says no number."""

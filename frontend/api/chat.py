@@ -39,7 +39,7 @@ class ChatCompletions(Api):
             [request.prompt(self._config)],
             params,
             n=request.choices,
-            priority=request.priority or 0,
+            priority=self._priority(scope, request.priority),
             stream=bool(request.stream) or reasons,  # tokens of the reasoning are counted as they come
             names=[request.rid],
         )

@@ -32,7 +32,7 @@ class Completions(Api):
             [functools.partial(Completion, prompt=prompt, suffix=request.suffix or None) for prompt in prompts],
             request.sampling(self._config),
             n=request.candidates,
-            priority=request.priority or 0,
+            priority=self._priority(scope, request.priority),
             stream=bool(request.stream),
             names=[request.rid] * len(prompts),
             # Offsets of log-probabilities count from the start of the prompt: of ids, only the engine knows the text.

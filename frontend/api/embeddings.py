@@ -22,7 +22,8 @@ class Embeddings(Api):
     async def _embed(self, http: Request, request: EmbeddingFields, inputs: list[Any]) -> list[Embedded]:
         """In the order of the inputs. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError` if
         the client leaves."""
-        questions = [functools.partial(Embedding, prompt=prompt, priority=request.priority or 0) for prompt in inputs]
+        priority = self._priority(http.scope, request.priority)
+        questions = [functools.partial(Embedding, prompt=prompt, priority=priority) for prompt in inputs]
         answers = await while_connected(http.receive, self._client.ask_all(questions), self._limit_s(http.scope))
         return [answer for answer in answers if isinstance(answer, Embedded)]
 

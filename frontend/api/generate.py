@@ -43,7 +43,7 @@ class NativeGenerate(Api):
             [functools.partial(Completion, prompt=prompt) for prompt in prompts],
             params,
             n=n,
-            priority=request.priority or 0,
+            priority=self._priority(scope, request.priority),
             stream=bool(request.stream),
             names=rids,
             keeps_aborted=True,
