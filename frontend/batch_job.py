@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from ramet.frontend.batch_input import INDEX_ENTRY, Line
+from ramet.frontend.batch_input import INDEX_ENTRY
 from ramet.frontend.schemas.batches import RequestCounts
 from ramet.frontend.store import fsync_folder, write_all
 
@@ -35,6 +35,13 @@ class BatchLine(msgspec.Struct, frozen=True, gc=False):
     position: int
     custom_id: str
     body: bytes
+
+
+class _Line(msgspec.Struct):
+    """What is read of a line, which has been checked."""
+
+    custom_id: str
+    body: msgspec.Raw
 
 
 class _Result(msgspec.Struct):
@@ -154,7 +161,7 @@ class BatchJob:
 
     def _read(self, position: int) -> BatchLine:
         offset, length = INDEX_ENTRY.unpack_from(self._index, position * INDEX_ENTRY.size)
-        line = msgspec.json.decode(os.pread(self._input.fileno(), length, offset), type=Line)
+        line = msgspec.json.decode(os.pread(self._input.fileno(), length, offset), type=_Line)
         return BatchLine(position, line.custom_id, bytes(line.body))
 
     # ---- writing ----------------------------------------------------------------------------------------------------
