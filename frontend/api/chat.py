@@ -5,12 +5,13 @@ Choices interleave by index and end on their own. A whole message is the sum of 
 answering have one reading.
 """
 
+import functools
 import itertools
 import operator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ramet.frontend.api.base import Api
 from ramet.frontend.api.chunks import OpenAIAnswer, shown_logprob
@@ -26,12 +27,11 @@ _REASONING = "reasoning_content"
 
 
 class ChatCompletions(Api):
-    """The endpoint, as an ASGI application."""
+    embeds = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await self._read(Request(scope, receive), ChatRequest)
+    async def create(self, http: Request) -> ASGIApp:
+        request = await self._read(http, ChatRequest)
         request.check()
-        limit_s = self._limit_s(scope)
         params = request.sampling(self._config)
         tools, reasons = request.tool_use(), request.splits_reasoning(self._config, params)
         tags, form = self._config.reasoning_parser if reasons else None, self._config.tool_call_parser
@@ -39,13 +39,13 @@ class ChatCompletions(Api):
             [request.prompt(self._config)],
             params,
             n=request.choices,
-            priority=self._priority(scope, request.priority),
+            priority=self._priority(http, request.priority),
             stream=bool(request.stream) or reasons,  # tokens of the reasoning are counted as they come
             names=[request.rid],
         )
         choices = [ChatChoice(index, bool(request.logprobs), tags, form, tools) for index in range(request.choices)]
         answer = OpenAIAnswer("chatcmpl", "chat.completion", "chat.completion.chunk", request, generation, choices)
-        await respond(scope, receive, send, generation, answer, stream=request.stream, limit_s=limit_s)
+        return functools.partial(respond, generation, answer, request.stream)
 
 
 class ChatChoice:

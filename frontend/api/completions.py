@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ramet.frontend.api.base import Api
 from ramet.frontend.api.chunks import OpenAIAnswer, shown_logprob
@@ -21,25 +21,24 @@ from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
 
 class Completions(Api):
-    """The endpoint, as an ASGI application."""
+    embeds = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await self._read(Request(scope, receive), CompletionRequest)
+    async def create(self, http: Request) -> ASGIApp:
+        request = await self._read(http, CompletionRequest)
         request.check()
-        limit_s = self._limit_s(scope)
         prompts = request.prompts(self._config.vocab_size)
         generation = self._client.submit(
             [functools.partial(Completion, prompt=prompt, suffix=request.suffix or None) for prompt in prompts],
             request.sampling(self._config),
             n=request.candidates,
-            priority=self._priority(scope, request.priority),
+            priority=self._priority(http, request.priority),
             stream=bool(request.stream),
             names=[request.rid] * len(prompts),
             # Offsets of log-probabilities count from the start of the prompt: of ids, only the engine knows the text.
             echo=bool(request.echo) or (request.logprobs is not None and not isinstance(prompts[0], str)),
         )
         answer = CompletionAnswer(request, prompts, generation)
-        await respond(scope, receive, send, generation, answer, stream=request.stream, limit_s=limit_s)
+        return functools.partial(respond, generation, answer, request.stream)
 
 
 class CompletionChoice:

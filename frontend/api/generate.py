@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ramet.frontend.api.base import Api
 from ramet.frontend.api.chunks import shown_logprob
@@ -23,17 +23,20 @@ from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, Toke
 
 
 class NativeGenerate(Api):
-    """The endpoint, as an ASGI application."""
+    embeds = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await self._read(Request(scope, receive), GenerateRequest)
-        try:
-            await self._answer(request, scope, receive, send)
-        except RequestError as error:
-            raise request.renamed(error) from None
+    async def create(self, http: Request) -> ASGIApp:
+        request = await self._read(http, GenerateRequest)
 
-    async def _answer(self, request: GenerateRequest, scope: Scope, receive: Receive, send: Send) -> None:
-        limit_s = self._limit_s(scope)
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await self._answer(http, request)(scope, receive, send)
+            except RequestError as error:
+                raise request.renamed(error) from None
+
+        return answer
+
+    def _answer(self, http: Request, request: GenerateRequest) -> ASGIApp:
         prompts = request.prompts(self._config.vocab_size)
         rids = request.rids(len(prompts))
         n, params = request.sampling(self._config, len(prompts))
@@ -43,14 +46,12 @@ class NativeGenerate(Api):
             [functools.partial(Completion, prompt=prompt) for prompt in prompts],
             params,
             n=n,
-            priority=self._priority(scope, request.priority),
+            priority=self._priority(http, request.priority),
             stream=bool(request.stream),
             names=rids,
             keeps_aborted=True,
         )
-        await respond(
-            scope, receive, send, generation, NativeAnswer(choices, many), stream=request.stream, limit_s=limit_s
-        )
+        return functools.partial(respond, generation, NativeAnswer(choices, many), request.stream)
 
 
 class NativeAnswer:
