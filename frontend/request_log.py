@@ -39,19 +39,9 @@ class RequestRecord(msgspec.Struct):
 
     @property
     def generation(self) -> Generation | None:
+        """None if nothing was generated."""
         generation: Generation | None = self.scope.get("ramet.generation")
         return generation
-
-    def usage(self) -> dict[str, int]:
-        """Tokens of all prompts and choices; empty if nothing was generated."""
-        if (generation := self.generation) is None:
-            return {}
-        records = generation.records
-        return {
-            "prompt_tokens": sum(record.prompt_tokens for record in records[:: generation.n]),
-            "cached_tokens": sum(record.cached_tokens for record in records[:: generation.n]),
-            "completion_tokens": sum(record.tokens for record in records),
-        }
 
 
 class RequestLog:
@@ -68,12 +58,13 @@ class RequestLog:
             "route": record.route,
             "status": record.status,
             "seconds": round(record.ended_at - record.began_at, 4),
-            **record.usage(),
         }
-        if record.generation is not None and (begun := [it for it in record.generation.records if it.first_at]):
-            fields["choices"] = len(record.generation.records)
-            fields["queue_seconds"] = round(max(it.scheduled_at - it.tokenized_at for it in begun), 4)
-            fields["first_token_seconds"] = round(min(it.first_at - it.submitted_at for it in begun), 4)
+        if (generation := record.generation) is not None:
+            fields |= generation.usage()
+            if begun := [it for it in generation.records if it.first_at]:
+                fields["choices"] = len(generation.records)
+                fields["queue_seconds"] = round(max(it.scheduled_at - it.tokenized_at for it in begun), 4)
+                fields["first_token_seconds"] = round(min(it.first_at - it.submitted_at for it in begun), 4)
         if self._level != "summary" and (request := record.scope.get("ramet.request")) is not None:
             given = _present(msgspec.to_builtins(request))
             hidden = () if self._level == "content" else CONTENT

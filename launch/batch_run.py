@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from ramet.frontend.batch_input import Line
 from ramet.frontend.batch_store import Batches, read_batch
 from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, BatchRequest
 from ramet.frontend.store import ENDED, Store, Upload
@@ -100,11 +99,15 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
         return batches.create(request, _FOR_EVER_S)
 
 
+class _Target(msgspec.Struct):
+    url: str
+
+
 def _endpoint(source: Path) -> str:
     """That of the first line; if it cannot be read, the check of the batch will say so."""
     with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError, StopIteration):
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        url = msgspec.json.decode(first, type=Line).url
+        url = msgspec.json.decode(first, type=_Target).url
         return next(endpoint for endpoint in ENDPOINTS if url in (endpoint, endpoint.removeprefix("/v1")))
     return ENDPOINTS[0]
 
