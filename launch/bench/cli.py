@@ -20,11 +20,9 @@ from ramet.launch.cli import Commands, parse_structs, run_command
 from ramet.launch.config import EngineConfig
 from ramet.launch.logs import set_up_logging
 from ramet.launch.placement import computing
-from ramet.launch.serve import configure
+from ramet.launch.serve import INTERRUPTED, configure
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.weights.errors import WeightsError
-
-_INTERRUPTED = 130
 
 
 class StepArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,10 +50,10 @@ def bench(argv: list[str], program: str) -> None:
     parser = argparse.ArgumentParser(prog=program, description="Measure a server, the engine or its steps.")
     try:
         run_command(parser, _COMMANDS, argv)
-    except (RequestFailed, ModelUnavailable, ConfigError, WeightsError, ValueError, OSError) as error:
+    except (RequestFailed, ModelUnavailable, WeightsError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def _serve(argv: list[str], program: str) -> None:
@@ -69,7 +67,7 @@ def _serve(argv: list[str], program: str) -> None:
     if args.html is not None:
         write_html(args.html, f"{outcome.model} at {args.base_url}", text, outcome.records)
     if summary["interrupted"]:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     sys.exit(0 if summary["completed"] == load.num_requests else 1)
 
 
