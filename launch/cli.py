@@ -6,6 +6,7 @@ or transformers.
 """
 
 import argparse
+import enum
 import logging
 import sys
 import types
@@ -174,19 +175,17 @@ def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]
 
 
 def _form(kind: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type. Values stay text: msgspec converts and checks them."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the type, or None
-        kind, other = typing.get_args(kind)[:2]
-        if kind is bool:  # a switch, which may have a word
-            return {"nargs": "?", "const": True, "choices": typing.get_args(other)}
-    if typing.get_origin(kind) is typing.Annotated:  # the type with limits, which msgspec checks
-        kind = typing.get_args(kind)[0]
-    if kind is bool:
-        return {"action": "store_true"}
-    if typing.get_origin(kind) is tuple:
+    """How argparse reads a value of this type. Values stay text: msgspec converts and checks them, limits too."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    kinds = tuple(typing.get_args(item)[0] if typing.get_origin(item) is typing.Annotated else item for item in kinds)
+    words = [word for item in kinds if typing.get_origin(item) is typing.Literal for word in typing.get_args(item)]
+    first = kinds[0]
+    if first is bool:  # a switch, which may have a word
+        return {"nargs": "?", "const": True, "choices": words} if words else {"action": "store_true"}
+    if words:
+        return {"choices": words}
+    if typing.get_origin(first) is tuple:
         return {"nargs": "+", "action": "extend", "metavar": "TEXT"}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": typing.get_args(kind)}
-    if issubclass(kind, str) and kind is not str:  # an enumeration
-        return {"choices": [member.value for member in kind]}
-    return {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    if issubclass(first, enum.Enum):
+        return {"choices": [member.value for member in first]}
+    return {"metavar": {int: "N", float: "X", str: "TEXT"}[first]}

@@ -43,6 +43,12 @@ def test_values_are_converted() -> None:
     assert (args.max_running_requests, args.disable_radix_cache, args.drain_timeout) == (8, True, 2.0)
 
 
+@pytest.mark.parametrize("form", ["auto", "none", "hermes", "llama3", "mistral", "json"])
+def test_each_word_of_a_flag_is_taken(form: str) -> None:
+    assert cli.parse_args(["--tool-call-parser", form]).tool_call_parser == form
+    assert cli.parse_args(["--reasoning-parser", "qwen3"]).reasoning_parser == "qwen3"
+
+
 def test_prefixes_are_flags() -> None:
     assert cli.parse_args(["--tp", "1", "--model", "m"]) == ServerArgs(model_path="m")
 
