@@ -19,7 +19,6 @@ from ramet.launch.cache import ModelUnavailable
 from ramet.launch.cli import Commands, parse_structs, run_command
 from ramet.launch.config import EngineConfig
 from ramet.launch.logs import set_up_logging
-from ramet.launch.placement import computing
 from ramet.launch.serve import INTERRUPTED, configure
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.weights.errors import WeightsError
@@ -107,8 +106,7 @@ def _settle(server: ServerArgs) -> EngineConfig:
         raise ConfigError("only models that generate are measured; this one embeds")
     if config.scheduler.tp.size > 1:
         raise ConfigError(f"tp_size is {config.scheduler.tp.size}, but this runs in one process")
-    placement = computing(config.cpus, config.num_threads, os.environ)
     assert "torch" not in sys.modules, "OpenMP reads its settings when torch is imported"
-    os.environ.update(placement.env)
-    placement.apply()
+    os.environ.update(config.placement.env)
+    config.placement.apply()
     return config
