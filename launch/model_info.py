@@ -121,15 +121,12 @@ def _eos_ids(
     text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path, added_tokens: tuple[AddedToken, ...]
 ) -> tuple[int, ...]:
     """Those of generation_config (else config), and the tokenizer's own: chat models often end turns only with it."""
-    given = generation.get("eos_token_id")
-    if given is None:
-        given = text.get("eos_token_id")
-    ids = list(given) if isinstance(given, list) else [given] if given is not None else []
+    given: Any = next((x for config in (generation, text) if (x := config.get("eos_token_id")) is not None), [])
     token = _read(tokenizer_dir / "tokenizer_config.json", dict, {}).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
-    ids.extend(item.id for item in added_tokens if item.content == token)
-    return tuple(dict.fromkeys(ids))
+    own = [item.id for item in added_tokens if item.content == token]
+    return tuple(dict.fromkeys([*(given if isinstance(given, list) else [given]), *own]))
 
 
 def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> EmbeddingInfo:

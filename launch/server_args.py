@@ -32,12 +32,12 @@ class ConfigError(ValueError):
     """Arguments that cannot be honoured, or not together; the message says which and why."""
 
 
-def _flag(group: str, description: str, **limits: Any) -> Meta:
+def flag(group: str, description: str, **limits: Any) -> Meta:
     return Meta(description=description, extra_json_schema={"group": group}, **limits)
 
 
 _model, _server, _engine, _parallel = (
-    functools.partial(_flag, name) for name in ("model", "server", "engine", "parallel")
+    functools.partial(flag, name) for name in ("model", "server", "engine", "parallel")
 )
 
 
