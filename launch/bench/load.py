@@ -43,7 +43,7 @@ class LoadArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     no_keep_alive: Annotated[bool, flag("a connection for each request")] = False
     extra_body: Annotated[str, flag("JSON object to merge into each body; null takes a field out")] = "{}"
     warmup: Annotated[int, flag("requests before the clock starts", ge=0)] = 2
-    timeout: Annotated[float, flag("seconds until a request counts as failed", gt=0)] = 600.0
+    timeout: Annotated[float, flag("seconds until a request counts as failed", gt=0, le=86_400)] = 600.0
     details: Annotated[bool, flag("put every request into the --json file")] = False
     html: Annotated[str | None, flag("write a page with plots to this file")] = None
 
