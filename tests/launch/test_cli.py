@@ -43,6 +43,12 @@ def test_values_are_converted() -> None:
     assert (args.max_running_requests, args.disable_radix_cache, args.drain_timeout) == (8, True, 2.0)
 
 
+@pytest.mark.parametrize("form", ["auto", "none", "hermes", "llama3", "mistral", "json"])
+def test_each_word_of_a_flag_is_taken(form: str) -> None:
+    assert cli.parse_args(["--tool-call-parser", form]).tool_call_parser == form
+    assert cli.parse_args(["--reasoning-parser", "qwen3"]).reasoning_parser == "qwen3"
+
+
 def test_prefixes_are_flags() -> None:
     assert cli.parse_args(["--tp", "1", "--model", "m"]) == ServerArgs(model_path="m")
 
@@ -53,6 +59,7 @@ def test_prefixes_are_flags() -> None:
         (["--port", "abc"], "argument --port: Expected `int`, got 'abc'"),
         (["--port", "70000"], "argument --port: Expected `int` <= 65535, got '70000'"),
         (["--mem-fraction-static", "1.5"], "argument --mem-fraction-static: Expected `float` < 1.0, got '1.5'"),
+        (["--drain-timeout", "inf"], "argument --drain-timeout: Expected `float` <= 86400.0, got 'inf'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--tp-size", "0"], "argument --tp-size: Expected `int` >= 1, got '0'"),
         (["--tp-size", "3", "--nnodes", "2"], "tp_size 3 cannot be divided over nnodes 2"),
