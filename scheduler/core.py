@@ -240,7 +240,7 @@ class SchedulerCore:
             owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
             if owed >= self._prompt_budget(request.priority, sum(r.num_remaining == 1 for r in ahead)):
                 return  # it would not get a token
-            if self.kv.awaits_prefix(request, self.kv.cached_length(request)):
+            if self.kv.awaits_prefix(request):
                 continue
             if not self._free_slots and not self._displace(request):
                 return

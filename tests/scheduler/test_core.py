@@ -247,3 +247,15 @@ def test_a_better_priority_takes_the_pages_of_a_worse_one(make_driver):
     driver.finish()
     assert len(driver.ended()) == 5
     assert driver.core.counters.preemptions > 0
+
+
+def test_a_better_priority_does_not_wait_for_a_prefix_that_a_worse_one_computes(make_driver):
+    driver = make_driver(max_running=4, max_step_tokens=16, max_prefill_tokens=16)
+    shared = list(range(2, 66))
+    driver.add("batch", shared, priority=100)
+    driver.step()
+    driver.add("chat", [*shared, 70], max_tokens=1)
+    for i in range(12):  # others of its kind keep the worse one from going on
+        driver.add(f"other-{i}", list(range(100 * i + 100, 100 * i + 116)), max_tokens=1)
+    driver.finish()
+    assert driver.ended()[0] == "chat"
