@@ -143,6 +143,8 @@ class Detokenizer:
             stream.token_ids.append(token_id)
             if stream.text.matched_stop is not None:
                 return Finish(FinishReason.STOP, stream.text.matched_stop)
+        if not item.token_ids:  # aborted: what was held back is text after all
+            stream.texts.append(stream.text.add(None, item.finish))
         return item.finish
 
     def _is_due(self, stream: _Stream) -> bool:

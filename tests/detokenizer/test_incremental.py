@@ -1,7 +1,7 @@
 """Text never has half a character, and stops exactly where it should."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ramet.detokenizer.incremental import IncrementalText
@@ -86,11 +86,16 @@ def test_only_a_possible_beginning_is_held_back():
     assert matcher.feed("x") == "STx"
 
 
-@given(st.text("abn", max_size=30), st.lists(st.text("abn", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops):
-    """Character by character: the text before the first stop string that becomes complete."""
+@given(
+    st.text("abn", max_size=30),
+    st.lists(st.text("abn", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 30),
+)
+@example("nabb", ["abb", "b"], 4)
+def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, step):
+    """However it is cut into tokens: the text before the first stop string that becomes complete."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
-    out, matched = cut(text, tuple(stops), 1)
+    out, matched = cut(text, tuple(stops), step)
     if not ends:
         assert (out, matched) == (text, None)
     else:
@@ -124,6 +129,18 @@ def test_stop_strings_wait_for_min_tokens(tokenizer):
         deltas += detokenizer.add(TokenOut("r", [token]))
     assert "".join(d.text for d in deltas) == "a\nb"
     assert deltas[-1].completion_tokens == 4
+
+
+def test_an_aborted_answer_has_what_was_held_back(tokenizer):
+    detokenizer = Detokenizer(tokenizer, stream_interval=1)
+    ids = tokenizer.encode("ab\n", add_special_tokens=False)
+    deltas = detokenizer.add(TokenOut("r", ids[:1], admitted(stop=("\n---",))))
+    for token in ids[1:]:
+        deltas += detokenizer.add(TokenOut("r", [token]))
+    assert "".join(d.text for d in deltas) == "ab"
+    deltas += detokenizer.add(TokenOut("r", finish=Finish(FinishReason.ABORT)))
+    assert "".join(d.text for d in deltas) == "ab\n"
+    assert deltas[-1].completion_tokens == len(ids)
 
 
 def test_without_streaming_only_the_first_and_the_last_event_are_sent(tokenizer):
