@@ -160,15 +160,7 @@ class Detokenizer:
                 self._describe(logprob if logprob is not None else Logprob(token_id, float("nan")))
                 for token_id, logprob in zip(ids, admitted.prompt_logprobs, strict=True)
             ]
-        prompt = PromptInfo(
-            admitted.prompt_len,
-            admitted.cached_tokens,
-            text,
-            tokens,
-            admitted.prompt_tail,
-            admitted.tokenized_at,
-            admitted.scheduled_at,
-        )
+        prompt = msgspec.structs.replace(admitted.prompt, text=text, tokens=tokens)
         return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
 
     def _describe(self, logprob: Logprob) -> TokenText:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ramet.detokenizer.incremental import IncrementalText
 from ramet.detokenizer.stop import StopMatcher
 from ramet.detokenizer.worker import Detokenizer
-from ramet.ipc.messages import Admitted, Finish, FinishReason, Logprob, TokenOut
+from ramet.ipc.messages import Admitted, Finish, FinishReason, Logprob, PromptInfo, TokenOut
 from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, st
 
 
 def admitted(**params) -> Admitted:
-    return Admitted(prompt_len=3, cached_tokens=0, params=SamplingParams(**params))
+    return Admitted(PromptInfo(3), SamplingParams(**params))
 
 
 def test_stop_string_finishes_now_and_aborts_at_the_scheduler(tokenizer):
@@ -145,7 +145,7 @@ def test_an_aborted_answer_has_what_was_held_back(tokenizer):
 
 def test_without_streaming_only_the_first_and_the_last_event_are_sent(tokenizer):
     detokenizer = Detokenizer(tokenizer, stream_interval=1)
-    first = Admitted(prompt_len=3, cached_tokens=2, params=SamplingParams(), stream=False)
+    first = Admitted(PromptInfo(3, 2), SamplingParams(), stream=False)
     ids = tokenizer.encode("the cat", add_special_tokens=False)
     deltas = detokenizer.add(TokenOut("r", [ids[0]], first))
     for token in ids[1:-1]:
@@ -172,7 +172,7 @@ def test_echoed_prompt_is_decoded(tokenizer):
     detokenizer = Detokenizer(tokenizer, stream_interval=1)
     ids = tokenizer.encode("the cat", add_special_tokens=False)
     logprobs = [None, *(Logprob(i, -1.0) for i in ids[1:])]
-    info = Admitted(len(ids), 0, SamplingParams(prompt_logprobs=0), True, ids, logprobs)
+    info = Admitted(PromptInfo(len(ids)), SamplingParams(prompt_logprobs=0), True, ids, logprobs)
     (delta,) = detokenizer.add(TokenOut("r", [], info, finish=LENGTH))
     assert delta.prompt.text == "the cat"
     assert "".join(t.token for t in delta.prompt.tokens) == "the cat"

@@ -50,7 +50,7 @@ def test_a_second_request_reuses_whole_pages_of_the_first(make_driver):
     driver.finish()
     driver.add("b", prompt, max_tokens=1)
     driver.finish()
-    assert [out.admitted.cached_tokens for out in driver.outputs if out.admitted] == [0, 20]
+    assert [out.admitted.prompt.cached_tokens for out in driver.outputs if out.admitted] == [0, 20]
     assert driver.plans[-1].rows[0].start == 20
 
 
@@ -60,7 +60,7 @@ def test_generated_tokens_are_reused_by_the_next_turn(make_driver):
     driver.finish()
     driver.add("turn2", [2, 3, 4] + [1] * 10 + [5], max_tokens=1)
     driver.finish()
-    assert driver.outputs[-1].admitted.cached_tokens == 12
+    assert driver.outputs[-1].admitted.prompt.cached_tokens == 12
 
 
 def test_without_prefix_cache_nothing_is_reused(make_driver):
