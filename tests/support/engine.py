@@ -64,7 +64,8 @@ class InlineEngine:
         self.config = config
         self.core = SchedulerCore(config, self.runner.num_pages)
         self.grammars = GrammarPool(config, self.runner.vocab_size, lambda: None)
-        self.pipeline = Pipeline(self.core, self.runner, self.grammars.fill, config.steps_ahead, followers)
+        tell_ranks = followers.send if followers is not None else None
+        self.pipeline = Pipeline(self.core, self.runner, self.grammars.fill, config.steps_ahead, tell_ranks)
         self.tokens: dict[str, list[int]] = {}
         self.outputs: dict[str, list[TokenOut]] = {}
 
