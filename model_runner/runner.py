@@ -20,6 +20,7 @@ from ramet.model_runner.batch import SlotTable, build
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs, graph_bytes
 from ramet.model_runner.kv_pool import KVPool
+from ramet.model_runner.logits import send
 from ramet.model_runner.memory import Measured, PoolTooLarge, size_pool
 from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup, use_device
@@ -173,7 +174,7 @@ class ModelRunner:
         targets = prompt[row.start + 1 : row.start + row.length + 1]
         scored: list[Ranked] = []
         for at in range(0, len(targets), _SCORED_POSITIONS):
-            some = torch.tensor(targets[at : at + _SCORED_POSITIONS]).to(self.device, non_blocking=True)
+            some = send(torch.tensor(targets[at : at + _SCORED_POSITIONS]), self.device)
             logprobs = self._model.logits(hidden[at : at + len(some)]).log_softmax(dim=-1)
             scored.append(Ranked(logprobs, some, [params.prompt_logprobs or 0] * len(some)))
         return scored
