@@ -56,7 +56,7 @@ class LogitsProcessor:
         self._banned = send(torch.tensor([i for i in admission.eos_ids if i < vocab_size], dtype=torch.long), device)
         self._counts: Tensor | None = None
         if _has_penalties(admission.params):
-            tokens = torch.tensor(admission.token_ids)
+            tokens = torch.tensor(admission.token_ids, dtype=torch.long)
             generated = torch.bincount(tokens[admission.prompt_len :], minlength=vocab_size)
             self._counts = send(generated.float(), device)
             self._seen = send(torch.bincount(tokens, minlength=vocab_size).bool(), device)

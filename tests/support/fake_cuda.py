@@ -1,11 +1,13 @@
-"""A CUDA device that does not exist: its tensors say `cuda`, its memory is the CPU's, and it computes as late as it may.
+"""A CUDA device that does not exist: its tensors say `cuda`, its memory is the CPU's, and it computes as late as it
+may.
 
-Every operation on it is put into the queue of the current stream, and the queue runs when the host waits for an event, a
+Every operation on it goes into the queue of the current stream, and the queue runs when the host waits for an event, a
 stream or a value. So a host that reads results too early, changes memory that is still to be copied, or lets a stream
 begin before another one has what it needs, gets wrong numbers. A captured graph is the list of the operations that were
 recorded; a replay runs these again in the memory that they had, after spoiling all that the graphs hold. What was never
-written is NaN or a number that is no token and no index. Refused are operations on tensors of two devices, waiting where
-`waiting` is False, and waiting or copying from or to the host in a capture.
+written is NaN, or a number that is no token and no index. Refused are operations on tensors of two devices, waiting
+where `waiting` is False, waiting or copying from or to the host in a capture, and a replay that reads memory given back
+since.
 
 With `hollow`, memory has sizes and no content, and nothing is computed: for real models' shapes. Knows no Triton
 kernels: see `fake_kernels.py`. What it does not show: speed, races within a kernel, and what CUDA's own code does.
@@ -43,7 +45,10 @@ class HostWaits(RuntimeError):
 
 
 class _Block:
-    """One allocation, which lives as long as tensors that look at it."""
+    """One allocation, which lives as long as tensors that look at it; `captured` in the memory of the graphs."""
+
+    def __init__(self, captured: bool) -> None:
+        self.captured = captured
 
 
 class DeviceTensor(Tensor):
@@ -114,9 +119,12 @@ class FakeGraph:
     def __init__(self, device: "FakeCuda") -> None:
         self._device = device
         self.recorded: list[Callable[[], object]] = []
+        self.read: list[weakref.ref[_Block]] = []  # of what was there before
         self.broken = False
 
     def replay(self) -> None:
+        if any(block() is None for block in self.read):
+            raise RuntimeError("a graph reads memory that has been given back")
         self._device.put(self._run)
 
     def _run(self) -> None:
@@ -254,11 +262,12 @@ class FakeCuda(TorchDispatchMode):
         for stream in list(self._streams):
             self.wait("the device", stream)
 
-    def put(self, work: Callable[[], object]) -> None:
-        """What a kernel does, to be done when its turn comes."""
-        if self._hollow:
-            return
-        (self.stream.put if self.capturing is None else self.capturing.recorded.append)(work)
+    def put(self, work: Callable[[], object], tensors: list[DeviceTensor] | None = None) -> None:
+        """What a kernel does with these tensors, to be done when its turn comes."""
+        if self.capturing is not None:
+            self.capturing.read += [weakref.ref(t.block) for t in tensors or [] if not t.block.captured]
+        if not self._hollow:
+            (self.stream.put if self.capturing is None else self.capturing.recorded.append)(work)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -269,7 +278,8 @@ class FakeCuda(TorchDispatchMode):
     def allocate(self, memory: Tensor) -> DeviceTensor:
         if not self._hollow:
             spoil(memory)
-        block, pool, size = _Block(), self.capturing is not None, -(-memory.nbytes // _ROUNDING) * _ROUNDING
+        pool, size = self.capturing is not None, -(-memory.nbytes // _ROUNDING) * _ROUNDING
+        block = _Block(pool)
         self._count(pool, size)
         if self.reserved_bytes > self._total_bytes - self.taken_outside:
             raise torch.OutOfMemoryError(f"CUDA out of memory: {size} more bytes")
@@ -317,10 +327,10 @@ class FakeCuda(TorchDispatchMode):
             raise RuntimeError(f"{func}: some tensors are on cuda:0, others on {others[0].device}")
         if func in _READS or (func in _INDEXING and any(i is not None and i.dtype is torch.bool for i in args[1])):
             self.wait(str(func))
-            return tree_map(lambda leaf: self._new(leaf), func(*_inner(args), **_inner(kwargs)))
+            return tree_map(lambda leaf: self._new(leaf), func(*inner(args), **inner(kwargs)))
         schema = func._schema
         if any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments):
-            views = func(*_inner(args), **_inner(kwargs))
+            views = func(*inner(args), **inner(kwargs))
             with torch.inference_mode(mine[0].is_inference()):  # a view is what its base is
                 return tree_map(lambda leaf: DeviceTensor(leaf, mine[0].block), views)
         if "device" in kwargs:
@@ -348,8 +358,8 @@ class FakeCuda(TorchDispatchMode):
         return made
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
-        inner_args, inner_kwargs = _inner(args), _inner(kwargs)
-        self.put(lambda: func(*inner_args, **inner_kwargs))
+        inner_args, inner_kwargs = inner(args), inner(kwargs)
+        self.put(lambda: func(*inner_args, **inner_kwargs), device_tensors(args, kwargs))
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         changed = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         return changed[0] if len(changed) == 1 else tuple(changed)
@@ -360,13 +370,13 @@ class FakeCuda(TorchDispatchMode):
         outputs = tree_map(lambda leaf: self._like(leaf.shape, leaf.stride(), leaf.dtype), shapes)
         if func in _EMPTY or func.overloadpacket in (aten.empty, aten.empty_strided):
             return outputs
-        inner_args, inner_kwargs, targets = _inner(args), _inner(kwargs), tree_flatten(_inner(outputs))[0]
+        inner_args, inner_kwargs, targets = inner(args), inner(kwargs), tree_flatten(inner(outputs))[0]
 
         def work() -> None:
             for target, result in zip(targets, tree_flatten(compute(*inner_args, **inner_kwargs))[0], strict=True):
                 target.copy_(result)
 
-        self.put(work)
+        self.put(work, device_tensors(args, kwargs))
         return outputs
 
     def _to_copy(self, source: Tensor, device: torch.device | None, kwargs: Any) -> Tensor:
@@ -390,7 +400,7 @@ class FakeCuda(TorchDispatchMode):
         if self.capturing is not None:
             self.capturing.broken = True
             raise RuntimeError("CUDA error: a copy from or to the host during a capture")
-        to, came = _inner(target), _inner(source)
+        to, came = inner(target), inner(source)
         host = source if isinstance(target, DeviceTensor) else target
         pinned = host.untyped_storage().data_ptr() in self._pinned
         if host is target:
@@ -412,7 +422,11 @@ def spoil(memory: Tensor) -> Tensor:
     return memory
 
 
-def _inner(tree: Any) -> Any:
+def device_tensors(*tree: Any) -> list[DeviceTensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, DeviceTensor)]
+
+
+def inner(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.inner if isinstance(leaf, DeviceTensor) else leaf, tree)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from support.fake_cuda import DeviceTensor, FakeCuda, _inner
+from support.fake_cuda import DeviceTensor, FakeCuda, device_tensors, inner
 from torch import Tensor
 
 from ramet.kernels.triton import sampling
@@ -50,9 +50,8 @@ def _launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **sett
 def _standing_in(device: FakeCuda, wrapper: Callable[..., Any], compute: Callable[..., object]) -> Callable[..., Any]:
     def stand_in(*args: Any, **named: Any) -> Any:
         result = wrapper(*args, **named)
-        given = [tuple(_inner(arg) for arg in args), {name: _inner(arg) for name, arg in named.items()}]
-        out = tuple(map(_inner, result)) if isinstance(result, tuple) else _inner(result)
-        device.put(lambda: compute(out, *given[0], **given[1]))
+        out, inner_args, inner_named = inner((result, args, named))
+        device.put(lambda: compute(out, *inner_args, **inner_named), device_tensors(result, args, named))
         return result
 
     return stand_in
