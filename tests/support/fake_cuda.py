@@ -275,6 +275,10 @@ class FakeCuda(TorchDispatchMode):
     def reserved_bytes(self) -> int:
         return sum(self._held)
 
+    @property
+    def graph_bytes(self) -> int:
+        return self._held[1]
+
     def allocate(self, memory: Tensor) -> DeviceTensor:
         if not self._hollow:
             spoil(memory)
