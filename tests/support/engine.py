@@ -35,6 +35,7 @@ class InlineEngine:
         device: str = "cpu",
         cuda_graph_max_bs: int = 0,
         quantization: str | None = None,
+        attention_backend: str = "auto",
         **scheduler,
     ) -> None:
         defaults = {
@@ -57,6 +58,7 @@ class InlineEngine:
                 max_total_tokens=total_tokens,
                 cuda_graph_max_bs=cuda_graph_max_bs,
                 quantization=quantization,
+                attention_backend=attention_backend,
             ),
             lambda text: None,
             group,
