@@ -179,13 +179,20 @@ def test_a_process_that_hangs_is_named_and_a_death_beyond_the_budget_ends_the_se
     servers.close()
     flags = ("--watchdog-timeout", "3", "--max-restarts", "1")
     with RunningServer(*tiny_flags(tiny_model("llama")), *flags) as server:
+
+        def unhealthy(words: str) -> bool:
+            response = httpx.get(f"{server.url}/health")
+            return response.status_code == 503 and words in response.json()["error"]["message"]
+
+        time.sleep(4)  # more than the timeout: an idle launcher has a pulse
         assert httpx.get(f"{server.url}/health").status_code == 200
         pids = server.pids()
-        for name in ("launcher", "scheduler-0"):
-            os.kill(pids[name], signal.SIGSTOP)
-        until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 20, lambda: "not healthy")
-        message = httpx.get(f"{server.url}/health").json()["error"]["message"]
-        assert message.startswith("scheduler-0 hangs, silent for more than ")
+        os.kill(pids["launcher"], signal.SIGSTOP)
+        until(lambda: unhealthy("launcher hangs, silent for more than "), 20, lambda: "not healthy")
+        assert server.is_ready(), "requests are taken and answered"
+        assert server.http.post("/v1/completions", json={**LONG, "model": server.model, "max_tokens": 2}).is_success
+        os.kill(pids["scheduler-0"], signal.SIGSTOP)
+        until(lambda: unhealthy("scheduler-0 hangs, silent for more than "), 20, lambda: "not healthy")
         response = httpx.get(f"{server.url}/health_generate", timeout=10)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
         assert response.headers["retry-after"]
