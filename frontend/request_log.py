@@ -1,8 +1,8 @@
 """What becomes of a request once it has ended: a line of the log, at the level that the operator asked for.
 
 `RequestRecord` is what an HTTP exchange leaves behind for observers such as this and `frontend/tracing.py`; endpoints
-put the decoded body and the generation into the scope. Headers are never shown, so no key is; prompts and answers only
-at level `content`.
+put the decoded body and the generation, or the usage, into the scope. Headers are never shown, so no key is; prompts
+and answers only at level `content`.
 """
 
 import logging
@@ -43,9 +43,10 @@ class RequestRecord(msgspec.Struct):
         return generation
 
     def usage(self) -> dict[str, int]:
-        """Tokens of all prompts and choices; empty if nothing was generated."""
+        """Tokens of all prompts and choices, or of what was embedded; empty if nothing was computed."""
         if (generation := self.generation) is None:
-            return {}
+            usage: dict[str, int] = self.scope.get("ramet.usage", {})
+            return usage
         records = generation.records
         return {
             "prompt_tokens": sum(record.prompt_tokens for record in records[:: generation.n]),

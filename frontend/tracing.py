@@ -52,7 +52,7 @@ class Tracer:
                 "http.route": record.route,
                 "http.response.status_code": record.status,
                 "ramet.request_id": record.request_id,
-                **{f"gen_ai.usage.{new}_tokens": usage[f"{old}_tokens"] for old, new in _USAGE if usage},
+                **{f"gen_ai.usage.{new}_tokens": usage[old] for old, new in _USAGE if old in usage},
             },
             start_time=_ns(record.began_at + shift_s),
         )
@@ -67,7 +67,7 @@ class Tracer:
         span.end(_ns(record.ended_at + shift_s))
 
 
-_USAGE = (("prompt", "input"), ("completion", "output"))
+_USAGE = (("prompt_tokens", "input"), ("completion_tokens", "output"))
 
 
 def _hops(choice: ChoiceRecord) -> list[tuple[str, float, float]]:

@@ -24,7 +24,9 @@ class Embeddings(Api):
         the client leaves."""
         questions = [functools.partial(Embedding, prompt=prompt, priority=request.priority or 0) for prompt in inputs]
         answers = await while_connected(http.receive, self._client.ask_all(questions), self._limit_s(http.scope))
-        return [answer for answer in answers if isinstance(answer, Embedded)]
+        embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+        http.scope["ramet.usage"] = _usage(embedded)
+        return embedded
 
     async def embed(self, http: Request) -> Response:
         request = await self._read(http, EmbeddingRequest)
