@@ -4,6 +4,9 @@ import concurrent.futures
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import ROLES, RunningServer, tiny_flags, until
+from support.server import ROLES, TESTS, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -216,3 +219,25 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_servers_of_tests_die_with_them(servers: Any, tiny_model: Callable[[str], Path]) -> None:
+    servers.close()
+    script = """
+import sys, time
+from support.server import RunningServer
+with RunningServer(*sys.argv[1:]) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+    with tempfile.TemporaryDirectory(prefix="e2e-") as folder:
+        command = [sys.executable, "-c", script, *tiny_flags(tiny_model("llama"))]
+        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        environ = {**os.environ, "TMPDIR": folder, "PYTHONPATH": paths}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as tests:
+            assert tests.stdout is not None
+            launcher = psutil.Process(int(tests.stdout.readline()))
+            processes = [launcher, *launcher.children()]
+            assert len(processes) == 1 + len(ROLES)
+            tests.kill()
+        assert psutil.wait_procs(processes, 20)[1] == []
