@@ -24,8 +24,16 @@ logger = logging.getLogger(__name__)
 # By name: what runs it (arguments, program name), and what the help says of it.
 Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
-# Flags people type by habit from other servers, whose meaning this version does not have yet.
-_NOT_YET = {"kv-cache-dtype"}
+# Flags people type by habit from other servers: what they are called here, or that they are not here.
+_ELSEWHERE = {
+    "block-size": "is --page-size here",
+    "gpu-memory-utilization": "is --mem-fraction-static here",
+    "kv-cache-dtype": "is not supported by this version",
+    "max-model-len": "is --context-length here",
+    "max-num-batched-tokens": "is --chunked-prefill-size here",
+    "max-num-seqs": "is --max-running-requests here",
+    "tensor-parallel-size": "is --tp-size here",
+}
 
 # Flags that mean nothing where nobody is served.
 _FOR_CLIENTS = {
@@ -111,8 +119,8 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
     namespace, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name in _NOT_YET:
-            parser.error(f"--{name} is not supported by this version")
+        if argument.startswith("--") and name in _ELSEWHERE:
+            parser.error(f"--{name} {_ELSEWHERE[name]}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = vars(namespace)
@@ -161,6 +169,7 @@ def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]
         description=description,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings")
     groups: dict[str, Any] = {}
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
