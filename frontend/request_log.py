@@ -1,8 +1,8 @@
 """What becomes of a request once it has ended: a line of the log, at the level that the operator asked for.
 
 `RequestRecord` is what an HTTP exchange leaves behind for observers such as this and `frontend/tracing.py`; endpoints
-put the decoded body and the generation into the scope. Headers are never shown, so no key is; prompts and answers only
-at level `content`.
+put the decoded body and the generation, or the usage, into the scope. Headers are never shown, so no key is; prompts
+and answers only at level `content`.
 """
 
 import logging
@@ -43,6 +43,11 @@ class RequestRecord(msgspec.Struct):
         generation: Generation | None = self.scope.get("ramet.generation")
         return generation
 
+    def usage(self) -> dict[str, int]:
+        """Tokens of all prompts and choices, or of what was embedded; empty if nothing was computed."""
+        embedded: dict[str, int] = self.scope.get("ramet.usage", {})
+        return self.generation.usage() if self.generation is not None else embedded
+
 
 class RequestLog:
     def __init__(self, level: RequestLogLevel) -> None:
@@ -59,12 +64,12 @@ class RequestLog:
             "status": record.status,
             "seconds": round(record.ended_at - record.began_at, 4),
         }
-        if (generation := record.generation) is not None:
-            fields |= generation.usage()
-            if begun := [it for it in generation.records if it.first_at]:
-                fields["choices"] = len(generation.records)
-                fields["queue_seconds"] = round(max(it.scheduled_at - it.tokenized_at for it in begun), 4)
-                fields["first_token_seconds"] = round(min(it.first_at - it.submitted_at for it in begun), 4)
+        fields |= record.usage()
+        choices = record.generation.records if record.generation is not None else []
+        if begun := [it for it in choices if it.first_at]:
+            fields["choices"] = len(choices)
+            fields["queue_seconds"] = round(max(it.scheduled_at - it.tokenized_at for it in begun), 4)
+            fields["first_token_seconds"] = round(min(it.first_at - it.submitted_at for it in begun), 4)
         if self._level != "summary" and (request := record.scope.get("ramet.request")) is not None:
             given = _present(msgspec.to_builtins(request))
             hidden = () if self._level == "content" else CONTENT

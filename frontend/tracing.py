@@ -43,16 +43,14 @@ class Tracer:
             return
         offset_s = time.time() - time.monotonic()  # spans bear the time of day
         generation = record.generation
+        usage = record.usage()
         attributes = {
             "http.request.method": record.scope["method"],
             "http.route": record.route,
             "http.response.status_code": record.status,
             "ramet.request_id": record.request_id,
+            **{f"gen_ai.usage.{new}_tokens": usage[old] for old, new in _USAGE if old in usage},
         }
-        if generation is not None:
-            usage = generation.usage()
-            attributes["gen_ai.usage.input_tokens"] = usage["prompt_tokens"]
-            attributes["gen_ai.usage.output_tokens"] = usage["completion_tokens"]
         span = self._tracer.start_span(
             f"{record.scope['method']} {record.route}",
             self._propagator.extract(dict(headers)),
@@ -69,6 +67,9 @@ class Tracer:
                 hop = self._tracer.start_span(name, context, attributes=attributes, start_time=start)
                 hop.end(_ns(end + offset_s))
         span.end(_ns(record.ended_at + offset_s))
+
+
+_USAGE = (("prompt_tokens", "input"), ("completion_tokens", "output"))
 
 
 def _hops(choice: ChoiceRecord) -> list[tuple[str, float, float]]:

@@ -20,6 +20,17 @@ from ramet.launch.server_args import ServerArgs
 # By name: what runs it (arguments, program name), and what the help says of it.
 Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
+# Flags people type by habit from other servers: what they are called here, or that they are not here.
+_ELSEWHERE = {
+    "block-size": "is --page-size here",
+    "gpu-memory-utilization": "is --mem-fraction-static here",
+    "kv-cache-dtype": "is not supported by this version",
+    "max-model-len": "is --context-length here",
+    "max-num-batched-tokens": "is --chunked-prefill-size here",
+    "max-num-seqs": "is --max-running-requests here",
+    "tensor-parallel-size": "is --tp-size here",
+}
+
 # Flags that mean nothing where nobody is served.
 _FOR_CLIENTS = (
     *("api_key", "cors_allow_origins", "file_storage_path", "host", "log_requests", "max_file_size"),
@@ -100,7 +111,14 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
     Exits with code 2 and a message for what is not understood.
     """
     parser = _parser(program, description, kinds)
-    given = vars(parser.parse_args(argv))
+    namespace, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name in _ELSEWHERE:
+            parser.error(f"--{name} {_ELSEWHERE[name]}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(namespace)
     path = given.pop("config", None)
     try:
         settings = {**(read_config_file(Path(path)) if path else {}), **given}
@@ -145,6 +163,7 @@ def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]
         description=description,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings")
     groups: dict[str, Any] = {}
     infos: list[Any] = [inspect.type_info(kind) for kind in kinds]

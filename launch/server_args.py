@@ -62,8 +62,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     context_length: Annotated[Count | None, _model("tokens of prompt and answer together (the model's maximum)")] = None
     trust_remote_code: Annotated[bool, _model("run Python code that comes with the model")] = False
     is_embedding: Annotated[bool, _model("embed, not generate; automatic for encoders, sentence-transformers")] = False
-    tool_call_parser: Annotated[Literal["auto"] | ToolCallForm, _model("form of tool calls (template's)")] = "auto"
-    reasoning_parser: Annotated[Literal["auto"] | ReasoningFamily, _model("tags of reasoning (template's)")] = "auto"
+    tool_call_parser: Annotated[Literal["auto", ToolCallForm], _model("form of tool calls (template's)")] = "auto"
+    reasoning_parser: Annotated[Literal["auto", ReasoningFamily], _model("tags of reasoning (template's)")] = "auto"
 
     host: Annotated[str, _server("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _server("port to listen on", ge=1, le=65535)] = 30000
@@ -144,6 +144,9 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("dist_init_addr", "dist_secret_file"):
             if self.nnodes == 1 and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for several machines: give --nnodes too")
+        for name in ("api_key", "served_model_name"):
+            if not all(text.strip() for text in getattr(self, name)):
+                raise ValueError(f"{name} must not be empty")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)
         for name in ("max_body_size", "max_file_size", "max_storage_size"):

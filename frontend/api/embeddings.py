@@ -27,7 +27,9 @@ class Embeddings(Api):
         priority = self._priority(http, request.priority)
         questions = [functools.partial(Embedding, prompt=prompt, priority=priority) for prompt in inputs]
         answers = await self._ask(http, questions)
-        return [answer for answer in answers if isinstance(answer, Embedded)]
+        embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+        http.scope["ramet.usage"] = _usage(embedded)
+        return embedded
 
     async def embed(self, http: Request) -> Response:
         request = await self._read(http, EmbeddingRequest)
