@@ -176,6 +176,9 @@ class Metrics:
         self.engine_restarts = Counter(
             "ramet_engine_restarts", "Times the engine came back after a process of it had died", registry=registry
         )
+        self.requests_resumed = Counter(
+            "ramet_requests_resumed", "Choices and questions sent again after a process had died", registry=registry
+        )
         self.http_requests = Counter(
             "ramet_http_requests", "HTTP requests answered", ["route", "code"], registry=registry
         )

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.frontend.api.base import Api, head
-from ramet.frontend.exchange import json_response, while_connected
+from ramet.frontend.exchange import BATCH_SERVER, json_response, while_connected
 from ramet.frontend.schemas.embeddings import EmbeddingFields, EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.ipc.messages import Embedded, Embedding
 
@@ -23,7 +23,8 @@ class Embeddings(Api):
         """In the order of the inputs. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError` if
         the client leaves."""
         questions = [functools.partial(Embedding, prompt=prompt, priority=request.priority or 0) for prompt in inputs]
-        answers = await while_connected(http.receive, self._client.ask_all(questions), self._limit_s(http.scope))
+        asking = self._client.ask_all(questions, resumes=http.scope["server"] != BATCH_SERVER)
+        answers = await while_connected(http.receive, asking, self._limit_s(http.scope))
         return [answer for answer in answers if isinstance(answer, Embedded)]
 
     async def embed(self, http: Request) -> Response:
