@@ -77,7 +77,7 @@ class Load:
         )
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=60) as http:
             await asyncio.gather(*(self._work(http) for _ in range(STREAMS)))
 
     async def _work(self, http: httpx.AsyncClient) -> None:
@@ -93,7 +93,7 @@ class Load:
         """The texts of the same request, now."""
 
         async def ask() -> None:
-            async with httpx.AsyncClient(base_url=self._server.url, timeout=20) as http:
+            async with httpx.AsyncClient(base_url=self._server.url, timeout=60) as http:
                 assert await self._request(http, ended.body, False, texts) == "done"
 
         texts: dict[int, str] = collections.defaultdict(str)
