@@ -178,6 +178,7 @@ class Metrics:
         registry.register(self.processes)
         self.engine = EngineMetrics(registry, buckets)
         self.engine_restarts = counter("engine_restarts", "Times the engine came back after a process of it had died")
+        self.requests_resumed = counter("requests_resumed", "Choices and questions sent again after a process had died")
         self.http_requests = counter("http_requests", "HTTP requests answered", ["route", "code"])
         self.http_in_flight = Gauge("ramet_http_requests_in_flight", "HTTP requests open", registry=registry)
         self.requests_finished = counter(

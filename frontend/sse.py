@@ -12,7 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.errors import error_body
-from ramet.frontend.exchange import json_response, watching
+from ramet.frontend.exchange import BATCH_SERVER, json_response, watching
 from ramet.frontend.generation import ClientDisconnectedError, Generation
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import TextDelta
@@ -47,6 +47,7 @@ async def respond(
     """Answer, and abort what still runs if the client leaves or the time is up. The generation stays in the scope for
     the log. Raises what failed before an answer began."""
     scope["ramet.generation"] = generation
+    generation.resumes = scope["server"] != BATCH_SERVER
     with generation:
         async with watching(receive, generation, scope["ramet.limit_s"]):
             if stream:

@@ -55,7 +55,8 @@ class Api:
 
     async def _ask(self, http: Request, questions: Sequence[Callable[[str], Question]]) -> list[Answer]:
         """In their order. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError`."""
-        return await while_connected(http.receive, self._client.ask_all(questions), http.scope["ramet.limit_s"])
+        asking = self._client.ask_all(questions, resumes=http.scope["server"] != BATCH_SERVER)
+        return await while_connected(http.receive, asking, http.scope["ramet.limit_s"])
 
 
 def head(kind: str, model: str, rid: str | None = None) -> dict[str, Any]:
