@@ -76,7 +76,7 @@ def test_prefixes_are_flags() -> None:
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype is not supported by this version"),
         (["--api-key", "a", ""], "api_key must not be empty"),
         (["--served-model-name", " "], "served_model_name must not be empty"),
-        (["--reasoning-parser", "thoughts"], "invalid choice: 'thoughts' (choose from 'auto', 'deepseek-r1', 'mistral',"),
+        (["--reasoning-parser", "thoughts"], "invalid choice: 'thoughts' (choose from 'auto', 'deepseek-r1'"),
         (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
         (["--log-requests", "all"], "--log-requests: invalid choice: 'all'"),
         (
