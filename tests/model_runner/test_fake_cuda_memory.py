@@ -47,7 +47,7 @@ def llama_8b(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_values(monkeypatch) -> None:
-    monkeypatch.setattr(loader, "fill_randomly", lambda *args: None)
+    monkeypatch.setattr(loader, "fill", lambda *args: None)
 
 
 @contextlib.contextmanager
