@@ -72,7 +72,7 @@ def test_all_kinds_of_requests_answer_as_on_a_cpu(tiny_model, settings, device):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3) and ours.top_ids == theirs.top_ids
 
 
-@pytest.mark.parametrize(("arch", "settings"), [("llama", {"attention_backend": "torch"}), ("olmo2", {})])
+@pytest.mark.parametrize(("arch", "settings"), [("llama", {"attention_backend": "torch"}), ("gpt2", {})])
 def test_plain_torch_and_the_fallback_answer_as_on_a_cpu(tiny_model, arch, settings, device):
     expected = greedy(tiny_model(arch))
     assert greedy(tiny_model(arch), device="cuda", **GRAPHS, **settings) == expected
