@@ -87,7 +87,7 @@ def test_float8_is_near_bfloat16(tiny_model, device):
         values.append(
             torch.tensor([found.logprob for found in engine.outputs["scored"][0].admitted.prompt_logprobs[1:]])
         )
-    assert 0 < (values[0] - values[1]).abs().mean() < 0.5
+    assert 0 < (values[0] - values[1]).abs().mean() < values[0].std() / 4
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
