@@ -17,7 +17,7 @@ import torch
 from support.engine import InlineEngine, runner_config
 from support.lives import live, make_engine, told, use_graphs
 
-from ramet.ipc.ranks import Execute, Ping
+from ramet.ipc.ranks import Ping
 from ramet.ipc.step import UNKNOWN_TOKEN, Row, StepPlan
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.runner import ModelRunner
@@ -175,11 +175,11 @@ def main() -> None:
         link, group = join(config, runner, print)
         for job in jobs.values():
             engine = job.engine(group=group)
-            while isinstance(message := link.receive(), Execute):
-                engine.runner.launch(message.plan)
+            while isinstance(message := link.receive(), StepPlan):
+                engine.runner.launch(message)
         message = link.receive()
-        assert isinstance(message, Execute)
-        engine.runner.launch(message.plan)  # raises
+        assert isinstance(message, StepPlan)
+        engine.runner.launch(message)  # raises
     ranks = lead(config, runner, print)
     counts = count_calls()
     results = Results({}, 0.0)
@@ -188,8 +188,7 @@ def main() -> None:
         counts.clear()
         told = job.run(engine)
         results.jobs[name] = JobResult(told, counts["unknown"], counts["broadcasts"])
-        assert ranks._server is not None
-        ranks._server.send(ranks._peers, Ping())  # go on to the next
+        ranks.send(Ping())  # go on to the next
     ranks.send(StepPlan(0, [Row(99, 0, 1, sample=True)], [3]))  # there is no such slot: the others fail
     started = time.monotonic()
     try:
