@@ -1,20 +1,26 @@
 """The whole path for CUDA on a device that does not exist (`support/fake_cuda.py`), with real graphs, streams and
 copies in time, but for the kernels' own code. Answers must be those of a CPU, and `launch` must never wait for it."""
 
+import collections
+import types
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from support import fake_kernels
-from support.engine import InlineEngine
+from support.engine import InlineEngine, runner_config
 from support.fake_cuda import FakeCuda, FakeEvent, fake_cuda, spoil
-from support.lives import run_all, told
+from support.lives import make_engine, run_all, told
+from support.tiny_embedders import make_tiny_embedder
 from support.tiny_models import NATIVE_ARCHITECTURES
 
-from ramet.model_runner import cuda_graph, runner, sampler
+from ramet.model_runner import cuda_graph, parallel, runner, sampler
 from ramet.model_runner.batch import pack
 from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs
+from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
+from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.runner import ModelRunner
 from ramet.model_runner.sampler import DeviceChooser
 
@@ -64,6 +70,49 @@ def test_all_kinds_of_requests_answer_as_on_a_cpu(tiny_model, settings, device):
         assert found[rid][:2] == (tokens, finish)
         for ours, theirs in zip(found[rid][2] + (found[rid][3] or [])[1:], logprobs + (scored or [])[1:], strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3) and ours.top_ids == theirs.top_ids
+
+
+@pytest.mark.parametrize(("arch", "settings"), [("llama", {"attention_backend": "torch"}), ("gpt2", {})])
+def test_plain_torch_and_the_fallback_answer_as_on_a_cpu(tiny_model, arch, settings, device):
+    expected = greedy(tiny_model(arch))
+    assert greedy(tiny_model(arch), device="cuda", **GRAPHS, **settings) == expected
+
+
+def test_float8_is_near_bfloat16(tiny_model, device):
+    values = []
+    for quantization in (None, "fp8"):
+        engine = InlineEngine(tiny_model("llama"), device="cuda", dtype="bfloat16", quantization=quantization, **GRAPHS)
+        engine.add("scored", PROMPTS[1], 4, prompt_logprobs=0)
+        engine.run()
+        values.append(
+            torch.tensor([found.logprob for found in engine.outputs["scored"][0].admitted.prompt_logprobs[1:]])
+        )
+    assert 0 < (values[0] - values[1]).abs().mean() < values[0].std() / 4
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_embeddings_are_those_of_a_cpu(tmp_path, kind, device):
+    folder = make_tiny_embedder(kind, tmp_path)
+    found, expected = (
+        Embedder(runner_config(folder, device=name), lambda text: None).execute(PROMPTS) for name in ("cuda", "cpu")
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.frombuffer(ours, "<f4") == pytest.approx(np.frombuffer(theirs, "<f4"), abs=1e-4)
+
+
+def test_two_ranks_never_wait(tiny_model, device, monkeypatch):
+    """Collectives change nothing here, so that the tokens mean nothing; but each rank launches what is its own."""
+    called: collections.Counter[str] = collections.Counter()
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, lambda tensor, *_, name=name, **__: called.update([name]))
+    monkeypatch.setattr(parallel, "_all_gather", lambda gathered, part: gathered.view(2, *part.shape).copy_(part))
+    folder, settings = tiny_model("llama"), {"device": "cuda", "cuda_graph_max_bs": 4}
+    follower = make_engine(folder, group=TpGroup(1, 2), **settings).runner
+    followers = types.SimpleNamespace(num_peers=1, send=follower.launch)
+    outputs = run_all(folder, steps_ahead=1, group=TpGroup(0, 2), followers=followers, **settings)
+    device.synchronize()
+    assert all(outs[-1].finish for outs in outputs.values())
+    assert called["all_reduce"] > 100 and called["broadcast"] > 20 and called["broadcast"] % 2 == 0
 
 
 def test_nothing_is_left_from_the_step_before(tiny_model, device, monkeypatch):

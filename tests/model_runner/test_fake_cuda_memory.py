@@ -1,8 +1,12 @@
 """The memory of real models on an H100 that does not exist: what torch's allocator would have to give, in bytes. What
 libraries and kernels allocate for themselves, and what the allocator wastes, is not in it."""
 
+import argparse
 import contextlib
+import importlib.util
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +119,18 @@ def test_graphs_take_less_than_is_left_for_them(llama_8b, monkeypatch):
 def test_a_device_that_is_too_small_is_told_with_the_numbers(llama_8b, monkeypatch, gib, fraction, words):
     with hollow(monkeypatch, total_bytes=gib * GIB), pytest.raises(PoolTooLarge, match=words):
         make(llama_8b(), memory_fraction=fraction)
+
+
+def test_the_benchmark_of_gpus_runs_through(monkeypatch, tmp_path):
+    path = Path(__file__).parents[2] / "benchmarks/gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    args = argparse.Namespace(device="cuda", tiny=True, lock_step=False, json=tmp_path / "lines")
+    with hollow(monkeypatch, **H100):
+        for part in (gpu.ATTENTION, "llama-8b", "qwen-0.6b"):
+            gpu.run_part(part, args)
+    lines = [json.loads(line) for line in args.json.read_text().splitlines()]
+    assert [line["error"] for line in lines if "error" in line] == []
+    assert sum("value" in line for line in lines) == 11

@@ -82,8 +82,10 @@ class DeviceTensor(Tensor):
 
 
 class FakeStream:
-    def __init__(self, device: "FakeCuda") -> None:
-        self._device = device
+    _device: "FakeCuda"  # here and below, of the subclass that stands in `torch.cuda`
+
+    def __init__(self) -> None:
+        self._device.streams.add(self)
         self._queue: collections.deque[Callable[[], object]] = collections.deque()
         self.issued = self._done = 0
 
@@ -103,8 +105,9 @@ class FakeStream:
 
 
 class FakeEvent:
-    def __init__(self, device: "FakeCuda") -> None:
-        self._device = device
+    _device: "FakeCuda"
+
+    def __init__(self) -> None:
         self._stream: FakeStream | None = None
 
     def record(self) -> None:
@@ -116,8 +119,9 @@ class FakeEvent:
 
 
 class FakeGraph:
-    def __init__(self, device: "FakeCuda") -> None:
-        self._device = device
+    _device: "FakeCuda"
+
+    def __init__(self) -> None:
         self.recorded: list[Callable[[], object]] = []
         self.read: list[weakref.ref[_Block]] = []  # of what was there before
         self.broken = False
@@ -137,11 +141,11 @@ class FakeGraph:
 class _Capture:
     """`torch.cuda.graph`. As there, a capture that ends badly leaves its stream the current one."""
 
-    def __init__(
-        self, device: "FakeCuda", graph: FakeGraph, pool: object, stream: FakeStream, capture_error_mode: str
-    ) -> None:
+    _device: "FakeCuda"
+
+    def __init__(self, graph: FakeGraph, pool: object, stream: FakeStream, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local" and pool is not None
-        self._device, self._graph, self._stream = device, graph, stream
+        self._graph, self._stream = graph, stream
 
     def __enter__(self) -> None:
         self._device.synchronize()
@@ -195,8 +199,17 @@ class FakeCuda(TorchDispatchMode):
     def __init__(self, total_bytes: int = 80 * 2**30, *, hollow: bool = False, taken_outside: int = 0) -> None:
         super().__init__()
         self._hollow, self._total_bytes, self.taken_outside = hollow, total_bytes, taken_outside
-        self.stream = FakeStream(self)
-        self._streams: weakref.WeakSet[FakeStream] = weakref.WeakSet([self.stream])
+        self.streams: weakref.WeakSet[FakeStream] = weakref.WeakSet()
+        self._classes = {
+            name: type(kind.__name__, (kind,), {"_device": self})
+            for name, kind in (
+                ("Stream", FakeStream),
+                ("Event", FakeEvent),
+                ("CUDAGraph", FakeGraph),
+                ("graph", _Capture),
+            )
+        }
+        self.stream: FakeStream = self._classes["Stream"]()
         self.capturing: FakeGraph | None = None
         self.graph_memory: list[Tensor] = []
         self.waiting = True  # whether the host may
@@ -207,11 +220,6 @@ class FakeCuda(TorchDispatchMode):
         self.peak_bytes = 0
 
     def patches(self) -> dict[str, Any]:
-        def new_stream() -> FakeStream:
-            stream = FakeStream(self)
-            self._streams.add(stream)
-            return stream
-
         @contextlib.contextmanager
         def on_stream(stream: FakeStream) -> Iterator[None]:
             before, self.stream = self.stream, stream
@@ -237,13 +245,10 @@ class FakeCuda(TorchDispatchMode):
                 self._total_bytes - self.taken_outside - self.reserved_bytes,
                 self._total_bytes,
             ),
-            "Event": lambda: FakeEvent(self),
-            "Stream": new_stream,
             "current_stream": lambda device=None: self.stream,
             "stream": on_stream,
             "graph_pool_handle": lambda: object(),
-            "CUDAGraph": lambda: FakeGraph(self),
-            "graph": lambda graph, **settings: _Capture(self, graph, **settings),
+            **self._classes,
         }
 
     # ---- the host's side -----------------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ class FakeCuda(TorchDispatchMode):
             (stream or self.stream).run(until)
 
     def synchronize(self) -> None:
-        for stream in list(self._streams):
+        for stream in list(self.streams):
             self.wait("the device", stream)
 
     def put(self, work: Callable[[], object], tensors: list[DeviceTensor] | None = None) -> None:
@@ -331,6 +336,8 @@ class FakeCuda(TorchDispatchMode):
             raise RuntimeError(f"{func}: some tensors are on cuda:0, others on {others[0].device}")
         if func in _READS or (func in _INDEXING and any(i is not None and i.dtype is torch.bool for i in args[1])):
             self.wait(str(func))
+            if self._hollow:
+                return 0
             return tree_map(lambda leaf: self._new(leaf), func(*inner(args), **inner(kwargs)))
         schema = func._schema
         if any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments):
@@ -408,7 +415,7 @@ class FakeCuda(TorchDispatchMode):
         host = source if isinstance(target, DeviceTensor) else target
         pinned = host.untyped_storage().data_ptr() in self._pinned
         if host is target:
-            spoil(to)
+            to.zero_() if self._hollow else spoil(to)
         self.put(lambda: to.copy_(came))
         if not (non_blocking and pinned):
             self.wait("a copy")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 from support.fake_cuda import DeviceTensor, FakeCuda, device_tensors, inner
 from torch import Tensor
+from triton.runtime import interpreter
 
 from ramet.kernels.triton import sampling
 from ramet.model_runner.attention import triton_backend
@@ -36,6 +37,17 @@ def install(device: FakeCuda, patch: pytest.MonkeyPatch) -> None:
     ]
     for module, name, compute in places:
         patch.setattr(module, name, _standing_in(device, getattr(module, name), compute))
+
+
+def interpret(device: FakeCuda, patch: pytest.MonkeyPatch) -> None:
+    """The kernels themselves, where the process was started for Triton's interpreter."""
+    run = interpreter.GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **settings: Any) -> None:
+        inner_args, inner_settings = inner((args, settings))
+        device.put(lambda: run(executor, *inner_args, **inner_settings), device_tensors(args, settings))
+
+    patch.setattr(interpreter.GridExecutor, "__call__", launch)
 
 
 def _launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **settings: Any) -> None:
