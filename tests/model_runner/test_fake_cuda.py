@@ -104,12 +104,11 @@ def test_nothing_is_left_from_the_step_before(tiny_model, device, monkeypatch):
 
 def one_buffer_for_all(monkeypatch) -> None:
     """Written for the next step before the device has copied it for this one."""
-    lasting: dict[int, torch.Tensor] = {}
+    lasting: dict[tuple[int, bool], torch.Tensor] = {}
 
     def pack_there(arrays, *, pinned):
         packed = pack(arrays, pinned=pinned)
-        lasting.setdefault(len(packed), packed).copy_(packed)
-        return lasting[len(packed)]
+        return lasting.setdefault((len(packed), pinned), packed).copy_(packed)
 
     monkeypatch.setattr(cuda_graph, "pack", pack_there)
 
