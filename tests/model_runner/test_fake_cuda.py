@@ -1,8 +1,8 @@
-"""The whole path for CUDA on a device that does not exist (`support/fake_cuda.py`), with real graphs, streams and
-copies in time, but for the kernels' own code. Answers must be those of a CPU, and `launch` must never wait for it."""
+"""The whole path for CUDA, but for the kernels' own code, on a device that does not exist (`support/fake_cuda.py`):
+graphs, streams, copies in time. Answers must be those of a CPU, and no launch of a step may wait for the device.
 
-import collections
-import types
+Several ranks are in test_tensor_parallel.py, the kernels interpreted in test_cuda_decoder.py."""
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,17 +11,15 @@ import torch
 from support import fake_kernels
 from support.engine import InlineEngine, runner_config
 from support.fake_cuda import FakeCuda, FakeEvent, fake_cuda, spoil
-from support.lives import make_engine, run_all, told
+from support.lives import run_all, told
 from support.tiny_embedders import make_tiny_embedder
 from support.tiny_models import NATIVE_ARCHITECTURES
 
-from ramet.model_runner import cuda_graph, parallel, runner, sampler
+from ramet.model_runner import cuda_graph, runner, sampler
 from ramet.model_runner.batch import pack
 from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs
 from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
-from ramet.model_runner.parallel import TpGroup
-from ramet.model_runner.runner import ModelRunner
 from ramet.model_runner.sampler import DeviceChooser
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
@@ -32,18 +30,8 @@ GRAPHS = {"cuda_graph_max_bs": 4, "steps_ahead": 1}
 @pytest.fixture
 def device(monkeypatch) -> Iterator[FakeCuda]:
     torch.set_num_threads(1)
-    launch = ModelRunner.launch
-
-    def launch_without_waiting(*args):
-        device.waiting = False
-        try:
-            return launch(*args)
-        finally:
-            device.waiting = True
-
     with fake_cuda() as device:
         fake_kernels.install(device, monkeypatch)
-        monkeypatch.setattr(ModelRunner, "launch", launch_without_waiting)
         yield device
 
 
@@ -100,21 +88,6 @@ def test_embeddings_are_those_of_a_cpu(tmp_path, kind, device):
         assert np.frombuffer(ours, "<f4") == pytest.approx(np.frombuffer(theirs, "<f4"), abs=1e-4)
 
 
-def test_two_ranks_never_wait(tiny_model, device, monkeypatch):
-    """Collectives change nothing here, so that the tokens mean nothing; but each rank launches what is its own."""
-    called: collections.Counter[str] = collections.Counter()
-    for name in ("all_reduce", "broadcast"):
-        monkeypatch.setattr(torch.distributed, name, lambda tensor, *_, name=name, **__: called.update([name]))
-    monkeypatch.setattr(parallel, "_all_gather", lambda gathered, part: gathered.view(2, *part.shape).copy_(part))
-    folder, settings = tiny_model("llama"), {"device": "cuda", "cuda_graph_max_bs": 4}
-    follower = make_engine(folder, group=TpGroup(1, 2), **settings).runner
-    followers = types.SimpleNamespace(num_peers=1, send=follower.launch)
-    outputs = run_all(folder, steps_ahead=1, group=TpGroup(0, 2), followers=followers, **settings)
-    device.synchronize()
-    assert all(outs[-1].finish for outs in outputs.values())
-    assert called["all_reduce"] > 100 and called["broadcast"] > 20 and called["broadcast"] % 2 == 0
-
-
 def test_nothing_is_left_from_the_step_before(tiny_model, device, monkeypatch):
     """What one step hands to its graph is spoilt before the next is handed over."""
     fill = StepGraphs._fill
@@ -131,12 +104,11 @@ def test_nothing_is_left_from_the_step_before(tiny_model, device, monkeypatch):
 
 def one_buffer_for_all(monkeypatch) -> None:
     """Written for the next step before the device has copied it for this one."""
-    lasting: dict[int, torch.Tensor] = {}
+    lasting: dict[tuple[int, bool], torch.Tensor] = {}
 
     def pack_there(arrays, *, pinned):
         packed = pack(arrays, pinned=pinned)
-        lasting.setdefault(len(packed), packed).copy_(packed)
-        return lasting[len(packed)]
+        return lasting.setdefault((len(packed), pinned), packed).copy_(packed)
 
     monkeypatch.setattr(cuda_graph, "pack", pack_there)
 

@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ramet.model_runner import parallel
+
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 _OURS = ("cuda", "meta")  # C++ that makes a tensor beside a `DeviceTensor` asks for the latter
@@ -190,6 +192,23 @@ def fake_cuda(**settings: Any) -> Iterator["FakeCuda"]:
             yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(lifting)
+
+
+def run_collectives_on(device: "FakeCuda", patch: pytest.MonkeyPatch) -> None:
+    """Those of tensors of the device, on its queue and by what the processes have for their CPUs."""
+
+    def queued(collective: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: Any, **settings: Any) -> object:
+            if not (tensors := device_tensors(args, settings)):
+                return collective(*args, **settings)
+            inner_args, inner_settings = inner((args, settings))
+            return device.put(lambda: collective(*inner_args, **inner_settings), tensors)
+
+        return call
+
+    places = (torch.distributed, "all_reduce"), (torch.distributed, "broadcast"), (parallel, "_all_gather")
+    for module, name in places:
+        patch.setattr(module, name, queued(getattr(module, name)))
 
 
 class FakeCuda(TorchDispatchMode):

@@ -21,11 +21,23 @@ from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.layers.rope import rotate
 from ramet.model_runner.models import cuda_decoder
 from ramet.model_runner.noise import keyed_gumbel
+from ramet.model_runner.runner import ModelRunner
 
 _OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
 def install(device: FakeCuda, patch: pytest.MonkeyPatch) -> None:
+    """And from now on no launch of a step may wait."""
+    launch_step = ModelRunner.launch
+
+    def launch_without_waiting(*args: Any) -> Any:
+        device.waiting = False
+        try:
+            return launch_step(*args)
+        finally:
+            device.waiting = True
+
+    patch.setattr(ModelRunner, "launch", launch_without_waiting)
     patch.setattr(triton.runtime.jit.JITFunction, "run", _launch)
     places: list[tuple[Any, str, Callable[..., object]]] = [
         (triton_backend, "paged_attention", _paged_attention),
