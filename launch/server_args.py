@@ -96,7 +96,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_file_size: Annotated[str | int, _server("largest upload; one for a batch has at most 200MiB")] = "512MiB"
     max_storage_size: Annotated[str | int | None, _server("most bytes of all files together (no limit)")] = None
     watchdog_timeout: Annotated[Wait, _server("seconds after which a stuck process is killed", ge=3)] = 60.0
-    max_restarts: Annotated[int, _server("restarts of processes within ten minutes, at most", ge=0)] = 5
+    max_restarts: Annotated[int, _server("restarts of processes within ten minutes, at most", ge=0)] = 10
     start_timeout: Annotated[Seconds, _server("seconds until every process must be ready")] = 900.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _engine("where the model runs")] = "auto"
