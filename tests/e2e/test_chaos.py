@@ -113,9 +113,7 @@ class Load:
             body |= {"regex": "[a-z]{3,9}", "ignore_eos": False}
         return body, leaves
 
-    async def _request(
-        self, http: httpx.AsyncClient, body: dict[str, Any], leaves: bool, texts: dict[int, str]
-    ) -> str:
+    async def _request(self, http: httpx.AsyncClient, body: dict[str, Any], leaves: bool, texts: dict[int, str]) -> str:
         how = "cut off"
         try:
             async with http.stream("POST", "/v1/completions", json=body) as response:

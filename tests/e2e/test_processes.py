@@ -206,7 +206,9 @@ def test_a_process_that_hangs_is_named_and_a_death_beyond_the_budget_ends_the_se
         os.kill(server.pids()["scheduler-0"], signal.SIGKILL)
         for client in (whole, stream):
             client.wait(HEARD_S)
-        words = "the engine is down: scheduler-0 was killed by SIGKILL (is the machine out of memory?), after 1 restarts"
+        words = (
+            "the engine is down: scheduler-0 was killed by SIGKILL (is the machine out of memory?), after 1 restarts"
+        )
         assert stream.events()[-1]["error"]["message"].startswith(words)
         assert json.loads(whole.text)["error"]["message"].startswith(words)
         assert server.exit_code() == 1
