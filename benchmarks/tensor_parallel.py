@@ -86,7 +86,6 @@ def start_ranks(count: int, threads: int, folder: Path, steps: int) -> dict[str,
 def run_rank(rank: int, size: int, folder: Path, steps: int) -> None:
     import torch
 
-    from ramet.ipc.ranks import Execute
     from ramet.ipc.sampling import SamplingParams
     from ramet.ipc.step import Admission, PageGrant, Row, StepPlan
     from ramet.model_runner.config import LoadFormat, RunnerConfig
@@ -143,8 +142,8 @@ def run_rank(rank: int, size: int, folder: Path, steps: int) -> None:
     if rank:
         for _ in range(1 + len(ROWS) * (steps + WARM_STEPS)):
             message = link.receive()
-            assert isinstance(message, Execute)
-            runner.execute(message.plan)
+            assert isinstance(message, StepPlan)
+            runner.execute(message)
         return
 
     def step(plan: StepPlan) -> None:

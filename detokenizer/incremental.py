@@ -29,19 +29,17 @@ class IncrementalText:
         """The stop string that ended the text, if one did."""
         return self._stop.matched
 
-    def add(self, token_id: int, finish: Finish | None) -> str:
-        """The text that is certain now. With `finish`, the token is the last one and nothing is held back; a token
-        that ended the request by being a stop token is not text (unless stop strings are to be kept)."""
-        self.num_tokens += 1
+    def add(self, token_id: int | None, finish: Finish | None) -> str:
+        """The text that is certain now. With `finish`, the token is the last one, or none has come, and nothing is held
+        back; a token that ended the request by being a stop token is not text (unless stop strings are to be kept)."""
         hidden = finish is not None and finish.matched is not None and not self._keep_match
-        if hidden or (self._skip_special and token_id in self._tokenizer.special_ids):
-            data = b""
-        else:
-            data = self._tokenizer.token_bytes(token_id)
+        data = b""
+        if token_id is not None:
+            self.num_tokens += 1
+            if not hidden and not (self._skip_special and token_id in self._tokenizer.special_ids):
+                data = self._tokenizer.token_bytes(token_id)
         text = self._utf8.decode(data, final=finish is not None)
         if self.num_tokens < self._min_tokens:
             return text  # too early for any stop string
         text = self._stop.feed(text)
-        if finish is not None and self._stop.matched is None:
-            text += self._stop.flush()
-        return text
+        return text + self._stop.flush() if finish is not None else text

@@ -5,8 +5,8 @@ Text that could still turn out to be the beginning of a stop string is held back
 
 
 class StopMatcher:
-    """`feed` text; `matched` is the stop string that ended it. The earliest match wins, of two at one place the
-    shorter: it is complete first."""
+    """`feed` text; `matched` is the stop string that ended it: the one that is complete first, however the text is cut,
+    and the longest of those that end together."""
 
     def __init__(self, stops: tuple[str, ...], keep_match: bool) -> None:
         self._stops = stops
@@ -19,17 +19,17 @@ class StopMatcher:
         if not self._stops:
             return text
         held = self._held + text
-        found = [(at, len(stop), stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            at, length, self.matched = min(found)
+            end, minus_length, self.matched = min(found)
             self._held = ""
-            return held[: at + length] if self._keep_match else held[:at]
+            return held[:end] if self._keep_match else held[: end + minus_length]
         keep = self._could_begin_a_stop(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
     def flush(self) -> str:
-        """What is still held back, when the text has ended without a match."""
+        """What is still held back, when the text has ended; nothing after a match."""
         held, self._held = self._held, ""
         return held
 

@@ -143,6 +143,8 @@ class Detokenizer:
             stream.token_ids.append(token_id)
             if stream.text.matched_stop is not None:
                 return Finish(FinishReason.STOP, stream.text.matched_stop)
+        if not item.token_ids:  # aborted: what was held back is text after all
+            stream.texts.append(stream.text.add(None, item.finish))
         return item.finish
 
     def _is_due(self, stream: _Stream) -> bool:
@@ -158,15 +160,7 @@ class Detokenizer:
                 self._describe(logprob if logprob is not None else Logprob(token_id, float("nan")))
                 for token_id, logprob in zip(ids, admitted.prompt_logprobs, strict=True)
             ]
-        prompt = PromptInfo(
-            admitted.prompt_len,
-            admitted.cached_tokens,
-            text,
-            tokens,
-            admitted.prompt_tail,
-            admitted.tokenized_at,
-            admitted.scheduled_at,
-        )
+        prompt = msgspec.structs.replace(admitted.prompt, text=text, tokens=tokens)
         return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
 
     def _describe(self, logprob: Logprob) -> TokenText:

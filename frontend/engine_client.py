@@ -106,7 +106,7 @@ class EngineClient:
         self._resets_missing = 0
         self.up = asyncio.Event()  # set while the engine can take work
         self.settled = asyncio.Event()  # set when it is up, and when it will never be again
-        self.processes: tuple[str, ...] = ()  # of the engine, by name
+        self.processes: tuple[str, ...] = ()  # the launcher and those of the engine, by name
         self.info: dict[str, int | str | float] = {}  # its limits, as the scheduler told them
 
     @property
@@ -274,7 +274,7 @@ class EngineClient:
                 self._go_down("it is starting")
             else:
                 self._metrics.engine_restarts.inc()
-            self.processes, self.info = tuple(name for name in message.pids if name != "launcher"), message.info
+            self.processes, self.info = tuple(message.pids), message.info
             self._resets += 1
             self._resets_missing = len(self._tokenizers)
             for outbox in self._tokenizers:

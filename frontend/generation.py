@@ -102,6 +102,17 @@ class Generation:
         self._raise_error()
         return [self._pending[index] for index in sorted(self._pending)]
 
+    def usage(self) -> dict[str, int]:
+        """Tokens so far. A prompt counts once, however many choices it has; the one that computed it tells what was
+        cached, since the others found what that one computed."""
+        prompts = [self.records[first : first + self.n] for first in range(0, len(self.records), self.n)]
+        begun = [group for records in prompts if (group := [record for record in records if record.prompt_tokens])]
+        return {
+            "prompt_tokens": sum(group[0].prompt_tokens for group in begun),
+            "cached_tokens": sum(min(record.cached_tokens for record in group) for group in begun),
+            "completion_tokens": sum(record.tokens for record in self.records),
+        }
+
     def stop(self, error: Exception) -> None:
         """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
         self._client.abort(set(self.open.values()))

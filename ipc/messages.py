@@ -92,12 +92,37 @@ class Abort(Message, frozen=True):
 # ---- tokenizer worker -> scheduler ------------------------------------------------------------------------------
 
 
+class TokenText(msgspec.Struct, frozen=True, array_like=True):
+    """A token as the API shows it: its text, its own bytes (maybe half a character) and its log-probability."""
+
+    token: str
+    data: bytes
+    logprob: float
+    top: list["TokenText"] = []
+    token_id: int = -1
+
+
+class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
+    """Facts about a prompt, gathered on the way of its request; the frontend gets them with the first event.
+
+    `text` is given when the prompt is echoed, `tokens` when their log-probabilities were asked; the first of those is
+    NaN: nothing predicts it. `tail`: the last characters of a chat's prompt. `tokenized_at`: when the tokenizer worker
+    sent it on, `scheduled_at`: when it first took a slot, by `time.monotonic`, which all processes of a machine share.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    text: str | None = None
+    tokens: list[TokenText] | None = None
+    tail: str = ""
+    tokenized_at: float = 0.0
+    scheduled_at: float = 0.0
+
+
 class Generate(Message, frozen=True):
     """A request ready to run. `params.max_tokens` is set, and fits the context together with the prompt.
 
     `max_tokens_given` tells whether the client asked for that number or it is only the rest of the context.
-    `prompt_tail`: the last characters of a chat's prompt, which the frontend gets back with the first event.
-    `tokenized_at`: when this was sent, by `time.monotonic`, which all processes of a machine share.
     """
 
     rid: str
@@ -107,8 +132,7 @@ class Generate(Message, frozen=True):
     priority: int = 0
     echo: bool = False
     stream: bool = True
-    prompt_tail: str = ""
-    tokenized_at: float = 0.0
+    prompt: PromptInfo = PromptInfo()
 
 
 class Embed(Message, frozen=True):
@@ -168,18 +192,14 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     """What the detokenizer must know of a request; travels with the first `TokenOut` of it.
 
     `prompt_ids` is given when they are echoed or their log-probabilities are asked. `prompt_logprobs` has one entry
-    per prompt token, None for the first, which nothing predicts. `scheduled_at`: when it first took a slot.
+    per prompt token, None for the first, which nothing predicts.
     """
 
-    prompt_len: int
-    cached_tokens: int
+    prompt: PromptInfo
     params: SamplingParams
     stream: bool = True
     prompt_ids: list[int] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
-    prompt_tail: str = ""
-    tokenized_at: float = 0.0
-    scheduled_at: float = 0.0
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -198,32 +218,6 @@ class TokenBatch(Message, frozen=True):
 
 
 # ---- to the frontend --------------------------------------------------------------------------------------------
-
-
-class TokenText(msgspec.Struct, frozen=True, array_like=True):
-    """A token as the API shows it: its text, its own bytes (maybe half a character) and its log-probability."""
-
-    token: str
-    data: bytes
-    logprob: float
-    top: list["TokenText"] = []
-    token_id: int = -1
-
-
-class PromptInfo(msgspec.Struct, frozen=True, array_like=True):
-    """Facts about the prompt, with the first event of a request.
-
-    `tokens` is given when log-probabilities of the prompt were asked; its first `logprob` is NaN: nothing predicts it.
-    `tail`: the last characters of a chat's prompt.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    text: str | None = None
-    tokens: list[TokenText] | None = None
-    tail: str = ""
-    tokenized_at: float = 0.0
-    scheduled_at: float = 0.0
 
 
 class TextDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -27,12 +27,8 @@ class Refused(Message, frozen=True):
     message: str
 
 
-class Execute(Message, frozen=True):
-    plan: StepPlan
-
-
 class Ping(Message, frozen=True):
     """Sending it shows whether the rank is still there."""
 
 
-ToRank = Welcome | Refused | Execute | Ping
+ToRank = Welcome | Refused | StepPlan | Ping

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from ramet.ipc.errors import Failure
-from ramet.ipc.messages import Logprob
+from ramet.ipc.messages import Logprob, Message
 from ramet.ipc.sampling import SamplingParams
 
 # In place of an input token that the step before samples, whose result has not been read yet: the runner takes the
@@ -58,16 +58,16 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: bool = False
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(Message, frozen=True):
     """One step. `token_ids` holds the input tokens of all rows, one row after the other. Plans are executed in their
     order, and may be made while the one before runs: pages and slots that it still uses may be given anew here."""
 
     step: int
     rows: list[Row]
     token_ids: list[int]
-    admissions: list[Admission] = []
-    grants: list[PageGrant] = []
-    released: list[int] = []
+    admissions: list[Admission] = msgspec.field(default_factory=list)
+    grants: list[PageGrant] = msgspec.field(default_factory=list)
+    released: list[int] = msgspec.field(default_factory=list)
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True, gc=False):

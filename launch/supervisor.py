@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
@@ -34,6 +35,7 @@ from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = "launcher"
 FRONTEND = "frontend"
 SCHEDULER = "scheduler-0"
 # How long a message may take to the frontend, and from there to its clients, before the frontend is told to stop.
@@ -67,6 +69,7 @@ class Supervisor:
         self.addresses = Addresses(folder, args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
+        self._pulse = Pulse(self.addresses, LAUNCHER)
         self._processes: dict[str, Process] = {}
         self._children: dict[str, RunningProcess] = {}
         self._ready: dict[str, Ready] = {}
@@ -150,7 +153,7 @@ class Supervisor:
         """Wait until all are ready; the frontend hears of it when the others are. Returns early with who died."""
         if dead := self._await_ready(self._children.keys() - {FRONTEND}):
             return dead
-        pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
+        pids = {LAUNCHER: os.getpid(), **{name: child.pid for name, child in self._children.items()}}
         if SCHEDULER in self._ready:  # else this machine only has other ranks
             self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
         return self._await_ready(set(self._children))
@@ -267,6 +270,7 @@ class Supervisor:
 
     def _poll(self, timeout_s: float) -> list[str]:
         """Names of children that died since the last call; returns early, maybe with none, on a stop request."""
+        self._pulse.beat()
         names = {self._children[name].pidfd: name for name in self._alive}
         poller = select.poll()
         for descriptor in (self._wake_reader.fileno(), *names):
@@ -287,7 +291,7 @@ class Supervisor:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            others += [name for name in self._poll(left) if name not in names]
+            others += [name for name in self._poll(min(left, BEAT_S)) if name not in names]
         return others
 
     def _terminate(self, names: set[str], timeout_s: float) -> None:

@@ -15,13 +15,13 @@ of `KVManager`; a request that fits the pool alone is never failed for lack of p
 
 import dataclasses
 
-from llguidance import LLMatcher
+import msgspec
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
 from ramet.ipc.step import Admission, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import advance, matcher_failure
+from ramet.scheduler.grammar import Matcher
 from ramet.scheduler.kv_manager import KVManager
 from ramet.scheduler.policy import WaitingQueue
 from ramet.scheduler.request import Request
@@ -67,8 +67,8 @@ class SchedulerCore:
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._released: list[int] = []
         self._outputs: list[TokenOut] = []
-        # By step in flight: the request of each row, and its turn.
-        self._flights: dict[int, list[tuple[Request, int]]] = {}
+        # By step in flight: the request of each row, by its slot. One that leaves its slot leaves these too.
+        self._flights: dict[int, dict[int, Request]] = {}
         self._growth = _GROWTH_START
         self._arrivals = 0
         self._now = 0.0
@@ -92,7 +92,7 @@ class SchedulerCore:
         """Of all requests that have not ended."""
         return list(self._requests)
 
-    def add(self, message: Generate, matcher: LLMatcher | None = None) -> None:
+    def add(self, message: Generate, matcher: Matcher | None = None) -> None:
         """Queue a request, with the matcher of its grammar. One that can never run fails at once."""
         try:
             max_tokens = self._check(message)
@@ -127,7 +127,7 @@ class SchedulerCore:
             # Prompts hold all the pages and none can go on: the last comer gives way.
             self._preempt(self._running[-1])
         self.counters.steps += 1
-        self._flights[self.counters.steps] = [(request, request.turn) for request, _ in planned]
+        self._flights[self.counters.steps] = {row.slot: request for request, row in planned}
         self._growth = max(_GROWTH_MIN, self._growth - _GROWTH_DECAY)
         released, self._released = self._released, []
         return StepPlan(
@@ -142,33 +142,36 @@ class SchedulerCore:
     def constrained(self, plan: StepPlan) -> list[tuple[int, Request]]:
         """Requests of a plan in flight that sample under a grammar, by their index among the sampled rows."""
         flight = self._flights[plan.step]
-        sampled = [request for (request, _), row in zip(flight, plan.rows, strict=True) if row.sample]
+        sampled = [flight[row.slot] for row in plan.rows if row.sample]
         return [(i, request) for i, request in enumerate(sampled) if request.matcher is not None]
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what the step gave: new tokens, finished requests, pages that others may now share."""
-        for (request, turn), row, got in zip(self._flights.pop(plan.step), plan.rows, result.rows, strict=True):
-            if request.turn != turn:
+        flight = self._flights.pop(plan.step)
+        for row, got in zip(plan.rows, result.rows, strict=True):
+            if (request := flight.get(row.slot)) is None:
                 continue  # it has ended or given way since
             self.counters.computed_tokens += row.length
             request.num_stored = row.start + row.length
             request.num_in_flight -= row.sample
             if got.error is not None:
-                self._fail(request, matcher_failure(request) or got.error)
+                self._fail(request, (request.matcher and request.matcher.failure()) or got.error)
                 continue
             if row.start < request.prompt_len:
-                self._take_prompt_logprobs(request, row, got)
+                if row.prompt_logprobs:
+                    # A chunk may be computed again after a preemption; take only what is new.
+                    known = len(request.prompt_logprobs) - row.start
+                    request.prompt_logprobs += (got.prompt_logprobs or [])[known:]
                 self.kv.publish(request)
             if row.sample:
                 self._take_token(request, got)
             elif request.num_stored == len(request.tokens):  # max_tokens is 0: the prompt was all that was asked
-                self._finish(request, [], got, Finish(FinishReason.LENGTH))
+                self._tell(request, [], got, Finish(FinishReason.LENGTH))
 
     def fail_step(self, plan: StepPlan, failure: Failure) -> None:
         """The step did not run: end its requests. Their pages are not trusted and go back unpublished."""
-        for request, turn in self._flights.pop(plan.step):
-            if request.turn == turn:
-                self._fail(request, failure)
+        for request in self._flights.pop(plan.step).values():
+            self._fail(request, failure)
 
     def take_outputs(self) -> list[TokenOut]:
         """News since the last call, in order."""
@@ -240,7 +243,7 @@ class SchedulerCore:
             owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
             if owed >= self._prompt_budget(request.priority, sum(r.num_remaining == 1 for r in ahead)):
                 return  # it would not get a token
-            if self.kv.awaits_prefix(request, self.kv.cached_length(request)):
+            if self.kv.awaits_prefix(request):
                 continue
             if not self._free_slots and not self._displace(request):
                 return
@@ -268,9 +271,13 @@ class SchedulerCore:
         request.announced = False
         self._running.append(request)
         self._running.sort(key=lambda r: r.order)
-        if request.cached_tokens is None:
-            request.cached_tokens = request.num_computed
-            request.scheduled_at = self._now
+        if not request.info.prompt_tokens:  # the first time
+            request.info = msgspec.structs.replace(
+                request.info,
+                prompt_tokens=request.prompt_len,
+                cached_tokens=request.num_computed,
+                scheduled_at=self._now,
+            )
             self.counters.prompt_tokens += request.prompt_len
             self.counters.cached_tokens += request.num_computed
 
@@ -298,16 +305,10 @@ class SchedulerCore:
 
     # ---- results -----------------------------------------------------------------------------------------------
 
-    def _take_prompt_logprobs(self, request: Request, row: Row, got: RowResult) -> None:
-        if row.prompt_logprobs:
-            # A chunk may be computed again after a preemption; take only what is new.
-            known = len(request.prompt_logprobs) - row.start
-            request.prompt_logprobs += (got.prompt_logprobs or [])[known:]
-
     def _take_token(self, request: Request, got: RowResult) -> None:
         token = got.token_id
         assert token is not None
-        if request.matcher is not None and (failure := advance(request, token)):
+        if request.matcher is not None and (failure := request.matcher.advance(token)):
             self._fail(request, failure)
             return
         request.tokens.append(token)
@@ -319,36 +320,27 @@ class SchedulerCore:
             finish = Finish(FinishReason.STOP)
         elif request.num_generated >= request.max_tokens:
             finish = Finish(FinishReason.LENGTH)
-        if finish is not None:
-            self._finish(request, [token], got, finish)
-        else:
-            self._outputs.append(self._token_out(request, [token], got, None))
+        self._tell(request, [token], got, finish)
 
-    def _token_out(self, request: Request, tokens: list[int], got: RowResult, finish: Finish | None) -> TokenOut:
-        admitted = None
-        if not request.admitted_sent:
-            request.admitted_sent = True
-            admitted = self._describe(request)
-        logprobs = [got.logprob] if got.logprob is not None else None
-        return TokenOut(request.rid, tokens, admitted, logprobs, finish)
+    def _tell(self, request: Request, tokens: list[int], got: RowResult, finish: Finish | None) -> None:
+        """The news of a request, which end it with `finish`."""
+        admitted = self._describe(request) if request.num_generated <= 1 else None  # with the first of them
+        output = TokenOut(request.rid, tokens, admitted, [got.logprob] if got.logprob is not None else None, finish)
+        if finish is None:
+            self._outputs.append(output)
+        else:
+            self.counters.finished += 1
+            self._end(request, output)
 
     def _describe(self, request: Request) -> Admitted:
         wants_logprobs = request.params.prompt_logprobs is not None
         return Admitted(
-            prompt_len=request.prompt_len,
-            cached_tokens=request.cached_tokens or 0,
-            params=request.params,
-            stream=request.stream,
+            request.info,
+            request.params,
+            request.stream,
             prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
-            prompt_tail=request.prompt_tail,
-            tokenized_at=request.tokenized_at,
-            scheduled_at=request.scheduled_at,
         )
-
-    def _finish(self, request: Request, tokens: list[int], got: RowResult, finish: Finish) -> None:
-        self.counters.finished += 1
-        self._end(request, self._token_out(request, tokens, got, finish))
 
     def _fail(self, request: Request, failure: Failure) -> None:
         self.counters.failed += 1
@@ -368,8 +360,9 @@ class SchedulerCore:
         self._running.remove(request)
         self._released.append(request.slot)
         self._free_slots.append(request.slot)
+        for flight in self._flights.values():
+            flight.pop(request.slot, None)
         request.slot = None
-        request.turn += 1
 
     def _check(self, message: Generate) -> int:
         """The request's effective max_tokens; raises `RequestError` if it cannot fit even alone."""

@@ -5,8 +5,8 @@ goes wrong ends the process, and with it the engine's scheduler.
 """
 
 from ramet.ipc.channel import Addresses
-from ramet.ipc.ranks import Execute
 from ramet.ipc.start import Startup
+from ramet.ipc.step import StepPlan
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import TpConfig
@@ -21,5 +21,5 @@ def run(config: TpConfig, runner_config: RunnerConfig, addresses: Addresses) -> 
         runner = ModelRunner(runner_config, startup.progress, group)
     startup.ready()
     while True:
-        if isinstance(message := link.receive(), Execute):
-            runner.launch(message.plan)
+        if isinstance(message := link.receive(), StepPlan):
+            runner.launch(message)

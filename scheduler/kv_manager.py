@@ -36,12 +36,16 @@ class KVManager:
         """Tokens of the request that the tree holds now."""
         return self.cache.match_length(request.tokens, self._reuse_limit(request)) if self._enabled else 0
 
-    def awaits_prefix(self, request: Request, cached: int) -> bool:
-        """Whether the page after the `cached` tokens is being computed for another request right now."""
-        if not self._pending or cached + self.page_size > self._reuse_limit(request):
+    def awaits_prefix(self, request: Request) -> bool:
+        """Whether the page after the cached ones is being computed right now, for a request that does not come later
+        by its priority: a worse one may have to wait for this one."""
+        if not self._pending:
             return False
-        page, hashes = cached // self.page_size, self._hashes(request)
-        return page < len(hashes) and hashes[page] in self._pending  # past the prompt nothing is announced
+        page, hashes = self.cached_length(request) // self.page_size, self._hashes(request)
+        if (page + 1) * self.page_size > self._reuse_limit(request) or page >= len(hashes):
+            return False  # past the prompt nothing is announced
+        computing = self._pending.get(hashes[page])
+        return computing is not None and computing.priority <= request.priority
 
     def open(self, request: Request) -> None:
         """Start a request on its cached prefix: lock it, and announce the prompt pages that it will compute."""
@@ -53,7 +57,8 @@ class KVManager:
         request.num_granted = 0
         if self._enabled:
             for page_hash in self._hashes(request)[len(pages) :]:
-                self._pending.setdefault(page_hash, request)
+                if self._pending.setdefault(page_hash, request).priority > request.priority:
+                    self._pending[page_hash] = request
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Make the request's pages cover its first `num_tokens`, evicting if need be; False if there are too few."""

@@ -15,10 +15,8 @@ class PageAllocator:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. The caller has checked `num_free`."""
-        assert 0 <= count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
-        if count == 0:
-            return []
+        """Take `count` pages, at least one. The caller has checked `num_free`."""
+        assert 0 < count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
         taken = self._free[-count:][::-1]
         del self._free[-count:]
         return taken

@@ -36,18 +36,9 @@ class Runner(Protocol):
         """A step has raised: be ready for the next, or raise."""
 
 
-class Followers(Protocol):
-    """The other ranks, if there are any."""
-
-    @property
-    def num_peers(self) -> int: ...
-
-    def send(self, plan: StepPlan) -> None:
-        """Have them execute it too."""
-
-
 class Pipeline:
     """`fill` starts to compute the masks of rows under a grammar, and returns a function that waits for them.
+    `tell_ranks` has the other ranks, if there are any, execute a plan too.
 
     `report` hears of each step that has ended: the times (of `time.monotonic`) at which its planning began, at which it
     was planned and at which its result was there, and its number of rows."""
@@ -58,14 +49,14 @@ class Pipeline:
         runner: Runner,
         fill: Callable[[list[tuple[int, Request]]], Callable[[], TokenMasks]],
         ahead: int,
-        followers: Followers | None = None,
+        tell_ranks: Callable[[StepPlan], None] | None = None,
         report: Callable[[float, float, float, int], None] = lambda begun, planned, ran, rows: None,
     ) -> None:
         self._core = core
         self._runner = runner
         self._fill = fill
         self._ahead = ahead
-        self._followers = followers if followers is not None and followers.num_peers else None
+        self._tell_ranks = tell_ranks
         self._report = report
         # Each with the times at which its planning began and ended.
         self._flying: collections.deque[tuple[StepPlan, PendingStep, float, float]] = collections.deque()
@@ -86,8 +77,8 @@ class Pipeline:
         with self._failing_alone(plan):
             constrained = self._core.constrained(plan)
             masks = self._fill(constrained) if constrained else None
-            if self._followers is not None:
-                self._followers.send(plan)
+            if self._tell_ranks is not None:
+                self._tell_ranks(plan)
             self._flying.append((plan, self._runner.launch(plan, masks), begun, planned))
             return True
         return False
@@ -108,7 +99,7 @@ class Pipeline:
         try:
             yield
         except Exception as error:
-            if self._followers is not None:
+            if self._tell_ranks is not None:
                 raise
             log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
             self._core.fail_step(plan, Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))

@@ -9,7 +9,7 @@ is the number of pages in unlocked nodes; the tree owns each page in it exactly 
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Node:
@@ -34,7 +34,6 @@ class RadixCache:
         self.num_pages = 0
         self.evictable_pages = 0
         self._clock = 0
-        self._num_nodes = 0
         # (last_used, tiebreak, node) of unlocked leaves; an entry is stale when the node has changed since.
         self._leaves: list[tuple[int, int, Node]] = []
         self._pushes = 0
@@ -48,14 +47,7 @@ class RadixCache:
 
     def match_length(self, tokens: Sequence[int], limit: int) -> int:
         """Tokens of the longest cached prefix of `tokens[:limit]`, leaving the tree as it is."""
-        node, position = self.root, 0
-        while (child := node.children.get(self._first_page(tokens, position, limit))) is not None:
-            shared = self._shared_pages(child, tokens, position, limit)
-            position += shared * self.page_size
-            if shared < len(child.pages):
-                break
-            node = child
-        return position
+        return self.page_size * sum(shared for _, shared in self._walk(self.root, tokens, limit))
 
     def extend(self, node: Node, tokens: list[int], pages: list[int]) -> tuple[Node, list[int]]:
         """Insert the run `tokens` in `pages` below `node`, which the caller has locked.
@@ -117,13 +109,20 @@ class RadixCache:
     def _descend(self, node: Node, tokens: Sequence[int], limit: int) -> tuple[Node, list[int]]:
         """From `node` along the cached pages of `tokens[:limit]`: the end node, after a split if need be, and the
         pages on the way."""
-        pages, position = list[int](), 0
-        while (child := node.children.get(self._first_page(tokens, position, limit))) is not None:
-            shared = self._shared_pages(child, tokens, position, limit)
+        pages: list[int] = []
+        for child, shared in self._walk(node, tokens, limit):
             node = child if shared == len(child.pages) else self._split(child, shared)
             pages += node.pages
-            position += len(node.key)
         return node, pages
+
+    def _walk(self, node: Node, tokens: Sequence[int], limit: int) -> Iterator[tuple[Node, int]]:
+        """Each node below `node` on the way of `tokens[:limit]`, and how many of its pages they share; of the last one
+        maybe not all. Who iterates may split it."""
+        position, whole = 0, True
+        while whole and (child := node.children.get(self._first_page(tokens, position, limit))):
+            shared = self._shared_pages(child, tokens, position, limit)
+            position, whole, node = position + shared * self.page_size, shared == len(child.pages), child
+            yield child, shared
 
     def _first_page(self, tokens: Sequence[int], position: int, limit: int) -> tuple[int, ...]:
         """The next whole page of tokens as a child's name; an empty tuple (no child's name) if there is none."""
@@ -153,7 +152,6 @@ class RadixCache:
         node.parent.children[tuple(upper.key[:size])] = upper
         node.key, node.pages, node.parent = node.key[at * size :], node.pages[at:], upper
         upper.children[tuple(node.key[:size])] = node
-        self._num_nodes += 1
         return upper
 
     def _append(self, node: Node, tokens: list[int], pages: list[int], owned: bool) -> Node:
@@ -166,7 +164,6 @@ class RadixCache:
             return node
         child = Node(tokens, list(pages), node)
         node.children[tuple(tokens[: self.page_size])] = child
-        self._num_nodes += 1
         self.evictable_pages += len(pages)  # until the caller's lock moves here
         return child
 
@@ -174,14 +171,13 @@ class RadixCache:
         parent = node.parent
         assert parent is not None
         del parent.children[tuple(node.key[: self.page_size])]
-        self._num_nodes -= 1
         self._offer(parent)
 
     def _offer(self, node: Node) -> None:
         """Put an unlocked leaf among the candidates for eviction."""
         if node.locks or node.children:
             return
-        if len(self._leaves) > 2 * self._num_nodes + 64:
+        if len(self._leaves) > 2 * self.num_pages + 64:  # there are no more nodes than pages
             self._drop_stale_leaves()
         self._pushes += 1
         heapq.heappush(self._leaves, (node.last_used, self._pushes, node))

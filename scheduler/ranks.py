@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import ramet
 from ramet.ipc.channel import ChannelError, PeerLost, RankClient, RankServer
-from ramet.ipc.ranks import Execute, Hello, Ping, Refused, ToRank, Welcome
+from ramet.ipc.ranks import Hello, Ping, Refused, ToRank, Welcome
 from ramet.ipc.step import StepPlan
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.memory import PoolTooLarge
@@ -38,30 +38,20 @@ _PROBE_S = 3.0
 
 
 class Ranks:
-    """The other ranks, from rank 0; there may be none."""
+    """The other ranks, from rank 0."""
 
-    def __init__(self, config: TpConfig, server: RankServer[Hello] | None, peers: list[bytes], group: TpGroup) -> None:
+    def __init__(self, server: RankServer[Hello], peers: list[bytes], group: TpGroup) -> None:
         self._server = server
         self._peers = peers
         self.group = group
-        self.num_peers = len(peers)
-        self._is_remote = bool(config.host)  # those on this machine are watched by the launcher
 
-    def send(self, plan: StepPlan) -> None:
-        """Have the others execute it too. Raises PeerLost."""
-        if self._server is not None:
-            self._server.send(self._peers, Execute(plan))
-
-    def check(self) -> None:
-        """While idle: raises PeerLost if one on another machine is not there any more."""
-        if self._server is not None and self._is_remote:
-            self._server.send(self._peers, Ping())
+    def send(self, message: StepPlan | Ping) -> None:
+        """A plan for them to execute too, or a sign of life. Raises PeerLost."""
+        self._server.send(self._peers, message)
 
 
 def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]) -> Ranks:
     """Wait for all other ranks, and open the collectives. Raises one of SETUP_ERRORS."""
-    if config.size == 1:
-        return Ranks(config, None, [], TpGroup())
     use_device(runner)
     server = RankServer[Hello](config.address, config.secret, Hello)
     facts = rank_facts(runner)
@@ -93,7 +83,7 @@ def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]
         place = f"{config.address.removeprefix('ipc://')}-{secrets.token_hex(4)}"
         store = dist.FileStore(place, config.size)
     server.send(peers.values(), Welcome(place))
-    return Ranks(config, server, list(peers.values()), _open(config, runner, store))
+    return Ranks(server, list(peers.values()), _open(config, runner, store))
 
 
 def join(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]) -> tuple[RankClient[ToRank], TpGroup]:

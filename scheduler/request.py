@@ -6,48 +6,16 @@ whose result is not here yet may have sampled a token that only the device knows
 behind by what such steps compute.
 """
 
-from llguidance import LLMatcher
-
-from ramet.ipc.messages import Generate, Logprob
+from ramet.ipc.messages import Generate, Logprob, PromptInfo
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import UNKNOWN_TOKEN, PageGrant, Row
+from ramet.scheduler.grammar import Matcher
 from ramet.scheduler.radix_cache import Node
 
 
 class Request:
     """`tokens`: prompt, then generated. `pages[:num_shared]` belong to the radix tree (locked at `node`), the rest to
-    this request. `slot`: its place in the model runner while it runs, else None. `turn` counts the slots it has had."""
-
-    __slots__ = (
-        "admitted_sent",
-        "announced",
-        "arrival",
-        "cached_tokens",
-        "echo",
-        "matcher",
-        "max_tokens",
-        "node",
-        "num_computed",
-        "num_granted",
-        "num_in_flight",
-        "num_shared",
-        "num_stored",
-        "page_hashes",
-        "pages",
-        "params",
-        "priority",
-        "prompt_len",
-        "prompt_logprobs",
-        "prompt_tail",
-        "rid",
-        "scheduled_at",
-        "slot",
-        "stop_ids",
-        "stream",
-        "tokenized_at",
-        "tokens",
-        "turn",
-    )
+    this request. `slot`: its place in the model runner while it runs, else None."""
 
     def __init__(
         self,
@@ -55,7 +23,7 @@ class Request:
         arrival: int,
         max_tokens: int,
         eos_ids: tuple[int, ...],
-        matcher: LLMatcher | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         params = message.params
         self.rid = message.rid
@@ -69,23 +37,18 @@ class Request:
         self.arrival = arrival
         self.echo = message.echo
         self.stream = message.stream
-        self.prompt_tail = message.prompt_tail
-        self.tokenized_at = message.tokenized_at
-        self.scheduled_at = 0.0  # at the first admission
+        self.info: PromptInfo = message.prompt  # complete from the first admission on
+        self.prompt_logprobs: list[Logprob] = []
         self.num_computed = 0
         self.num_stored = 0  # computed by steps that have been committed
         self.num_in_flight = 0  # tokens sampled by steps that have not
         self.slot: int | None = None
-        self.turn = 0
         self.announced = False  # whether the runner has heard of it since it took its slot
         self.pages: list[int] = []
         self.num_shared = 0
         self.num_granted = 0  # pages that the runner has been told of
         self.node: Node | None = None
         self.page_hashes: list[int] = []
-        self.cached_tokens: int | None = None  # at the first admission
-        self.prompt_logprobs: list[Logprob] = []
-        self.admitted_sent = False
 
     @property
     def num_generated(self) -> int:
@@ -93,7 +56,7 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens that could be computed now: 1 while decoding. None while the host must first see the token in flight:
+        """Tokens that could be computed now: 1 while decoding. 0 while the host must first see the token in flight:
         the grammar needs it, or it is the last."""
         if self.num_in_flight and (self.matcher or self.num_generated + self.num_in_flight >= self.max_tokens):
             return 0

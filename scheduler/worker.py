@@ -18,6 +18,7 @@ from ramet.ipc.messages import (
     Wake,
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.ranks import Ping
 from ramet.ipc.start import Startup
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
@@ -25,7 +26,7 @@ from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.grammar_pool import GrammarPool
 from ramet.scheduler.pipeline import Pipeline
-from ramet.scheduler.ranks import SETUP_ERRORS, Ranks, lead
+from ramet.scheduler.ranks import SETUP_ERRORS, lead
 from ramet.scheduler.stats import StatsReporter
 
 NAME = "scheduler-0"
@@ -35,49 +36,37 @@ STEP_SLACK = 2
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
-    startup = Startup(NAME, addresses)
-    inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-    with startup.failing_with(*SETUP_ERRORS):
-        ranks = lead(config.tp, runner_config, startup.progress)
-        runner = ModelRunner(runner_config, startup.progress, ranks.group)
-        core = SchedulerCore(config, runner.num_pages)
-    capacity = runner.num_pages * config.page_size
-    worker = Worker(config, core, runner, ranks, inbox, addresses)
-    startup.ready(kv_tokens=capacity, context_length=min(config.context_length, capacity))
-    worker.loop()
+    Worker(config, runner_config, addresses).loop()
 
 
 class Worker:
     """The loop's state: the core, the runner, and the way to the detokenizer and the frontend."""
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        core: SchedulerCore,
-        runner: ModelRunner,
-        ranks: Ranks,
-        inbox: "Inbox[ToScheduler]",
-        addresses: Addresses,
-    ) -> None:
-        self._config = config
-        self._core = core
-        self._runner = runner
-        self._ranks = ranks
-        self._inbox = inbox
+    def __init__(self, config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
+        startup = Startup(NAME, addresses)
+        self._inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+        with startup.failing_with(*SETUP_ERRORS):
+            ranks = lead(config.tp, runner_config, startup.progress) if config.tp.size > 1 else None
+            runner = ModelRunner(runner_config, startup.progress, ranks.group if ranks else None)
+            self._core = core = SchedulerCore(config, runner.num_pages)
+        self._distant_ranks = ranks if config.tp.host else None  # the launcher watches those on this machine
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
         self._pulse = Pulse(addresses, NAME, STEP_SLACK * runner.warm_up_s)
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
-        self._pipeline = Pipeline(core, runner, self._grammars.fill, config.steps_ahead, ranks, self._stats.add)
+        tell_ranks = ranks.send if ranks else None
+        self._pipeline = Pipeline(core, runner, self._grammars.fill, config.steps_ahead, tell_ranks, self._stats.add)
+        capacity = runner.num_pages * config.page_size
+        startup.ready(kv_tokens=capacity, context_length=min(config.context_length, capacity))
 
     def loop(self) -> None:
         while True:
             self._pulse.beat()
             self._take_messages()
-            if not (ended := self._pipeline.turn()):
-                self._ranks.check()
+            if not (ended := self._pipeline.turn()) and self._distant_ranks is not None:
+                self._distant_ranks.send(Ping())  # raises if one is gone
             outputs = self._core.take_outputs()
             if outputs:
                 self._detokenizer.send(TokenBatch(outputs))

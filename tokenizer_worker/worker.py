@@ -25,6 +25,7 @@ from ramet.ipc.messages import (
     FlushCache,
     Generate,
     Job,
+    PromptInfo,
     Reset,
     Tokenize,
     Tokenized,
@@ -139,7 +140,7 @@ class Encoder:
         else:
             ids, params = self._between(message, params)
         max_tokens = self._check_lengths(ids, job)
-        now = time.monotonic()
+        info = PromptInfo(tail=tail, tokenized_at=time.monotonic())
         return [
             Generate(
                 rid=rid,
@@ -149,8 +150,7 @@ class Encoder:
                 priority=job.priority,
                 echo=job.echo,
                 stream=job.stream,
-                prompt_tail=tail,
-                tokenized_at=now,
+                prompt=info,
             )
             for i, rid in enumerate(job.rids)
         ]

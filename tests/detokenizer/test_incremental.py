@@ -1,13 +1,13 @@
 """Text never has half a character, and stops exactly where it should."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ramet.detokenizer.incremental import IncrementalText
 from ramet.detokenizer.stop import StopMatcher
 from ramet.detokenizer.worker import Detokenizer
-from ramet.ipc.messages import Admitted, Finish, FinishReason, Logprob, TokenOut
+from ramet.ipc.messages import Admitted, Finish, FinishReason, Logprob, PromptInfo, TokenOut
 from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.tokenizer import Tokenizer
 
@@ -86,11 +86,16 @@ def test_only_a_possible_beginning_is_held_back():
     assert matcher.feed("x") == "STx"
 
 
-@given(st.text("abn", max_size=30), st.lists(st.text("abn", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops):
-    """Character by character: the text before the first stop string that becomes complete."""
+@given(
+    st.text("abn", max_size=30),
+    st.lists(st.text("abn", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 30),
+)
+@example("nabb", ["abb", "b"], 4)
+def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, step):
+    """However it is cut into tokens: the text before the first stop string that becomes complete."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
-    out, matched = cut(text, tuple(stops), 1)
+    out, matched = cut(text, tuple(stops), step)
     if not ends:
         assert (out, matched) == (text, None)
     else:
@@ -99,7 +104,7 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops):
 
 
 def admitted(**params) -> Admitted:
-    return Admitted(prompt_len=3, cached_tokens=0, params=SamplingParams(**params))
+    return Admitted(PromptInfo(3), SamplingParams(**params))
 
 
 def test_stop_string_finishes_now_and_aborts_at_the_scheduler(tokenizer):
@@ -126,9 +131,21 @@ def test_stop_strings_wait_for_min_tokens(tokenizer):
     assert deltas[-1].completion_tokens == 4
 
 
+def test_an_aborted_answer_has_what_was_held_back(tokenizer):
+    detokenizer = Detokenizer(tokenizer, stream_interval=1)
+    ids = tokenizer.encode("ab\n", add_special_tokens=False)
+    deltas = detokenizer.add(TokenOut("r", ids[:1], admitted(stop=("\n---",))))
+    for token in ids[1:]:
+        deltas += detokenizer.add(TokenOut("r", [token]))
+    assert "".join(d.text for d in deltas) == "ab"
+    deltas += detokenizer.add(TokenOut("r", finish=Finish(FinishReason.ABORT)))
+    assert "".join(d.text for d in deltas) == "ab\n"
+    assert deltas[-1].completion_tokens == len(ids)
+
+
 def test_without_streaming_only_the_first_and_the_last_event_are_sent(tokenizer):
     detokenizer = Detokenizer(tokenizer, stream_interval=1)
-    first = Admitted(prompt_len=3, cached_tokens=2, params=SamplingParams(), stream=False)
+    first = Admitted(PromptInfo(3, 2), SamplingParams(), stream=False)
     ids = tokenizer.encode("the cat", add_special_tokens=False)
     deltas = detokenizer.add(TokenOut("r", [ids[0]], first))
     for token in ids[1:-1]:
@@ -155,7 +172,7 @@ def test_echoed_prompt_is_decoded(tokenizer):
     detokenizer = Detokenizer(tokenizer, stream_interval=1)
     ids = tokenizer.encode("the cat", add_special_tokens=False)
     logprobs = [None, *(Logprob(i, -1.0) for i in ids[1:])]
-    info = Admitted(len(ids), 0, SamplingParams(prompt_logprobs=0), True, ids, logprobs)
+    info = Admitted(PromptInfo(len(ids)), SamplingParams(prompt_logprobs=0), True, ids, logprobs)
     (delta,) = detokenizer.add(TokenOut("r", [], info, finish=LENGTH))
     assert delta.prompt.text == "the cat"
     assert "".join(t.token for t in delta.prompt.tokens) == "the cat"

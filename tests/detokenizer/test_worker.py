@@ -17,6 +17,7 @@ from ramet.ipc.messages import (
     Failed,
     Finish,
     FinishReason,
+    PromptInfo,
     Ready,
     TextBatch,
     ToFrontend,
@@ -59,7 +60,7 @@ def addresses(tiny_model, tmp_path: Path) -> Iterator[Addresses]:
 def test_what_cannot_be_decoded_fails_alone(addresses: Addresses, tmp_path: Path) -> None:
     frontend: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
     scheduler: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-    detokenizer, admitted = Outbox(addresses.detokenizer), Admitted(1, 0, SamplingParams())
+    detokenizer, admitted = Outbox(addresses.detokenizer), Admitted(PromptInfo(1), SamplingParams())
     try:
         # No vocabulary has a negative id.
         detokenizer.send(TokenBatch([TokenOut(rid, [token], admitted) for rid, token in (("odd", -1), ("even", 70))]))

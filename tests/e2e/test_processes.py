@@ -4,6 +4,9 @@ import concurrent.futures
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import RunningServer, tiny_flags, until
+from support.server import ROLES, TESTS, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -186,13 +189,20 @@ def test_a_process_that_hangs_is_named_and_a_death_beyond_the_budget_ends_the_se
     servers.close()
     flags = ("--watchdog-timeout", "3", "--max-restarts", "1")
     with RunningServer(*tiny_flags(tiny_model("llama")), *flags) as server:
+
+        def unhealthy(words: str) -> bool:
+            response = httpx.get(f"{server.url}/health")
+            return response.status_code == 503 and words in response.json()["error"]["message"]
+
+        time.sleep(4)  # more than the timeout: an idle launcher has a pulse
         assert httpx.get(f"{server.url}/health").status_code == 200
         pids = server.pids()
-        for name in ("launcher", "scheduler-0"):
-            os.kill(pids[name], signal.SIGSTOP)
-        until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 20, lambda: "not healthy")
-        message = httpx.get(f"{server.url}/health").json()["error"]["message"]
-        assert message.startswith("scheduler-0 hangs, silent for more than ")
+        os.kill(pids["launcher"], signal.SIGSTOP)
+        until(lambda: unhealthy("launcher hangs, silent for more than "), 20, lambda: "not healthy")
+        assert server.is_ready(), "requests are taken and answered"
+        assert server.http.post("/v1/completions", json={**LONG, "model": server.model, "max_tokens": 2}).is_success
+        os.kill(pids["scheduler-0"], signal.SIGSTOP)
+        until(lambda: unhealthy("scheduler-0 hangs, silent for more than "), 20, lambda: "not healthy")
         response = httpx.get(f"{server.url}/health_generate", timeout=10)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
         assert response.headers["retry-after"]
@@ -221,3 +231,25 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_servers_of_tests_die_with_them(servers: Any, tiny_model: Callable[[str], Path]) -> None:
+    servers.close()
+    script = """
+import sys, time
+from support.server import RunningServer
+with RunningServer(*sys.argv[1:]) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+    with tempfile.TemporaryDirectory(prefix="e2e-") as folder:
+        command = [sys.executable, "-c", script, *tiny_flags(tiny_model("llama"))]
+        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        environ = {**os.environ, "TMPDIR": folder, "PYTHONPATH": paths}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as tests:
+            assert tests.stdout is not None
+            launcher = psutil.Process(int(tests.stdout.readline()))
+            processes = [launcher, *launcher.children()]
+            assert len(processes) == 1 + len(ROLES)
+            tests.kill()
+        assert psutil.wait_procs(processes, 20)[1] == []

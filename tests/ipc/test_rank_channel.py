@@ -9,7 +9,7 @@ import pytest
 from support.server import free_port, until
 
 from ramet.ipc.channel import ChannelError, PeerLost, RankClient, RankServer
-from ramet.ipc.ranks import Execute, Hello, Ping, ToRank, Welcome
+from ramet.ipc.ranks import Hello, Ping, ToRank, Welcome
 from ramet.ipc.step import Row, StepPlan
 
 SECRET = "sixteen characters"
@@ -43,7 +43,7 @@ def connected(place: tuple[str, str]) -> Iterator[tuple[RankServer[Hello], bytes
 
 def test_plans_arrive_in_order_and_whole(place: tuple[str, str]) -> None:
     with connected(place) as (server, peer, client):
-        sent = [Welcome("/store"), Execute(PLAN), Ping()]
+        sent = [Welcome("/store"), PLAN, Ping()]
         for message in sent:
             server.send([peer], message)
         assert [client.receive() for _ in sent] == sent
@@ -51,9 +51,9 @@ def test_plans_arrive_in_order_and_whole(place: tuple[str, str]) -> None:
 
 def test_a_rank_hears_that_rank_0_is_gone_after_what_it_said(place: tuple[str, str]) -> None:
     with connected(place) as (server, peer, client):
-        server.send([peer], Execute(PLAN))
+        server.send([peer], PLAN)
         server.close()
-        assert client.receive() == Execute(PLAN)
+        assert client.receive() == PLAN
         with pytest.raises(PeerLost, match=f"rank 0 at {place[0]} is gone"):
             client.receive()
 

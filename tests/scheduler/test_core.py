@@ -50,7 +50,7 @@ def test_a_second_request_reuses_whole_pages_of_the_first(make_driver):
     driver.finish()
     driver.add("b", prompt, max_tokens=1)
     driver.finish()
-    assert [out.admitted.cached_tokens for out in driver.outputs if out.admitted] == [0, 20]
+    assert [out.admitted.prompt.cached_tokens for out in driver.outputs if out.admitted] == [0, 20]
     assert driver.plans[-1].rows[0].start == 20
 
 
@@ -60,7 +60,7 @@ def test_generated_tokens_are_reused_by_the_next_turn(make_driver):
     driver.finish()
     driver.add("turn2", [2, 3, 4] + [1] * 10 + [5], max_tokens=1)
     driver.finish()
-    assert driver.outputs[-1].admitted.cached_tokens == 12
+    assert driver.outputs[-1].admitted.prompt.cached_tokens == 12
 
 
 def test_without_prefix_cache_nothing_is_reused(make_driver):
@@ -247,3 +247,15 @@ def test_a_better_priority_takes_the_pages_of_a_worse_one(make_driver):
     driver.finish()
     assert len(driver.ended()) == 5
     assert driver.core.counters.preemptions > 0
+
+
+def test_a_better_priority_does_not_wait_for_a_prefix_that_a_worse_one_computes(make_driver):
+    driver = make_driver(max_running=4, max_step_tokens=16, max_prefill_tokens=16)
+    shared = list(range(2, 66))
+    driver.add("batch", shared, priority=100)
+    driver.step()
+    driver.add("chat", [*shared, 70], max_tokens=1)
+    for i in range(12):  # others of its kind keep the worse one from going on
+        driver.add(f"other-{i}", list(range(100 * i + 100, 100 * i + 116)), max_tokens=1)
+    driver.finish()
+    assert driver.ended()[0] == "chat"

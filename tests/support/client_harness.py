@@ -1,4 +1,4 @@
-"""An `EngineClient` whose only tokenizer worker is the test: it gets what is sent, and dispatches what comes back."""
+"""An `EngineClient` whose only tokenizer worker is the test, which receives what is sent and dispatches answers."""
 
 import functools
 import tempfile
