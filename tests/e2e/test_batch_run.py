@@ -45,7 +45,7 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
-    entries = [line(f"{i}", MODEL, max_tokens=16, ignore_eos=True) for i in range(400)]
+    entries = [line(f"{i}", MODEL, max_tokens=100, ignore_eos=True) for i in range(400)]
     write(tmp_path, [*entries, line("bad", MODEL, temperature=9)])
     store = tmp_path / ".out.jsonl.ramet"
     process = start(command)
