@@ -1,6 +1,6 @@
 """Builds the C kernels on first use, for this very CPU, and keeps them in the user's cache.
 
-A second or less with any GCC-compatible compiler; without one the caller falls back to plain torch. The library's
+Seconds with any GCC-compatible compiler; without one the caller falls back to plain torch. The library's
 OpenMP runtime is the one that torch has loaded: a second one would compete with it for the cores.
 """
 

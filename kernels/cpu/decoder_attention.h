@@ -21,7 +21,7 @@
 
 #define BLOCK 64
 #define PARTS (BLOCK / LANES)
-#define TILE_ROWS 96    /* rows of a tile of work, six vectors of lanes */
+#define TILE_ROWS 48    /* rows of a tile of work, three vectors of lanes */
 #define NARROW_ROWS 12  /* so many rows at most are computed with keys in the lanes */
 #define MOST_ROWS 6     /* of these at once: 24 accumulators */
 
@@ -327,9 +327,7 @@ static void weigh_block(const Block *b, int vectors) {
         break;
 
 static void attend_wide(const Block *b) {
-    switch ((b->rows + LANES - 1) / LANES) { /* at most 24 accumulators */
-        WIDE_CASE(1, 16) WIDE_CASE(2, 8) WIDE_CASE(3, 8) WIDE_CASE(4, 4) WIDE_CASE(5, 4) WIDE_CASE(6, 4)
-    }
+    switch ((b->rows + LANES - 1) / LANES) { WIDE_CASE(1, 8) WIDE_CASE(2, 8) WIDE_CASE(3, 4) }
 }
 
 /* ---- tiles of work -------------------------------------------------------------------------------------------------*/
