@@ -144,16 +144,26 @@ class TimedEvent(FakeEvent):
 def test_the_sweep_of_attention_runs_on_a_simulated_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its shapes and choices, but no values; what did not compile is not run."""
     sweep, path = load_sweep(), tmp_path / "sweep.json"
-    monkeypatch.setattr(sweep, "tilings", lambda decode, tiny, full=sweep.tilings: full(decode, tiny)[::12])
+    monkeypatch.setattr(sweep, "tilings", lambda decode, tiny, full=sweep.tilings: full(decode, tiny)[::16])
     monkeypatch.setattr(sweep, "measure_machine", lambda device, dtype: sweep.Machine(3e12, 8e14))
     with fake_cuda(hollow=True, total_bytes=79 * 2**30) as device:
         fake_kernels.install(device, monkeypatch)
         monkeypatch.setattr(torch.cuda, "Event", type("Event", (TimedEvent,), {"_device": device}))
         sweep.run(torch.device("cuda"), False, path, {0: "it crashed"}, time.monotonic() + 200)
+        sweep.compile_share(1, sweep.Gpu(132, 90), torch.device("cuda"), tmp_path / "compiled")
+    assert [json.loads(line) for line in (tmp_path / "compiled").read_text().splitlines()] == [[1, None], [13, None]]
     report = json.loads(path.read_text())
     assert len(report["not_compiled"]) == 1 and len(report["cases"]) == 45
     assert not any("error" in case or case["skipped"] for case in report["cases"])
     assert all(result["us"] == 1000.0 for case in report["cases"] for result in case["results"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
+def test_choices_whose_compiler_ends_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep()
+    monkeypatch.setattr(sweep, "_COMPILERS", 1)
+    known = sweep.compile_all(tmp_path)  # it finds no device
+    assert list(known) == list(range(len(sweep.jobs(False)))) and set(known.values()) == {"not compiled: exit status 2"}
 
 
 def test_a_sweep_without_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
