@@ -149,7 +149,7 @@ def make_batch(
     if unknown:
         # Decodes come first and are one token each: of those, whose tokens alone may be missing, token i is row i's.
         first, last = token_ids[: len(lengths)], slots.last_tokens.index_select(0, tensors["row_slots"])
-        first.copy_(torch.where(first == UNKNOWN_TOKEN, last, first))
+        torch.where(first == UNKNOWN_TOKEN, last, first, out=first)
     max_pages = -(-max(contexts) // pool.page_size)
     context = ForwardContext(
         positions=tensors["positions"],

@@ -126,6 +126,7 @@ class FakeGraph:
     def __init__(self) -> None:
         self.recorded: list[Callable[[], object]] = []
         self.read: list[weakref.ref[_Block]] = []  # of what was there before
+        self.launched: list[str] = []
         self.broken = False
 
     def replay(self) -> None:
@@ -158,6 +159,7 @@ class _Capture:
         self._device.capturing = None
         if self._graph.broken:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self._device.last_graph = self._graph
         self._device.stream = self._before
 
 
@@ -230,6 +232,7 @@ class FakeCuda(TorchDispatchMode):
         }
         self.stream: FakeStream = self._classes["Stream"]()
         self.capturing: FakeGraph | None = None
+        self.last_graph: FakeGraph | None = None
         self.graph_memory: list[Tensor] = []
         self.waiting = True  # whether the host may
         self.waits: list[str] = []
@@ -292,6 +295,11 @@ class FakeCuda(TorchDispatchMode):
             self.capturing.read += [weakref.ref(t.block) for t in tensors or [] if not t.block.captured]
         if not self._hollow:
             (self.stream.put if self.capturing is None else self.capturing.recorded.append)(work)
+
+    def launch(self, name: str) -> None:
+        """Note a kernel of the graph that is recorded. Operations of torch are taken for one each."""
+        if self.capturing is not None:
+            self.capturing.launched.append(name)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -389,6 +397,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         inner_args, inner_kwargs = inner(args), inner(kwargs)
+        self.launch(str(func))
         self.put(lambda: func(*inner_args, **inner_kwargs), device_tensors(args, kwargs))
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         changed = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -400,6 +409,7 @@ class FakeCuda(TorchDispatchMode):
         outputs = tree_map(lambda leaf: self._like(leaf.shape, leaf.stride(), leaf.dtype), shapes)
         if func in _EMPTY or func.overloadpacket in (aten.empty, aten.empty_strided):
             return outputs
+        self.launch(str(func))
         inner_args, inner_kwargs, targets = inner(args), inner(kwargs), tree_flatten(inner(outputs))[0]
 
         def work() -> None:

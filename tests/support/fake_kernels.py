@@ -38,7 +38,12 @@ def install(device: FakeCuda, patch: pytest.MonkeyPatch) -> None:
             device.waiting = True
 
     patch.setattr(ModelRunner, "launch", launch_without_waiting)
-    patch.setattr(triton.runtime.jit.JITFunction, "run", _launch)
+
+    def launch_kernel(kernel: Any, *args: Any, **settings: Any) -> None:
+        _launch(kernel, *args, **settings)
+        device.launch(kernel.fn.__name__)
+
+    patch.setattr(triton.runtime.jit.JITFunction, "run", launch_kernel)
     places: list[tuple[Any, str, Callable[..., object]]] = [
         (triton_backend, "paged_attention", _paged_attention),
         (cuda_decoder, "add_rms_norm", _add_rms_norm),
