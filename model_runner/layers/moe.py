@@ -4,6 +4,7 @@ Experts are stored fused, [experts, out, in]. The loop runs over the experts tha
 one batch.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -15,26 +16,26 @@ from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.mapping import WeightPart
 
 
-class MoE(nn.Module):
-    """`normalize`: the weights of the chosen experts are scaled to sum to one. Each expert is split over the ranks."""
+@dataclasses.dataclass(frozen=True)
+class MoESpec:
+    """`normalize`: the weights of the chosen experts are scaled to sum to one."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        act: str,
-        group: TpGroup,
-        dtype: torch.dtype,
-        *,
-        normalize: bool,
-    ) -> None:
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalize: bool
+
+
+class MoE(nn.Module):
+    """Each expert is split over the ranks."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, act: str, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
-        self.intermediate_size, self.top_k, self.normalize = intermediate_size, top_k, normalize
+        self.spec = spec
         self.group = group
         self.act = activation(act)
-        self.span = group.shard(intermediate_size, "expert intermediate size")
+        self.span = group.shard(spec.intermediate_size, "expert intermediate size")
+        num_experts = spec.num_experts
         self.router = empty_parameter(num_experts, hidden_size, dtype=dtype)
         self.gate_up = empty_parameter(num_experts, 2 * len(self.span), hidden_size, dtype=dtype)
         self.down = empty_parameter(num_experts, hidden_size, len(self.span), dtype=dtype)
@@ -44,7 +45,7 @@ class MoE(nn.Module):
         weights, chosen = self.route(hidden)
         # Sorted by expert, the assignments of one expert are neighbours: [N * top_k].
         order = chosen.flatten().argsort(stable=True)
-        tokens = order // self.top_k
+        tokens = order // self.spec.top_k
         counts = torch.bincount(chosen.flatten(), minlength=self.router.shape[0]).tolist()
         output = torch.zeros_like(hidden)
         first = 0
@@ -63,14 +64,14 @@ class MoE(nn.Module):
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, top_k] in hidden's precision, and experts [N, top_k] int64."""
         probabilities = linear(hidden, self.router).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)
-        if self.normalize:
+        weights, chosen = probabilities.topk(self.spec.top_k, dim=-1)
+        if self.spec.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(hidden.dtype), chosen
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         num_experts, hidden_size = self.router.shape
-        size, local = self.intermediate_size, len(self.span)
+        size, local = self.spec.intermediate_size, len(self.span)
         yield WeightPart(f"{prefix}gate.weight", self.router, (num_experts, hidden_size))
         for expert in range(num_experts):
             name = f"{prefix}experts.{expert}."

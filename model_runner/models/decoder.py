@@ -23,7 +23,7 @@ from ramet.model_runner.layers.linear import (
     round_weight,
 )
 from ramet.model_runner.layers.mlp import GatedMLP
-from ramet.model_runner.layers.moe import MoE
+from ramet.model_runner.layers.moe import MoE, MoESpec
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
 from ramet.model_runner.layers.rope import RopeFrequencies, rotate
 from ramet.model_runner.models.base import CausalLM
@@ -31,14 +31,6 @@ from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.mapping import WeightPart
 
 _RopeTables = Mapping[str, tuple[Tensor, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class MoESpec:
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    normalize: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +115,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(spec, index, group, dtype)
         self.mlp: GatedMLP | MoE
         if (moe := spec.layers[index].moe) is not None:
-            self.mlp = MoE(
-                spec.hidden_size,
-                moe.intermediate_size,
-                moe.num_experts,
-                moe.top_k,
-                spec.act,
-                group,
-                dtype,
-                normalize=moe.normalize,
-            )
+            self.mlp = MoE(spec.hidden_size, moe, spec.act, group, dtype)
         else:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, spec.act, group, dtype, bias=spec.mlp_bias)
 

@@ -23,7 +23,7 @@ from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
 from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
 from ramet.model_runner.parallel import TpGroup
-from ramet.model_runner.weights.dummy import fill_randomly
+from ramet.model_runner.weights.dummy import RandomSource
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.gguf import ROPE_FACTORS, GGUFSource
 from ramet.model_runner.weights.mapping import Progress, WeightPart, WeightSource, fill
@@ -92,12 +92,8 @@ def _load_encoder(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGr
     family = ENCODERS[hf_config.model_type]
     with torch.device(config.device):
         model = Encoder(hf_config, family, group, getattr(torch, config.dtype))
-    with contextlib.ExitStack() as stack:
-        source = _open(config, hf_config.num_hidden_layers, hf_config.hidden_size // hf_config.num_attention_heads)
-        if source is None:
-            fill_randomly(list(model.weight_parts("")), config.seed, progress)
-            return model.eval()
-        stack.callback(source.close)
+    head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+    with contextlib.closing(_open(config, hf_config.num_hidden_layers, head_dim)) as source:
         names = source.names()
         prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
         unused = {name for name in names if name.removeprefix(prefix).startswith(_HEADS)}
@@ -114,13 +110,10 @@ def _load_native(
     headless: bool = False,
 ) -> CausalLM:
     spec = build(hf_config, config.context_length)
-    with contextlib.ExitStack() as stack:
-        source = _open(config, len(spec.layers), spec.head_dim)
-        if source is not None:
-            stack.callback(source.close)
+    with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
         if isinstance(source, GGUFSource):
             spec = _as_in_gguf(spec, hf_config, source)
-        elif source is not None and spec.tied_embeddings:
+        elif spec.tied_embeddings:
             spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source, group))
         if headless:
             spec = dataclasses.replace(spec, tied_embeddings=True)  # no memory for a head
@@ -131,17 +124,9 @@ def _load_native(
             raise WeightsError(str(error)) from error
         parts = list(model.weight_parts())
         stored: dict[int, Grid] = {}
-        if source is None:
-            fill_randomly(parts, config.seed, progress)
-            del parts
-            return model.eval() if headless else _pack(model, config, stored)
-        if isinstance(source, GGUFSource):
-            source.expect({part.name for part in parts})
-        elif headless and not any(name.startswith("model.") for name in source.names()):
+        if headless and not any(name.startswith(("model.", "token_embd.")) for name in source.names()):
             parts = [dataclasses.replace(part, name=part.name.removeprefix("model.")) for part in parts]
-        # Some checkpoints store the head although it is the embedding.
-        unused = {ROPE_FACTORS} | ({"lm_head.weight"} if spec.tied_embeddings else set())
-        unused |= {"output.weight"} if headless else set()  # the head in a GGUF file
+        unused = {ROPE_FACTORS, "lm_head.weight"}  # some checkpoints store the head although it is the embedding
         if isinstance(source, GGUFSource) and config.quantization == "int4" and not headless:
             stored = _read_grids(parts, source)
             unused |= {part.name for part in parts if part.target.data_ptr() in stored}
@@ -208,8 +193,7 @@ def _round_to_fp8(model: Decoder, config: RunnerConfig) -> None:
         raise WeightsError(f"quantization fp8 cannot be used: {error}") from error
 
 
-def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource | None:
-    """The checkpoint; None for random weights."""
+def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource:
     path = Path(config.weights)
     match config.load_format:
         case LoadFormat.SAFETENSORS:
@@ -219,14 +203,14 @@ def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource 
         case LoadFormat.PICKLE:
             return PickleSource(path)
         case LoadFormat.DUMMY:
-            return None
+            return RandomSource(config.seed)
 
 
 def _has_own_head(spec: DecoderSpec, source: WeightSource, group: TpGroup) -> bool:
     """Whether the checkpoint holds a head unlike the embedding although its config ties them (as transformers reads
     such a checkpoint, the head counts). Each rank compares its rows."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not source.names().issuperset(names):
+    if not source.names() >= set(names):
         return False
     shape, span = (spec.vocab_size, spec.hidden_size), group.padded_shard(spec.vocab_size)
     head, embedding = (source.read(WeightPart(name, torch.empty(0), shape, 0, span)) for name in names)

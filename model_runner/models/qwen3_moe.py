@@ -2,7 +2,8 @@
 
 from transformers import PretrainedConfig
 
-from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec, MoESpec
+from ramet.model_runner.layers.moe import MoESpec
+from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 from ramet.model_runner.models.llama import single_rope, sizes
 
 

@@ -5,6 +5,7 @@ weights carry the offset 1, experts are stacked in one tensor. Architectures who
 """
 
 import re
+from collections.abc import Set
 from pathlib import Path
 
 import gguf
@@ -25,8 +26,6 @@ _ARCHITECTURES = {"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"}
 
 
 class GGUFSource(WeightSource):
-    """Names of tensors that no Hugging Face name of `expect` stands for are given as they are in the file."""
-
     def __init__(self, path: Path, num_layers: int, head_dim: int) -> None:
         """Raises WeightsError if the file is not readable GGUF, or of an architecture that is not known."""
         self.path = path
@@ -40,24 +39,20 @@ class GGUFSource(WeightSource):
         self._name_map = gguf.get_tensor_name_map(arch, num_layers)
         # As a plain array: slicing a memmap object is several times slower.
         self._data = np.asarray(np.memmap(path, mode="r"))
-        self._expected: dict[str, str] = {}
 
     def holds(self, name: str) -> bool:
         return self._stored_name(name) in self.header.tensors
 
-    def expect(self, names: set[str]) -> None:
-        """The Hugging Face names to look for."""
-        self._expected = {name: self._stored_name(name) for name in names if self.holds(name)}
+    def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
+        held = set(filter(self.holds, wanted))
+        return held | (self.header.tensors.keys() - set(map(self._stored_name, held)))
 
-    def names(self) -> set[str]:
-        return set(self._expected) | (set(self.header.tensors) - set(self._expected.values()))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.header.tensors[self._expected[name]].shape
-        return shape[1:] if _EXPERT.search(name) else shape
+    def shape(self, part: WeightPart) -> tuple[int, ...]:
+        shape = self.header.tensors[self._stored_name(part.name)].shape
+        return shape[1:] if _EXPERT.search(part.name) else shape
 
     def read(self, part: WeightPart) -> Tensor:
-        info = self.header.tensors[self._expected[part.name]]
+        info = self.header.tensors[self._stored_name(part.name)]
         rows = part.index[0].indices(part.shape[0])[:2]
         if expert := _EXPERT.search(part.name):
             first = int(expert[1]) * part.shape[0]
@@ -68,7 +63,7 @@ class GGUFSource(WeightSource):
     def read_grid(self, part: WeightPart) -> Grid | None:
         """A whole matrix with the values of the file, whose blocks are of 32 inputs; None if it is not of 4 bits, or
         not of the part's shape."""
-        info = self.header.tensors.get(self._expected.get(part.name, ""))
+        info = self.header.tensors.get(self._stored_name(part.name))
         if info is None or info.shape != part.shape or info.ggml_type not in (_Q4_0, _Q4_1):
             return None
         # A block: a float16 scale, in Q4_1 a minimum, then 16 bytes with the numbers i (low half) and i + 16.

@@ -45,7 +45,6 @@ class GGUFHeader:
 
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
-    data_start: int
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
@@ -80,7 +79,7 @@ def _parse(data: mmap.mmap) -> GGUFHeader:
     for info in tensors.values():
         if info.offset + info.nbytes > len(data):
             raise ValueError(f"tensor {info.name} ends at byte {info.offset + info.nbytes} of {len(data)}: cut short")
-    return GGUFHeader(metadata, tensors, data_start)
+    return GGUFHeader(metadata, tensors)
 
 
 class _Cursor:

@@ -8,7 +8,7 @@ held twice in memory. Every part must be filled and every tensor used, or loadin
 import abc
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from torch import Tensor
 
@@ -38,47 +38,44 @@ class WeightPart:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        if self.dim is None:
-            return (slice(None),) * len(self.shape)
-        whole = [slice(None)] * len(self.shape)
-        whole[self.dim] = slice(self.span.start, self.span.stop)
-        return tuple(whole)
+        some = slice(self.span.start, self.span.stop)
+        return tuple(some if dim == self.dim else slice(None) for dim in range(len(self.shape)))
 
 
 class WeightSource(abc.ABC):
     """A checkpoint, whatever its format, under Hugging Face names."""
 
     @abc.abstractmethod
-    def names(self) -> set[str]:
-        """All tensors it holds. Raises WeightsError if the checkpoint cannot be read."""
+    def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
+        """All tensors it holds: by names of `wanted` where they are one of those, else as the format calls them."""
 
     @abc.abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The full shape of a tensor."""
+    def shape(self, part: WeightPart) -> tuple[int, ...]:
+        """The full shape of the part's tensor."""
 
     @abc.abstractmethod
     def read(self, part: WeightPart) -> Tensor:
-        """The piece that `part.index` selects, on the CPU, in the checkpoint's own precision."""
+        """The piece that `part.index` selects, in the checkpoint's own precision."""
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing open
         """Release files."""
 
 
-def fill(parts: Iterable[WeightPart], source: WeightSource, unused: set[str], progress: Progress) -> None:
+def fill(parts: Iterable[WeightPart], source: WeightSource, unused: Set[str], progress: Progress) -> None:
     """Fill every part from `source`. `unused`: tensors that may be in the source although no part wants them.
 
     Raises WeightsError naming the tensors that are missing, left over, or of another shape than the model's.
     """
     parts = list(parts)
-    present = source.names()
     wanted = {part.name for part in parts}
+    present = source.names(wanted | unused)
     if missing := wanted - present:
         raise WeightsError(f"the checkpoint lacks {_listed(missing)}")
     leftover = {name for name in present - wanted - unused if not _COMPUTED.search(name)}
     if leftover:
         raise WeightsError(f"the model has no place for {_listed(leftover)} of the checkpoint")
     for done, part in enumerate(parts):
-        found = source.shape(part.name)
+        found = source.shape(part)
         if found != part.shape:
             raise WeightsError(f"{part.name} has shape {list(found)} in the checkpoint, not {list(part.shape)}")
         progress(done, len(parts))
@@ -89,7 +86,7 @@ def fill(parts: Iterable[WeightPart], source: WeightSource, unused: set[str], pr
     progress(len(parts), len(parts))
 
 
-def _listed(names: set[str]) -> str:
+def _listed(names: Set[str]) -> str:
     shown = sorted(names)[:_NAMES_SHOWN]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,6 +1,7 @@
 """Reads PyTorch's pickle checkpoints (`pytorch_model*.bin`), only ever with `weights_only`: no code in them runs."""
 
 import pickle
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -28,11 +29,11 @@ class PickleSource(WeightSource):
                 raise WeightsError(f"{file} does not hold a table of tensors by name")
             self._tensors |= loaded
 
-    def names(self) -> set[str]:
-        return set(self._tensors)
+    def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
+        return self._tensors.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+    def shape(self, part: WeightPart) -> tuple[int, ...]:
+        return tuple(self._tensors[part.name].shape)
 
     def read(self, part: WeightPart) -> Tensor:
         return self._tensors[part.name][part.index]

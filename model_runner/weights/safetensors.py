@@ -1,6 +1,7 @@
 """Reads safetensors checkpoints: one file, or several with or without an index. Only the slices asked are read."""
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ class SafetensorsSource(WeightSource):
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"cannot read the safetensors weights in {path}: {error}") from error
 
-    def names(self) -> set[str]:
-        return set(self._files)
+    def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
+        return self._files.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+    def shape(self, part: WeightPart) -> tuple[int, ...]:
+        return tuple(self._files[part.name].get_slice(part.name).get_shape())
 
     def read(self, part: WeightPart) -> Tensor:
         file = self._files[part.name]

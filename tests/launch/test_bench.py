@@ -683,7 +683,8 @@ def test_what_the_engine_does_not_hold(tiny_model: Callable[[str], Path]) -> Non
 def test_the_work_of_a_step() -> None:
     """Two layers, the second with a window of 8 tokens; all sums by hand."""
     from ramet.launch.bench.step import Case, step_work
-    from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec, MoESpec
+    from ramet.model_runner.layers.moe import MoESpec
+    from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 
     sizes: dict[str, Any] = {"vocab_size": 100, "hidden_size": 10, "intermediate_size": 20, "norm_eps": 1e-6}
     sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 5, "ropes": {}}

@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from ramet.model_runner.layers.embedding import VocabMatrix
 from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, can_pack, linear, pack
 from ramet.model_runner.layers.mlp import activation
-from ramet.model_runner.layers.moe import MoE
+from ramet.model_runner.layers.moe import MoE, MoESpec
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
 from ramet.model_runner.layers.rope import rope_frequencies, rotate
 from ramet.model_runner.parallel import TpGroup
@@ -120,7 +120,7 @@ def test_moe_equals_transformers(normalize: bool) -> None:
     theirs = Qwen3MoeSparseMoeBlock(config)
     for parameter in theirs.parameters():
         parameter.data.normal_(std=0.3)
-    ours = MoE(32, 24, 6, 3, "silu", ALONE, torch.float32, normalize=normalize)
+    ours = MoE(32, MoESpec(6, 3, 24, normalize), "silu", ALONE, torch.float32)
     ours.router.data.copy_(theirs.gate.weight)
     ours.gate_up.data.copy_(theirs.experts.gate_up_proj)
     ours.down.data.copy_(theirs.experts.down_proj)

@@ -10,7 +10,7 @@ from ramet.kernels.triton.norm import add_rms_norm
 from ramet.kernels.triton.rope_store import rope_and_store
 from ramet.model_runner.kv_pool import KVPool, KVSpec
 from ramet.model_runner.layers.mlp import activation
-from ramet.model_runner.layers.moe import MoE
+from ramet.model_runner.layers.moe import MoE, MoESpec
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
 from ramet.model_runner.layers.rope import RopeFrequencies, rotate
 from ramet.model_runner.parallel import TpGroup
@@ -88,7 +88,7 @@ def test_rope_and_store(heads, kv_heads, dim, page_size, with_norm, dtype):
 )
 def test_experts(tokens, num_experts, top_k, width, size, dtype):
     """From one token to experts of several tiles; some get no token."""
-    layer = MoE(width, size, num_experts, top_k, "silu", TpGroup(), torch.float32, normalize=True)
+    layer = MoE(width, MoESpec(num_experts, top_k, size, True), "silu", TpGroup(), torch.float32)
     for seed, parameter in enumerate((layer.router, layer.gate_up, layer.down)):
         parameter.copy_((randn(*parameter.shape, seed=seed) * parameter.shape[-1] ** -0.5).to(dtype))
     hidden = randn(tokens, width, dtype=dtype, seed=9)
