@@ -12,6 +12,7 @@ Each measure of 2 and 3 has prompts of its own, so that none finds another's in 
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
@@ -23,6 +24,8 @@ import time
 from typing import Any
 
 import httpx
+
+from ramet.launch.child import die_with_parent
 
 PORT = 30891
 URL = f"http://127.0.0.1:{PORT}"
@@ -40,7 +43,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as store:
         command = [sys.executable, "-m", "ramet.launch_server", "--port", str(PORT), "--log-level", "warning"]
         command += ["--file-storage-path", store, *args.server_flags]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        dies = functools.partial(die_with_parent, os.getpid())
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=dies)
         os.nice(19)  # clients are elsewhere in real life
         try:
             asyncio.run(measure(args))

@@ -14,8 +14,10 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import json
+import os
 import random
 import re
 import statistics
@@ -30,9 +32,11 @@ from typing import Any
 import httpx
 import psutil
 
+from ramet.launch.child import die_with_parent
+
 PORT = 30891
-# Small, so that prefixes are evicted all the time.
-FLAGS = ["--max-total-tokens", "8192", "--log-level", "warning"]
+# Small, so that prefixes are evicted all the time, and requests preempted several times a minute.
+FLAGS = ["--max-total-tokens", "2048", "--log-level", "warning"]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 WORDS = ["rain", "plain", "train", "Spain", "falls", "the", "on", "in", "and", "what", "who", "sings", "asks", "counts"]
 CHILD = "ramet.launch.child"
@@ -183,6 +187,7 @@ class Soak:
         self.answered: collections.Counter[str] = collections.Counter()
         self.errors: list[str] = []
         self.leaks: list[str] = []
+        self.preemptions = 0
         self.memory: dict[str, list[int]] = collections.defaultdict(list)  # bytes by process, after each round
         self._pids: dict[str, int] = {}
         self._files: dict[str, int] = {}
@@ -252,8 +257,8 @@ class Soak:
         self._pids, self._files = pids, self._files or files
         for name, process in processes.items():
             self.memory[name].append(own_memory(process.pid))
-        preempted = metrics["ramet_scheduler_preemptions_total"]
-        counts = f"{sum(self.answered.values())} requests, {len(self.errors)} errors, {preempted:.0f} preemptions"
+        self.preemptions = int(metrics["ramet_scheduler_preemptions_total"])
+        counts = f"{sum(self.answered.values())} requests, {len(self.errors)} errors, {self.preemptions} preemptions"
         print(counts, flush=True)
 
     @staticmethod
@@ -291,7 +296,8 @@ class Soak:
         for name, share in self.growth().items():
             sizes = " ".join(f"{size / 2**20:.1f}" for size in self.memory[name])
             lines.append(f"{name:16}{share:+8.2%}  MiB after each round: {sizes}")
-        return "\n".join([*lines, f"{len(self.errors)} errors, {len(self.leaks)} leaks"])
+        ends = f"{self.preemptions} preemptions, {len(self.errors)} errors, {len(self.leaks)} leaks"
+        return "\n".join([*lines, ends])
 
 
 def own_memory(pid: int) -> int:
@@ -317,7 +323,11 @@ def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         flags = [*FLAGS, "--port", str(PORT), "--file-storage-path", f"{folder}/files", *args.server_flags]
-        server = subprocess.Popen([sys.executable, "-m", "ramet.launch_server", *flags], stdout=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "ramet.launch_server", *flags],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
         try:
             soak = Soak(args, psutil.Process(server.pid))
             asyncio.run(soak.run())

@@ -9,6 +9,7 @@ the rounds and the ratio.
 
 import argparse
 import asyncio
+import functools
 import os
 import statistics
 import subprocess
@@ -16,6 +17,8 @@ import sys
 import time
 
 import httpx
+
+from ramet.launch.child import die_with_parent
 
 PORT = 30890
 URL = f"http://127.0.0.1:{PORT}"
@@ -32,7 +35,8 @@ def main() -> None:
     # Each bound a third above the one before: quantiles are read from them.
     bounds = ",".join(f"{0.001 * 1.33**i:.5f}" for i in range(30))
     command += ["--metrics-buckets", f"scheduler_step_seconds={bounds}"]
-    server = subprocess.Popen([*command, *args.server_flags], stdout=subprocess.DEVNULL)
+    dies = functools.partial(die_with_parent, os.getpid())
+    server = subprocess.Popen([*command, *args.server_flags], stdout=subprocess.DEVNULL, preexec_fn=dies)
     # Clients are elsewhere in real life: this process takes what the engine leaves. After the server's start, which
     # would inherit it.
     os.nice(19)

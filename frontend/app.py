@@ -4,12 +4,13 @@ Order, from outside: `Envelope` (request id, metrics, log lines), CORS (a prefli
 layers are plain ASGI: one that owns the response stream would hide the client's disconnect from the endpoints.
 """
 
+import functools
 import hmac
 import logging
 import re
 import time
 import uuid
-from typing import Any
+from collections.abc import Mapping
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,7 +29,6 @@ from ramet.frontend.api.completions import Completions
 from ramet.frontend.api.embeddings import Embeddings
 from ramet.frontend.api.files import BINARY, Files, UploadForm
 from ramet.frontend.api.generate import NativeGenerate
-from ramet.frontend.api.models import Models
 from ramet.frontend.api.server import AbortRequest, Server
 from ramet.frontend.api.tokenize import Tokens
 from ramet.frontend.batch_worker import BatchWorker
@@ -38,7 +38,7 @@ from ramet.frontend.exchange import BodyRoom, json_response
 from ramet.frontend.generation import ClientDisconnectedError
 from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
-from ramet.frontend.openapi import Endpoint, document
+from ramet.frontend.openapi import Endpoint, Handler, document
 from ramet.frontend.request_log import RequestLog, RequestRecord
 from ramet.frontend.schemas.batches import BatchRequest
 from ramet.frontend.schemas.chat import ChatRequest
@@ -48,7 +48,7 @@ from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.frontend.store import Store
 from ramet.frontend.tracing import Tracer
-from ramet.ipc.errors import RequestError, invalid
+from ramet.ipc.errors import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -56,25 +56,16 @@ log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
-# What only one kind of server can answer.
-_GENERATING = {"/v1/chat/completions", "/v1/completions", "/generate"}
-_EMBEDDING = {"/v1/embeddings", "/v1/score", "/v1/rerank"}
-
-
 def build_app(
     config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
 ) -> ASGIApp:
     table = endpoints(config, client, metrics, store, worker)
-    by_path: dict[str, dict[str, Any]] = {}
+    by_path: dict[str, dict[str, Handler]] = {}
     for row in table:
         for path in row.paths:
             by_path.setdefault(path, {}).update(dict.fromkeys(row.methods, row.handler))
     # One route for each path: of several, a 405 would name only the first one's methods.
-    others = _GENERATING if config.is_embedding else _EMBEDDING
-    routes = [
-        Route(path, OtherKind(config.is_embedding) if path in others else _handler(by_method), methods=list(by_method))
-        for path, by_method in by_path.items()
-    ]
+    routes = [Route(path, functools.partial(_handle, found), methods=list(found)) for path, found in by_path.items()]
     app: ASGIApp = Starlette(
         routes=routes,
         exception_handlers={
@@ -98,30 +89,22 @@ def build_app(
     return Envelope(app, routes, metrics, config)
 
 
-def _handler(by_method: dict[str, Any]) -> Any:
-    if len(handlers := set(by_method.values())) == 1:
-        return handlers.pop()
-
-    async def choose(request: Request) -> Response:
-        response: Response = await by_method["GET" if request.method == "HEAD" else request.method](request)
-        return response
-
-    return choose
+async def _handle(by_method: Mapping[str, Handler], http: Request) -> ASGIApp:
+    return await by_method["GET" if http.method == "HEAD" else http.method](http)
 
 
 def endpoints(
     config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
 ) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
-    models = Models(config)
     health = Health(config, client, metrics)
     server = Server(config, client, metrics)
     tokens = Tokens(config, client)
-    chat = ChatCompletions(config, client)
-    completions = Completions(config, client)
-    generate = NativeGenerate(config, client)
     files = Files(config, store, worker.notify)
     batches = BatchesApi(config, store, worker)
+    chat = ChatCompletions(config, client).create
+    completions = Completions(config, client).create
+    generate = NativeGenerate(config, client).create
     vectors = Embeddings(config, client)
 
     async def describe(_request: Request) -> Response:
@@ -135,8 +118,8 @@ def endpoints(
         Endpoint("Embeddings of texts or token ids", post, ("/v1/embeddings",), vectors.embed, EmbeddingRequest),
         Endpoint("How alike texts are", post, ("/v1/score",), vectors.score, ScoreRequest),
         Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), vectors.rerank, RerankRequest),
-        Endpoint("The models served", get, ("/v1/models",), models.list),
-        Endpoint("One model", get, ("/v1/models/{model:path}",), models.retrieve),
+        Endpoint("The models served", get, ("/v1/models",), server.models),
+        Endpoint("One model", get, ("/v1/models/{model:path}",), server.model),
         Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media="multipart/form-data"),
         Endpoint("The files", get, ("/v1/files",), files.list),
         Endpoint("One file", get, ("/v1/files/{file_id}",), files.retrieve),
@@ -162,20 +145,6 @@ def endpoints(
     ]
     description = document(table, ramet.__version__, keyed=bool(config.api_keys))
     return table
-
-
-class OtherKind:
-    """Stands for an endpoint that this server cannot have: a server either generates or embeds."""
-
-    def __init__(self, is_embedding: bool) -> None:
-        self._is_embedding = is_embedding
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._is_embedding:
-            here, wanted = "embeds (--is-embedding, or a model that only embeds)", "generates: without --is-embedding"
-        else:
-            here, wanted = "generates text", "embeds: with --is-embedding"
-        raise invalid(f"this server {here}; for {scope['path']}, start one that {wanted}", code="unsupported_endpoint")
 
 
 class Envelope:

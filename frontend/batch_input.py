@@ -29,13 +29,6 @@ _BLOCK_BYTES = 256
 _MAX_BLOCKS = 32
 
 
-class Line(msgspec.Struct, forbid_unknown_fields=True):
-    custom_id: str
-    method: Literal["POST"]
-    url: str
-    body: msgspec.Raw
-
-
 class _Body(msgspec.Struct):
     """What must be known of a body before it is sent; the endpoint checks the rest."""
 
@@ -47,6 +40,13 @@ class _Body(msgspec.Struct):
     input: msgspec.Raw = msgspec.Raw()
 
 
+class Line(msgspec.Struct, forbid_unknown_fields=True):
+    custom_id: str
+    method: Literal["POST"]
+    url: str
+    body: _Body
+
+
 class InputCheck:
     """`step` until it returns True; then there are `errors`, or `model` and `total` are known."""
 
@@ -54,8 +54,7 @@ class InputCheck:
         self._file = path.open("rb")
         self._endpoint = endpoint
         self._config = config
-        self._line_decoder = msgspec.json.Decoder(Line)
-        self._body_decoder = msgspec.json.Decoder(_Body)
+        self._decoder = msgspec.json.Decoder(Line)
         self._number = 0
         self._seen: dict[bytes, int] = {}
         self._entries: list[tuple[bytes, bytes]] = []
@@ -78,9 +77,12 @@ class InputCheck:
                 return True
             try:
                 self._check(line, offset)
+                if self.total > (most := self._config.max_batch_lines):
+                    self.errors = []  # the others are of no more interest
+                    raise invalid(f"the input file must have at most {most} requests", code="too_many_lines")
             except RequestError as error:
                 self._error(error, self._number)
-            if len(self.errors) >= MAX_ERRORS or len(self._seen) > self._config.max_batch_lines:
+            if len(self.errors) >= MAX_ERRORS or self.total > self._config.max_batch_lines:
                 return True
         return False
 
@@ -103,27 +105,16 @@ class InputCheck:
         text = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
         if not text.strip():
             return
-        if len(self._entries) == self._config.max_batch_lines:
-            self.errors = []  # the others are of no more interest
-            raise invalid(
-                f"the input file must have at most {self._config.max_batch_lines} requests", code="too_many_lines"
-            )
-        request, body = self._decode(text)
+        try:
+            request = self._decoder.decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _line_error(error) from None
+        body = request.body
         self._check_id(request.custom_id)
         self._check_target(request.url, body)
         prompt = b"".join([bytes(raw) for raw in (body.tools, body.messages, body.prompt, body.input)])
         entry = INDEX_ENTRY.pack(offset + len(line) - len(text), len(text))
         self._entries.append((_prompt_key(prompt), entry))
-
-    def _decode(self, text: bytes) -> tuple[Line, _Body]:
-        try:
-            request = self._line_decoder.decode(text)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise _line_error(error) from None
-        try:
-            return request, self._body_decoder.decode(request.body)
-        except msgspec.MsgspecError as error:
-            raise _line_error(error, "body") from None
 
     def _check_id(self, custom_id: str) -> None:
         if not 1 <= len(custom_id) <= _MAX_ID:
@@ -152,14 +143,12 @@ class InputCheck:
         self.errors.append(entry)
 
 
-def _line_error(error: Exception, path: str = "") -> RequestError:
+def _line_error(error: msgspec.MsgspecError | ValueError | RecursionError) -> RequestError:
     """The words of the online API, under the code of batches where the line is no JSON object at all."""
-    assert isinstance(error, msgspec.MsgspecError | ValueError | RecursionError)
-    failure = invalid_json(error).failure
-    param = ".".join(filter(None, (path, failure.param)))
-    if failure.code == "invalid_json" or not param:
+    wrong = invalid_json(error)
+    if wrong.failure.code == "invalid_json" or wrong.failure.param is None:
         return invalid(f"the line is not a JSON object: {error}", code="invalid_json_line")
-    return invalid(failure.message, param, failure.code)
+    return wrong
 
 
 def _prompt_key(prompt: bytes) -> bytes:

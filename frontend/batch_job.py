@@ -6,12 +6,11 @@ position there); `output` and `errors`, the results so far; `taken`, the positio
 Results on disk are the truth: a line is settled when its result is in one of the parts, whose torn end, if a crash
 left one, is cut off at opening. So nothing is lost, nothing is there twice, and counts are counted. `taken` serves one
 purpose, not to die for ever of one line: a line that was running when its server died for the `_ALONE`th time runs
-alone, and one that was at `MAX_ATTEMPTS` deaths, or failures of the engine, is reported. Memory: two bytes a line and
-its index entry.
+alone, and one that was at `MAX_ATTEMPTS` deaths, or failures of the engine, is reported. Memory does not depend on how
+long the lines are.
 """
 
 import collections
-import itertools
 import os
 import struct
 from collections.abc import Iterable
@@ -20,9 +19,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from ramet.frontend.batch_input import INDEX_ENTRY, Line
+from ramet.frontend.batch_input import INDEX_ENTRY
 from ramet.frontend.schemas.batches import RequestCounts
-from ramet.frontend.store import fsync_folder
+from ramet.frontend.store import fsync_folder, write_all
 
 INPUT, INDEX, OUTPUT, ERRORS, TAKEN = "input", "index", "output", "errors", "taken"
 MAX_ATTEMPTS = 5
@@ -38,6 +37,13 @@ class BatchLine(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+class _Line(msgspec.Struct):
+    """What is read of a line, which has been checked."""
+
+    custom_id: str
+    body: msgspec.Raw
+
+
 class _Result(msgspec.Struct):
     """What is read back of a result."""
 
@@ -50,19 +56,16 @@ class BatchJob:
         self._id = batch_id.removeprefix("batch_")
         self._index = (folder / INDEX).read_bytes()
         self.total = len(self._index) // INDEX_ENTRY.size
-        self._settled = bytearray(self.total)
-        self._attempts = bytearray(self.total)
         self._input = (folder / INPUT).open("rb")
-        self._output = (folder / OUTPUT).open("a+b", buffering=0)
-        self._errors = (folder / ERRORS).open("a+b", buffering=0)
-        self._taken = (folder / TAKEN).open("a+b", buffering=0)
+        parts = [(folder / name).open("a+b", buffering=0) for name in (OUTPUT, ERRORS, TAKEN)]
+        self._output, self._errors, self._taken = parts
         fsync_folder(folder)
-        self._completed = self._recover(self._output)
-        self._failed = self._recover(self._errors)
-        self._count_attempts()
-        left = (position for position in range(self.total) if self._attempts[position] and not self._settled[position])
-        self._again = collections.deque(sorted(left, key=lambda position: self._attempts[position]))
-        self._fresh = (i for i in range(self.total) if not self._settled[i] and not self._attempts[i])
+        completed, failed = self._recover(self._output), self._recover(self._errors)
+        self._completed, self._failed = len(completed), len(failed)
+        self._attempts = self._count_attempts()
+        left = set(range(self.total)) - completed - failed
+        # Those that ran before first, the least suspect of them at the head.
+        self._left = collections.deque(sorted(left, key=lambda at: (self._attempts[at] or MAX_ATTEMPTS + 1, at)))
         self._running = 0
         self._has_suspect = False
 
@@ -77,19 +80,17 @@ class BatchJob:
     def take(self, most: int) -> list[BatchLine]:
         """The next lines to run. None while a line runs that must be alone; none left once nothing runs either."""
         lines: list[BatchLine] = []
-        while len(lines) < most and not self._has_suspect:
-            position = self._again.popleft() if self._again else next(self._fresh, None)
-            if position is None:
-                break
+        while self._left and len(lines) < most and not self._has_suspect:
+            position = self._left[0]
             if self._attempts[position] >= _ALONE:
                 if lines or self._running:
-                    self._again.appendleft(position)
                     break
                 if self._attempts[position] >= MAX_ATTEMPTS:
                     died = f"the engine died {self._attempts[position]} times while it ran this line"
-                    self._report([position], "engine_died", died)
+                    self._give_up(1, "engine_died", died)
                     continue
                 self._has_suspect = True
+            self._left.popleft()
             self._attempts[position] += 1
             lines.append(self._read(position))
         # Not synced: a power cut is not the fault of a line.
@@ -101,7 +102,7 @@ class BatchJob:
         """The engine failed under this line: hand it out again. False, and nothing done, if it has had its chances."""
         if self._attempts[line.position] >= MAX_ATTEMPTS:
             return False
-        self._again.append(line.position)
+        self._left.appendleft(line.position)
         self._end_run()
         return True
 
@@ -112,18 +113,15 @@ class BatchJob:
         for line, status, request_id, body in results:
             response = {"status_code": status, "request_id": request_id, "body": msgspec.Raw(body)}
             (output if status == 200 else errors).append(self._result(line, response, None))
-            self._settled[line.position] = 1
             self._end_run()
-        self._completed += len(output)
         self._write(self._output, output)
-        self._add_errors(errors)
+        self._completed += len(output)
+        self._write(self._errors, errors)
+        self._failed += len(errors)
 
     def expire(self, most: int) -> bool:
         """Report so many of the lines that are left as expired; False when none is left."""
-        left = (position for position in range(self.total) if not self._settled[position])
-        positions = list(itertools.islice(left, most))
-        self._report(positions, "batch_expired", "the batch expired before this line was run")
-        return bool(positions)
+        return self._give_up(most, "batch_expired", "the batch expired before this line was run")
 
     def close(self, *, in_peace: bool) -> None:
         """`in_peace`: the lines that run now were stopped, and did not see their engine die."""
@@ -134,10 +132,11 @@ class BatchJob:
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def _recover(self, part: BinaryIO) -> int:
-        """Count the results in a part, and cut it where they end."""
+    def _recover(self, part: BinaryIO) -> set[int]:
+        """The positions whose results are in a part, which is cut where they end."""
         decoder = msgspec.json.Decoder(_Result)
-        whole = count = 0
+        settled: set[int] = set()
+        whole = 0
         part.seek(0)
         with open(part.fileno(), "rb", closefd=False) as lines:
             for line in lines:
@@ -147,31 +146,33 @@ class BatchJob:
                     break
                 if not line.endswith(b"\n") or position >= self.total:
                     break
-                self._settled[position] = 1
+                settled.add(position)
                 whole += len(line)
-                count += 1
         part.truncate(whole)
-        return count
+        return settled
 
-    def _count_attempts(self) -> None:
+    def _count_attempts(self) -> bytearray:
+        attempts = bytearray(self.total)
         self._taken.seek(0)
         data = self._taken.read()
         for (position,) in _POSITION.iter_unpack(data[: len(data) // _POSITION.size * _POSITION.size]):
-            self._attempts[position] = min(self._attempts[position] + 1, MAX_ATTEMPTS)
+            attempts[position] = min(attempts[position] + 1, MAX_ATTEMPTS)
+        return attempts
 
     def _read(self, position: int) -> BatchLine:
         offset, length = INDEX_ENTRY.unpack_from(self._index, position * INDEX_ENTRY.size)
-        line = msgspec.json.decode(os.pread(self._input.fileno(), length, offset), type=Line)
+        line = msgspec.json.decode(os.pread(self._input.fileno(), length, offset), type=_Line)
         return BatchLine(position, line.custom_id, bytes(line.body))
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def _report(self, positions: list[int], code: str, message: str) -> None:
-        """Settle lines that have no answer."""
+    def _give_up(self, most: int, code: str, message: str) -> bool:
+        """Report so many of the lines that are next; False when none is left."""
+        lines = [self._read(self._left.popleft()) for _ in range(min(most, len(self._left)))]
         error = {"code": code, "message": message}
-        self._add_errors([self._result(self._read(position), None, error) for position in positions])
-        for position in positions:
-            self._settled[position] = 1
+        self._write(self._errors, [self._result(line, None, error) for line in lines])
+        self._failed += len(lines)
+        return bool(lines)
 
     def _result(self, line: BatchLine, response: dict[str, object] | None, error: dict[str, str] | None) -> bytes:
         result = {
@@ -183,17 +184,10 @@ class BatchJob:
         # Only between its tokens can JSON hold a line break.
         return msgspec.json.encode(result).replace(b"\n", b"") + b"\n"
 
-    def _add_errors(self, lines: list[bytes]) -> None:
-        self._failed += len(lines)
-        self._write(self._errors, lines)
-
     def _write(self, part: BinaryIO, lines: list[bytes]) -> None:
-        if not lines:
-            return
-        rest = memoryview(b"".join(lines))
-        while rest:
-            rest = rest[part.write(rest) :]
-        os.fdatasync(part.fileno())
+        if lines:
+            write_all(part, b"".join(lines))
+            os.fdatasync(part.fileno())
 
     def _end_run(self) -> None:
         self._running -= 1

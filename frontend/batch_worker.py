@@ -2,7 +2,7 @@
 
 Two loops. The clerk checks new batches and ends those that have stopped; the feeder runs the lines of one batch at a
 time, the oldest. A line is sent to the application in this process, as a client would send it, so that checks and
-answers are those of the endpoint; only its priority is lowered. Results are counted and shown once they are on disk.
+answers are those of the endpoint; only its priority is lower. Results are counted and shown once they are on disk.
 
 Whatever raises, the state on disk stays right, and the loops begin anew from it: a batch whose model is not served
 waits, and so does all when the disk is full.
@@ -14,9 +14,9 @@ import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
-import msgspec
 from starlette.types import ASGIApp
 
 from ramet.frontend.batch_input import InputCheck
@@ -30,9 +30,6 @@ from ramet.frontend.schemas.batches import Batch, RequestCounts
 from ramet.frontend.store import Store
 
 log = logging.getLogger(__name__)
-
-# Added to the priority of a line: it yields to every interactive request that names none.
-PRIORITY = 100
 
 _FLUSH_S = 0.2
 _STEP_LINES = 500
@@ -105,7 +102,9 @@ class BatchWorker:
         if not self._store.exists:
             return _IDLE_S
         next_at = await self._store.call(self._store.expire)
-        await self._observe()
+        unfinished = await self._unfinished()
+        oldest_at = unfinished[0].created_at if unfinished else None
+        self._metrics.batches.show(await self._store.call(self.batches.counts), oldest_at)
         deadlines = [batch.expires_at for batch in unfinished if batch.expires_at > now]
         return max(0.1, min([*deadlines, next_at or now + _IDLE_S, now + _IDLE_S]) - now)
 
@@ -116,19 +115,12 @@ class BatchWorker:
             while not await self._store.call(check.step, _STEP_LINES):
                 if self._stopping.is_set():
                     return
-
-            def conclude() -> None:
-                if self.batches.get(batch.id).status != "validating":
-                    return  # cancelled
-                if check.errors:
-                    errors = {"object": "list", "data": check.errors}
-                    self.batches.move(batch.id, "validating", "failed", errors=errors)
-                    return
-                check.write_index(folder / INDEX)
-                counts = RequestCounts(check.total)
-                self.batches.move(batch.id, "validating", "in_progress", model=check.model, request_counts=counts)
-
-            await self._store.call(conclude)
+            fields: dict[str, Any] = {"errors": {"object": "list", "data": check.errors}}
+            if not check.errors:
+                await self._store.call(check.write_index, folder / INDEX)
+                fields = {"model": check.model, "request_counts": RequestCounts(check.total)}
+            end = "failed" if check.errors else "in_progress"
+            await self._store.call(self.batches.move, batch.id, "validating", end, **fields)
         self.notify()
 
     async def _end(self, batch: Batch) -> None:
@@ -157,10 +149,6 @@ class BatchWorker:
     async def _unfinished(self) -> list[Batch]:
         return await self._store.call(self.batches.unfinished) if self._store.exists else []
 
-    async def _observe(self) -> None:
-        oldest_at = next((batch.created_at for batch in await self._unfinished()), None)
-        self._metrics.batches.show(await self._store.call(self.batches.counts), oldest_at)
-
     # ---- the feeder -------------------------------------------------------------------------------------------------
 
     async def _feed(self) -> float:
@@ -180,15 +168,7 @@ class BatchWorker:
 
     async def _run(self, batch: Batch) -> None:
         """Until all lines are settled, or the batch is cancelled or expires, or the server stops."""
-
-        def open_job() -> BatchJob | None:
-            """None if it was cancelled meanwhile: then it is the clerk's."""
-            running = self.batches.get(batch.id).status == "in_progress"
-            return BatchJob(self.batches.folder(batch.id), batch.id) if running else None
-
-        job = await self._store.call(open_job)
-        if job is None:
-            return
+        job = await self._store.call(BatchJob, self.batches.folder(batch.id), batch.id)
         tasks: set[Sending] = set()
         results: list[Result] = []
         flushed_at = time.monotonic()
@@ -265,10 +245,9 @@ class BatchWorker:
     async def _send(self, endpoint: str, line: BatchLine) -> tuple[BatchLine, Answer | None]:
         """The line with its answer, or None if the server stops first."""
         answer: Answer | None = None
-        body = _with_priority(line.body)
         while not self._stopping.is_set():
             if self._client.refusal is None:
-                answer = await self._ask(endpoint, body)
+                answer = await self._ask(endpoint, line.body)
                 if answer[0] != 429:
                     break
                 # Interactive requests have filled the queue: ask for less, and slowly for more.
@@ -289,16 +268,6 @@ class BatchWorker:
         request = httpx.Request("POST", f"http://{BATCH_SERVER[0]}{endpoint}", headers=headers, content=body)
         response = await self._app.handle_async_request(request)
         return response.status_code, response.headers.get("x-request-id", ""), await response.aread() or b"null"
-
-
-def _with_priority(body: bytes) -> bytes:
-    """What cannot be understood here is left to the endpoint to refuse."""
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, object])
-        priority = 0 if fields.get("priority") is None else fields["priority"]
-        return msgspec.json.encode({**fields, "priority": priority + PRIORITY}) if type(priority) is int else body
-    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
-        return body
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -3,7 +3,8 @@
 Knows nothing of HTTP. A question is asked and awaited (`ask`). One `Generation` stands for all choices of one HTTP
 request and takes their events.
 
-After each `EngineUp` a `Reset` goes through every process of the engine; until it is back nothing is admitted.
+After each `EngineUp` a `Reset` goes through every process of the engine; until it is back nothing is admitted. What the
+engine had when a process died is then sent again, once, under other ids; what its clients have had is not told again.
 
 Invariants: a request id is in `_live` from its submission to its one terminal event, to its abort, or to the loss of
 the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block aborts whatever
@@ -13,7 +14,6 @@ of it is still live. All messages about one id go to the same tokenizer worker.
 import asyncio
 import collections
 import itertools
-import math
 import secrets
 import time
 import uuid
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from ramet.frontend.admission import Admission, about_tokens
 from ramet.frontend.generation import ChoiceRecord, Generation
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.channel import Addresses, Outbox
@@ -36,6 +37,7 @@ from ramet.ipc.messages import (
     EngineDown,
     EngineUp,
     Failed,
+    Finish,
     FinishReason,
     FlushCache,
     Job,
@@ -53,32 +55,37 @@ from ramet.ipc.sampling import SamplingParams
 DRAINING = Failure(FailureKind.ENGINE_DOWN, "the server is shutting down", code="server_shutting_down")
 _ABORTED = Failure(FailureKind.ABORTED, "the request was aborted")
 
+# Ends the id of a choice that has been in flight at a death.
+_AGAIN = "+"
 
-# From which the rate of ends is taken: these last seconds, and so many ends.
-_RATE_WINDOW_S, _RATE_ENDS = 30.0, 100
-_MAX_RETRY_AFTER_S = 60
-
-# Of a text; what the tokenizer makes of it is known too late for admission.
-_CHARS_PER_TOKEN = 4
+Question = Embedding | Tokenize | Detokenize | FlushCache
 
 
 class _Question(msgspec.Struct, gc=False):
-    """A request that ends in one `Answer`. `embeds`: it is counted like a choice. `asked_at` is of `time.monotonic`."""
+    """A request that ends in one `Answer`. `resumes`: it may be sent again. `asked_at` is of `time.monotonic`."""
 
     answer: "asyncio.Future[Answer]"
     tokenizer: int
-    embeds: bool
+    message: Question
+    resumes: bool
     asked_at: float
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is counted like a choice."""
+        return isinstance(self.message, Embedding)
 
 
 class _Live(msgspec.Struct, gc=False):
-    """A choice that the engine owes an end."""
+    """A choice that the engine owes an end. `message` is that of its prompt, `told` are the tokens that it has said."""
 
     generation: Generation
     index: int
     tokenizer: int
+    message: Chat | Completion
     name: str | None
     record: ChoiceRecord
+    told: list[int] = []
 
 
 class EngineClient:
@@ -88,9 +95,7 @@ class EngineClient:
         self.addresses = addresses
         self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
         self._turns = itertools.cycle(range(addresses.tokenizers))
-        self._max_live, self._max_tokens = max_live, max_tokens
-        self._tokens = 0  # of the requests that have been admitted, about
-        self._ends: collections.deque[float] = collections.deque(maxlen=_RATE_ENDS)
+        self._admission = Admission(max_live, max_tokens)
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
         self._questions: dict[str, _Question] = {}
@@ -100,7 +105,8 @@ class EngineClient:
         self._resets = 0
         self._resets_missing = 0
         self.up = asyncio.Event()  # set while the engine can take work
-        self.processes: tuple[str, ...] = ()  # of the engine, by name
+        self.settled = asyncio.Event()  # set when it is up, and when it will never be again
+        self.processes: tuple[str, ...] = ()  # the launcher and those of the engine, by name
         self.info: dict[str, int | str | float] = {}  # its limits, as the scheduler told them
 
     @property
@@ -111,12 +117,12 @@ class EngineClient:
     @property
     def down(self) -> Failure | None:
         """Set while a process of the engine is dead."""
-        return self._down
+        return None if self.up.is_set() else self._down
 
     @property
     def refusal(self) -> Failure | None:
         """Why no new request is taken, if none is."""
-        return self._down or (DRAINING if self._draining else None)
+        return self.down or (DRAINING if self._draining else None)
 
     def submit(
         self,
@@ -145,7 +151,7 @@ class EngineClient:
             # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
             seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
             messages.append(make(Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)))
-        num_tokens = sum(map(_about_tokens, messages))
+        num_tokens = sum(map(about_tokens, messages))
         self._admit(count, num_tokens)
         generation = Generation(self, rids, n, num_tokens, keeps_aborted)
         now = time.monotonic()
@@ -155,35 +161,32 @@ class EngineClient:
                 name = names[number] if names else None
                 for index, rid in enumerate(message.job.rids, number * n):
                     generation.records.append(record := ChoiceRecord(now))
-                    self._live[rid] = _Live(generation, index, tokenizer, name, record)
+                    self._live[rid] = _Live(generation, index, tokenizer, message, name, record)
                 self._send(tokenizer, message)
         except RequestError:
             self.abort(set(rids), "error")
+            self._admission.tokens -= num_tokens
             raise
-        self._tokens += num_tokens
         return generation
 
-    async def ask(self, make: Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]) -> Answer:
+    async def ask(self, make: Callable[[str], Question]) -> Answer:
         """Send what `make` makes of a request id, and wait for its answer. Raises `RequestError` if it is not admitted
         or fails. Cancelling the task that waits aborts the request."""
         [answer] = await self.ask_all([make])
         return answer
 
-    async def ask_all(
-        self, makes: Sequence[Callable[[str], Embedding | Tokenize | Detokenize | FlushCache]]
-    ) -> list[Answer]:
-        """Several questions of one request, which is admitted as one: the answers in order, or the first failure."""
+    async def ask_all(self, makes: Sequence[Callable[[str], Question]], resumes: bool = True) -> list[Answer]:
+        """Several questions of one request, which is admitted as one: the answers in order, or the first failure.
+        Without `resumes` they fail if the engine dies."""
         messages = [make(uuid.uuid4().hex) for make in makes]
-        num_tokens = sum(map(_about_tokens, messages))
+        num_tokens = sum(map(about_tokens, messages))
         self._admit(1, num_tokens)
         self._asking += 1
-        self._tokens += num_tokens
         asked: dict[str, _Question] = {}
         try:
             for message in messages:
                 future = asyncio.get_running_loop().create_future()
-                embeds = isinstance(message, Embedding)
-                question = _Question(future, next(self._turns), embeds, time.monotonic())
+                question = _Question(future, next(self._turns), message, resumes, time.monotonic())
                 self._questions[message.rid] = asked[message.rid] = question
                 self._send(question.tokenizer, message)
             return await asyncio.gather(*[question.answer for question in asked.values()])
@@ -203,32 +206,15 @@ class EngineClient:
 
     def release(self, count: int, num_tokens: int) -> None:
         """What was admitted has ended."""
-        self._tokens -= num_tokens
-        self._ends.extend([time.monotonic()] * count)
+        self._admission.release(count, num_tokens)
 
     def _admit(self, count: int, num_tokens: int) -> None:
         if self.refusal is not None:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
-        if count > self._max_live:
-            raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
-        admitted = len(self._live) + self._asking
-        if admitted + count > self._max_live:
-            raise self._queue_full(f"{admitted} of at most {self._max_live} requests are waiting or running")
-        # Alone anything may come in: the estimate must not refuse for ever what would fit.
-        if self._max_tokens is not None and self._tokens and self._tokens + num_tokens > self._max_tokens:
-            raise self._queue_full(
-                f"about {self._tokens} of at most {self._max_tokens} tokens are in it, and this has about {num_tokens}"
-            )
-
-    def _queue_full(self, words: str) -> RequestError:
-        """With the time in which, at the present rate, half of what is there will have ended."""
         now = time.monotonic()
         first_at = next((live.record.submitted_at for live in self._live.values()), now)
-        since = max(now - _RATE_WINDOW_S, first_at, self._ends[0] if len(self._ends) == _RATE_ENDS else first_at)
-        num_ended = sum(at >= since for at in self._ends)
-        wait_s = (len(self._live) + self._asking) / 2 * (now - since) / (num_ended + 1)
-        wait_s = max(1, min(math.ceil(wait_s), _MAX_RETRY_AFTER_S))
-        return RequestError(FailureKind.QUEUE_FULL, f"the queue is full: {words}", retry_after_s=wait_s)
+        self._admission.check(count, num_tokens, len(self._live) + self._asking, first_at)
+        self._admission.tokens += num_tokens
 
     def abort(self, rids: set[str], reason: str = "abort") -> None:
         """Tell the engine to drop these of the requests that are live; their events are not waited for."""
@@ -246,8 +232,13 @@ class EngineClient:
 
     def abort_named(self, name: str | None) -> int:
         """Have the engine end the live requests of this name (None: all) with the text they have; how many."""
-        named = [(rid, live.tokenizer) for rid, live in self._live.items() if name is None or live.name == name]
-        self._send_aborts(named)
+        named = {rid: live for rid, live in self._live.items() if name is None or live.name == name}
+        if self.down is None:
+            self._send_aborts((rid, live.tokenizer) for rid, live in named.items())
+            return len(named)
+        for rid, live in named.items():  # the engine does not have them
+            end = TextDelta(rid, "", live.record.tokens, finish=Finish(FinishReason.ABORT))
+            self._deliver(end, time.monotonic())
         return len(named)
 
     def drain(self) -> None:
@@ -256,10 +247,10 @@ class EngineClient:
 
     def fail_all(self, failure: Failure) -> None:
         """End every live request with this failure, and abort it in what is left of the engine."""
-        ended = list(self._live.items())
+        ended = list(self._live.values())
         self.abort(set(self._live), "error")
-        for rid, live in ended:
-            live.generation.fail(rid, failure)
+        for live in ended:
+            live.generation.fail(live.index, failure)
         for rid in list(self._questions):
             self._fail(rid, failure)
 
@@ -273,14 +264,17 @@ class EngineClient:
         elif isinstance(message, Stats):
             self._metrics.engine.update(message)
         elif isinstance(message, EngineDown):
-            self._go_down(message.reason)
+            failure = self._go_down(message.reason)
+            if message.final:
+                self.fail_all(failure)
+                self.settled.set()
         elif isinstance(message, EngineUp):
             self._metrics.processes.watch(message.pids)
-            if self._down is None:
+            if self.down is None:
                 self._go_down("it is starting")
             else:
                 self._metrics.engine_restarts.inc()
-            self.processes, self.info = tuple(name for name in message.pids if name != "launcher"), message.info
+            self.processes, self.info = tuple(message.pids), message.info
             self._resets += 1
             self._resets_missing = len(self._tokenizers)
             for outbox in self._tokenizers:
@@ -289,24 +283,60 @@ class EngineClient:
             if message.turn == self._resets:
                 self._resets_missing -= 1
                 if self._resets_missing == 0:
-                    self._down = None
                     self.up.set()
+                    self.settled.set()
+                    self._resume()
         elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
             question.answer.set_result(message)
             if isinstance(message, Embedded):
                 self._count_embedding(message.prompt_tokens, time.monotonic() - question.asked_at)
 
-    def _go_down(self, reason: str) -> None:
+    def _go_down(self, reason: str) -> Failure:
+        failure = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {reason}")
+        if self.down is None:  # of another death before it was up again, the requests have seen nothing
+            self._lose(failure)
+        self._down = failure
         self.up.clear()
+        self.settled.clear()
         self._resets_missing = 0
-        self._down = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {reason}")
         self._metrics.engine.forget()
-        self.fail_all(self._down)
+        return failure
+
+    def _lose(self, failure: Failure) -> None:
+        """The engine has died under all requests: keep them, but for those that have seen one death already."""
+        for rid, live in list(self._live.items()):
+            if rid.endswith(_AGAIN) or not live.generation.resumes:
+                self._fail(rid, failure)
+                continue
+            # Another id, so that what the engine still tells of this life is not taken for the next one's.
+            del self._live[rid]
+            live.generation.open[live.index] = rid + _AGAIN
+            self._live[rid + _AGAIN] = live
+        for rid, question in list(self._questions.items()):
+            if not question.resumes:
+                self._fail(rid, failure)
+            question.resumes = False
+
+    def _resume(self) -> None:
+        """Send again what was lost: prompts with all their choices, for the sake of the seeds, less those that have
+        ended."""
+        self._metrics.requests_resumed.inc(self.live)
+        prompts = {id(live.message): (live.tokenizer, live.message) for live in self._live.values()}
+        for tokenizer, message in prompts.values():
+            rids = [rid + _AGAIN for rid in message.job.rids]
+            job = msgspec.structs.replace(message.job, rids=rids)
+            self._send(tokenizer, msgspec.structs.replace(message, job=job))
+            self._send_aborts((rid, tokenizer) for rid in rids if rid not in self._live)
+        for live in self._live.values():
+            if live.generation.rewind(live.index):
+                live.told.clear()
+        for question in self._questions.values():
+            self._send(question.tokenizer, question.message)
 
     def _fail(self, rid: str, failure: Failure) -> None:
         if (live := self._live.pop(rid, None)) is not None:
             self._metrics.requests_finished.labels("error").inc()
-            live.generation.fail(rid, failure)
+            live.generation.fail(live.index, failure)
         elif (question := self._questions.pop(rid, None)) is not None and not question.answer.done():
             self._metrics.requests_finished.labels("error").inc(question.embeds)
             error = RequestError(failure.kind, failure.message, param=failure.param, code=failure.code)
@@ -318,8 +348,20 @@ class EngineClient:
         if live is None:
             return 0
         record = live.record
-        if delta.prompt is not None:
+        if delta.prompt is not None and not record.prompt_tokens:
             self._begin(live, delta.prompt)
+        start = delta.completion_tokens - len(delta.token_ids)
+        if start >= len(live.told):
+            live.told += delta.token_ids
+        elif live.told[start : delta.completion_tokens] != delta.token_ids:  # it cannot go on with another text
+            assert self._down is not None
+            self._send_aborts([(delta.rid, live.tokenizer)])
+            self._fail(delta.rid, self._down)
+            return 0
+        elif delta.finish is None:
+            return 0
+        else:
+            delta = TextDelta(delta.rid, "", len(live.told), finish=delta.finish)
         if new := max(0, delta.completion_tokens - record.tokens):
             if record.tokens == 0:
                 record.first_at = now
@@ -333,7 +375,7 @@ class EngineClient:
             metrics.request_duration.observe(now - record.submitted_at)
             metrics.request_generation_tokens.observe(record.tokens)
             if delta.finish.reason is FinishReason.ABORT and not live.generation.keeps_aborted:
-                live.generation.fail(delta.rid, _ABORTED)
+                live.generation.fail(live.index, _ABORTED)
                 return new
         live.generation.push(live.index, delta)
         return new
@@ -356,18 +398,3 @@ class EngineClient:
     def close(self) -> None:
         for outbox in self._tokenizers:
             outbox.close()
-
-
-def _about_tokens(message: Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache) -> int:
-    """What a request will hold: its prompt, and for each choice the `max_tokens` that it asks for."""
-    match message:
-        case Chat():
-            num_chars, num_ids = sum(len(one.get("content") or "") for one in message.messages), 0
-        case Completion(prompt=str()) | Embedding(prompt=str()):
-            num_chars, num_ids = len(message.prompt), 0
-        case Completion() | Embedding():
-            num_chars, num_ids = 0, len(message.prompt)
-        case _:
-            return 0
-    num_new = 0 if isinstance(message, Embedding) else len(message.job.rids) * (message.job.params.max_tokens or 0)
-    return num_chars // _CHARS_PER_TOKEN + num_ids + num_new

@@ -24,7 +24,8 @@ from ramet.ipc.errors import FailureKind, RequestError, invalid
 T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout"
-# The `server` in the scope of a batch's line: it has the batch's window for its deadline.
+# The `server` in the scope of a batch's line: it has the batch's window for its deadline, and if the engine dies under
+# it, the batch sends it again, which must know of each death to find the line that kills.
 BATCH_SERVER = ("batch", None)
 
 

@@ -49,8 +49,9 @@ class Generation:
         self._client = client
         self._num_rids, self._num_tokens = len(rids), num_tokens
         self.keeps_aborted = keeps_aborted
+        self.resumes = True  # if the engine dies under it, it may be sent again
         self.records: list[ChoiceRecord] = []
-        self._open = set(rids)
+        self.open = dict(enumerate(rids))  # the id of each choice that has not ended
         self._pending: dict[int, list[TextDelta]] = {}
         self.n = n
         self._silent_prompts = set(range(len(rids) // n))
@@ -63,7 +64,7 @@ class Generation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.abort(self._open)
+        self._client.abort(set(self.open.values()))
         self._client.release(self._num_rids, self._num_tokens)
 
     async def started(self) -> None:
@@ -81,7 +82,7 @@ class Generation:
         """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last
         text if a choice failed. What comes while this waits goes into the sink, if it is not an end, and wakes
         nobody."""
-        while not self._pending and self._open and self._error is None:
+        while not self._pending and self.open and self._error is None:
             self._sink = sink
             await self._changed()
         if not self._pending:
@@ -96,15 +97,32 @@ class Generation:
     async def parts(self) -> list[list[TextDelta]]:
         """The deltas of each choice, in order, when all have ended; tokens on the way wake nobody."""
         self._wake_per_delta = False
-        while self._open and self._error is None:
+        while self.open and self._error is None:
             await self._changed()
         self._raise_error()
         return [self._pending[index] for index in sorted(self._pending)]
 
+    def usage(self) -> dict[str, int]:
+        """Tokens so far. A prompt counts once, however many choices it has; the one that computed it tells what was
+        cached, since the others found what that one computed."""
+        prompts = [self.records[first : first + self.n] for first in range(0, len(self.records), self.n)]
+        begun = [group for records in prompts if (group := [record for record in records if record.prompt_tokens])]
+        return {
+            "prompt_tokens": sum(group[0].prompt_tokens for group in begun),
+            "cached_tokens": sum(min(record.cached_tokens for record in group) for group in begun),
+            "completion_tokens": sum(record.tokens for record in self.records),
+        }
+
     def stop(self, error: Exception) -> None:
         """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
-        self._client.abort(self._open)
+        self._client.abort(set(self.open.values()))
         self._fail(error)
+
+    def rewind(self, index: int) -> bool:
+        """Forget what a choice has said, if the answer is to be whole and so nobody has read it; whether that is so."""
+        if not self._wake_per_delta:
+            self._pending.pop(index, None)
+        return not self._wake_per_delta
 
     def push(self, index: int, delta: TextDelta) -> None:
         if self._sink is not None and delta.finish is None:
@@ -117,12 +135,12 @@ class Generation:
         self._pending.setdefault(index, []).append(delta)
         self._silent_prompts.discard(index // self.n)
         if delta.finish is not None:
-            self._open.discard(delta.rid)
-        if self._wake_per_delta or not self._open:
+            self.open.pop(index, None)
+        if self._wake_per_delta or not self.open:
             self._wake()
 
-    def fail(self, rid: str, failure: Failure) -> None:
-        self._open.discard(rid)
+    def fail(self, index: int, failure: Failure) -> None:
+        self.open.pop(index, None)
         self._fail(RequestError(failure.kind, failure.message, param=failure.param, code=failure.code))
 
     def _fail(self, error: Exception) -> None:

@@ -1,8 +1,9 @@
 """`/health`, `/ready`, `/health_generate` and `/metrics`.
 
-`/health` is about life: 200 while every process of the engine is alive and its loop has turned lately, which is read
-from their pulses without asking them. `/ready` is about work: 503 also while the server drains. `/health_generate` asks
-for a token. The TCP port is not open before the engine is ready, so none answers during the start.
+`/health` is about life: 200 while every process is alive and its loop has turned lately, which is read from their
+pulses without asking them; the launcher's too, without which nothing is restarted or stopped in order. `/ready` is
+about work: 503 while the engine is down or the server drains. `/health_generate` asks for a token. The TCP port is not
+open before the engine is ready, so none answers during the start.
 """
 
 import asyncio
@@ -48,12 +49,11 @@ class Health:
         return Response(page, headers={"content-type": content_type})
 
     def _stuck(self) -> Failure | None:
-        limit_s, now = self._config.watchdog_timeout_s, time.monotonic()
-        for name in self._client.processes:
-            if (age_s := now - last_beat_s(self._client.addresses, name)) > limit_s:
-                words = f"{name} hangs, silent for more than {age_s:.1f} s"
-                return Failure(FailureKind.ENGINE_DOWN, words)
-        return None
+        now, addresses = time.monotonic(), self._client.addresses
+        ages = {name: now - last_beat_s(addresses, name) for name in self._client.processes}
+        late = [(name, age_s) for name, age_s in ages.items() if age_s > self._config.watchdog_timeout_s]
+        words = "; ".join(f"{name} hangs, silent for more than {age_s:.1f} s" for name, age_s in late)
+        return Failure(FailureKind.ENGINE_DOWN, words) if late else None
 
     async def _one_token(self) -> None:
         if self._config.is_embedding:

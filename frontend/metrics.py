@@ -6,10 +6,12 @@ start with `ramet_`, but for `process_*`; `docs/metrics.md` lists them. The regi
 library's global one.
 """
 
+import collections
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -37,6 +39,13 @@ _COUNTERS = {
     "preemptions": ("scheduler_preemptions", "Times a running request gave up its pages"),
 }
 
+_OF_PROCESSES: tuple[tuple[Any, str, str, Callable[[psutil.Process], float]], ...] = (
+    (CounterMetricFamily, "process_cpu_seconds", "CPU time, user and system", lambda it: sum(it.cpu_times()[:2])),
+    (GaugeMetricFamily, "process_resident_memory_bytes", "Resident memory", lambda it: it.memory_info().rss),
+    (GaugeMetricFamily, "process_open_fds", "Open file descriptors", psutil.Process.num_fds),
+    (GaugeMetricFamily, "process_threads", "Threads", psutil.Process.num_threads),
+)
+
 
 class ProcessCollector(Collector):
     """CPU time, memory, descriptors and threads of the engine's processes, read when the page is asked for."""
@@ -54,24 +63,18 @@ class ProcessCollector(Collector):
                 log.warning("%s is gone already", name)
 
     def collect(self) -> Iterator[Metric]:
-        cpu = CounterMetricFamily("process_cpu_seconds", "CPU time, user and system", labels=["process"])
-        memory = GaugeMetricFamily("process_resident_memory_bytes", "Resident memory", labels=["process"])
-        files = GaugeMetricFamily("process_open_fds", "Open file descriptors", labels=["process"])
-        threads = GaugeMetricFamily("process_threads", "Threads", labels=["process"])
+        families = [kind(name, words, labels=["process"]) for kind, name, words, _ in _OF_PROCESSES]
         for name, process in self._processes.items():
             try:
                 with process.oneshot():
-                    times, resident = process.cpu_times(), process.memory_info().rss
-                    num_fds, num_threads = process.num_fds(), process.num_threads()
+                    values = [read(process) for _, _, _, read in _OF_PROCESSES]
                     if not process.is_running():  # another one has its pid now
                         continue
             except psutil.Error:
                 continue  # it is gone, and so are its numbers
-            cpu.add_metric([name], times.user + times.system)
-            memory.add_metric([name], resident)
-            files.add_metric([name], num_fds)
-            threads.add_metric([name], num_threads)
-        yield from (cpu, memory, files, threads)
+            for family, value in zip(families, values, strict=True):
+                family.add_metric([name], value)
+        yield from families
 
 
 class EngineMetrics:
@@ -91,7 +94,7 @@ class EngineMetrics:
         self._phases = [phases.labels(phase) for phase in ("schedule", "run", "commit")]
         self._rows = _histogram(buckets, registry, "scheduler_step_rows", "Requests computed in a step")
         self.forget()
-        self._interval: dict[str, int] = {}
+        self._interval: collections.Counter[str] = collections.Counter()
         self._since = self._heard_at = 0.0
 
     def update(self, stats: Stats) -> None:
@@ -121,12 +124,11 @@ class EngineMetrics:
     def _log_throughput(self, stats: Stats, usage: float, now: float) -> None:
         """Needs no timer, since the scheduler tells something every second while it has work, and else nothing."""
         silence_s, self._heard_at = now - self._heard_at, now
+        total = self._interval
         if silence_s > THROUGHPUT_INTERVAL_S:
-            self._since, self._interval = now, {}
-        total = self._interval = {
-            name: self._interval.get(name, 0) + getattr(stats, name)
-            for name in ("prompt_tokens", "cached_tokens", "generated_tokens")
-        }
+            self._since = now
+            total.clear()
+        total.update({name: getattr(stats, name) for name in ("prompt_tokens", "cached_tokens", "generated_tokens")})
         if (took_s := now - self._since) >= THROUGHPUT_INTERVAL_S:
             fields = {
                 "running": stats.running,
@@ -137,7 +139,8 @@ class EngineMetrics:
                 "prefix_hit_rate": round(total["cached_tokens"] / max(1, total["prompt_tokens"]), 3),
             }
             log.info("throughput", extra={"fields": fields})
-            self._since, self._interval = now, {}
+            self._since = now
+            total.clear()
 
 
 class BatchMetrics:
@@ -169,26 +172,22 @@ class Metrics:
     def __init__(self, buckets: Mapping[str, tuple[float, ...]] | None = None, model: str = "") -> None:
         self.registry = registry = CollectorRegistry()
         buckets = {**BUCKETS, **(buckets or {})}
+        counter = functools.partial(Counter, namespace="ramet", registry=registry)
         Info("ramet_build", "Version and model", registry=registry).info({"version": ramet.__version__, "model": model})
         self.processes = ProcessCollector()
         registry.register(self.processes)
         self.engine = EngineMetrics(registry, buckets)
-        self.engine_restarts = Counter(
-            "ramet_engine_restarts", "Times the engine came back after a process of it had died", registry=registry
-        )
-        self.http_requests = Counter(
-            "ramet_http_requests", "HTTP requests answered", ["route", "code"], registry=registry
-        )
+        self.engine_restarts = counter("engine_restarts", "Times the engine came back after a process of it had died")
+        self.requests_resumed = counter("requests_resumed", "Choices and questions sent again after a process had died")
+        self.http_requests = counter("http_requests", "HTTP requests answered", ["route", "code"])
         self.http_in_flight = Gauge("ramet_http_requests_in_flight", "HTTP requests open", registry=registry)
-        self.requests_finished = Counter(
-            "ramet_requests_finished", "Choices and embeddings that ended, by reason", ["reason"], registry=registry
+        self.requests_finished = counter(
+            "requests_finished", "Choices and embeddings that ended, by reason", ["reason"]
         )
         for reason in ("stop", "length", "abort", "error"):
             self.requests_finished.labels(reason)  # a rate needs the 0 before the first
-        self.prompt_tokens = Counter(
-            "ramet_prompt_tokens", "Prompt tokens of requests that started; once for n choices", registry=registry
-        )
-        self.generation_tokens = Counter("ramet_generation_tokens", "Tokens generated", registry=registry)
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that started; once for n choices")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated")
         histogram = functools.partial(_histogram, buckets, registry)
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From submission to the first token")
         self.inter_token_latency = histogram("inter_token_latency_seconds", "Time per token after the first")

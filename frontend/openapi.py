@@ -5,12 +5,17 @@ media types only. Source: https://spec.openapis.org/oas/v3.1.0
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp
 
 from ramet.frontend.errors import ERROR_SCHEMA
+
+# Makes the response, which need not be one of starlette's.
+Handler = Callable[[Request], Awaitable[ASGIApp]]
 
 # What a request with a body may be answered; 404 is for a model that is not served.
 _BODY_ERRORS = (400, 413, 415, 499)
@@ -28,13 +33,13 @@ _ERRORS = {
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """One operation under each of `paths`. `handler` is an ASGI application or a function of a `Request`, `body` the
+    """One operation under each of `paths`. `body` is the
     struct of its body, of type `media`, `answers` the media types of a good answer. An `open` one needs no key."""
 
     summary: str
     methods: tuple[str, ...]
     paths: tuple[str, ...]
-    handler: Any
+    handler: Handler
     body: type[msgspec.Struct] | None = None
     answers: tuple[str, ...] = ("application/json",)
     open: bool = False

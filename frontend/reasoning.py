@@ -17,7 +17,6 @@ TAGS = {
 class _State(enum.Enum):
     START = enum.auto()
     REASONING = enum.auto()
-    SEAM = enum.auto()  # after the end tag, before any content
     CONTENT = enum.auto()
 
 
@@ -27,7 +26,7 @@ class ReasoningParser:
         self._opened = False
         self._held = ""
         self._state = _State.START
-        self._spoken = False  # whether any reasoning was given out: white space before it is dropped
+        self._at_tag = False  # white space that comes now is dropped
         self.num_tokens = 0  # generated until the end tag was delivered
 
     def after_prompt(self, tail: str) -> None:
@@ -37,45 +36,40 @@ class ReasoningParser:
     def feed(self, text: str, num_tokens: int, final: bool) -> tuple[str, str]:
         """Reasoning and content that are certain now; with `final`, the text has ended. `num_tokens`: how many have
         been generated in all."""
-        if self._state is _State.CONTENT:
-            return "", text
         self._held += text
-        reasoning = ""
+        reasoning = content = ""
         if self._state is _State.START:
             self._start(final)
         if self._state is _State.REASONING:
             reasoning, self.num_tokens = self._reason(final), num_tokens
-        if self._state is _State.SEAM:
-            self._held = self._held.lstrip()
-            if self._held:
-                self._state = _State.CONTENT
-        content = ""
         if self._state is _State.CONTENT:
+            self._strip()
             content, self._held = self._held, ""
         return reasoning, content
 
     def _start(self, final: bool) -> None:
         text = self._held.lstrip()
         if text.startswith(self._begin):
-            self._held = text[len(self._begin) :]
-            self._state = _State.REASONING
-        elif final or not self._begin.startswith(text):
-            self._state = _State.REASONING if self._opened else _State.CONTENT
+            self._held, self._opened = text[len(self._begin) :], True
+        elif not final and self._begin.startswith(text):
+            return
+        self._state, self._at_tag = (_State.REASONING, True) if self._opened else (_State.CONTENT, False)
 
     def _reason(self, final: bool) -> str:
-        if not self._spoken:
-            self._held = self._held.lstrip()
-        at = self._held.find(self._end)
-        if at >= 0:
-            reasoning, self._held = self._held[:at].rstrip(), self._held[at + len(self._end) :]
-            self._state = _State.SEAM
-        elif final:
-            reasoning, self._held = self._held, ""
-        else:
-            sure = self._held[: len(self._held) - _overlap(self._held, self._end)].rstrip()
-            reasoning, self._held = sure, self._held[len(sure) :]
-        self._spoken = self._spoken or bool(reasoning)
+        self._strip()
+        reasoning, tag, rest = self._held.partition(self._end)
+        if tag:
+            self._state, self._held, self._at_tag = _State.CONTENT, rest, True
+            return reasoning.rstrip()
+        if not final:
+            reasoning = reasoning[: len(reasoning) - _overlap(reasoning, self._end)].rstrip()
+        self._held = self._held[len(reasoning) :]
         return reasoning
+
+    def _strip(self) -> None:
+        if self._at_tag:
+            self._held = self._held.lstrip()
+            self._at_tag = not self._held
 
 
 def _overlap(text: str, tag: str) -> int:

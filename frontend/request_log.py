@@ -1,8 +1,8 @@
 """What becomes of a request once it has ended: a line of the log, at the level that the operator asked for.
 
 `RequestRecord` is what an HTTP exchange leaves behind for observers such as this and `frontend/tracing.py`; endpoints
-put the decoded body and the generation into the scope. Headers are never shown, so no key is; prompts and answers only
-at level `content`.
+put the decoded body and the generation, or the usage, into the scope. Headers are never shown, so no key is; prompts
+and answers only at level `content`.
 """
 
 import logging
@@ -39,19 +39,14 @@ class RequestRecord(msgspec.Struct):
 
     @property
     def generation(self) -> Generation | None:
+        """None if nothing was generated."""
         generation: Generation | None = self.scope.get("ramet.generation")
         return generation
 
     def usage(self) -> dict[str, int]:
-        """Tokens of all prompts and choices; empty if nothing was generated."""
-        if (generation := self.generation) is None:
-            return {}
-        records = generation.records
-        return {
-            "prompt_tokens": sum(record.prompt_tokens for record in records[:: generation.n]),
-            "cached_tokens": sum(record.cached_tokens for record in records[:: generation.n]),
-            "completion_tokens": sum(record.tokens for record in records),
-        }
+        """Tokens of all prompts and choices, or of what was embedded; empty if nothing was computed."""
+        embedded: dict[str, int] = self.scope.get("ramet.usage", {})
+        return self.generation.usage() if self.generation is not None else embedded
 
 
 class RequestLog:
@@ -68,10 +63,11 @@ class RequestLog:
             "route": record.route,
             "status": record.status,
             "seconds": round(record.ended_at - record.began_at, 4),
-            **record.usage(),
         }
-        if record.generation is not None and (begun := [it for it in record.generation.records if it.first_at]):
-            fields["choices"] = len(record.generation.records)
+        fields |= record.usage()
+        choices = record.generation.records if record.generation is not None else []
+        if begun := [it for it in choices if it.first_at]:
+            fields["choices"] = len(choices)
             fields["queue_seconds"] = round(max(it.scheduled_at - it.tokenized_at for it in begun), 4)
             fields["first_token_seconds"] = round(min(it.first_at - it.submitted_at for it in begun), 4)
         if self._level != "summary" and (request := record.scope.get("ramet.request")) is not None:

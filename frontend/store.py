@@ -80,9 +80,7 @@ class Upload:
         self._store.reserve(len(data))
         self.bytes += len(data)
         with no_space_is_full():
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self.file.write(rest) :]
+            write_all(self.file, data)
 
     def discard(self) -> None:
         self._store.used_bytes -= self.bytes
@@ -251,6 +249,13 @@ def new_file(filename: str, purpose: str, num_bytes: int, expires_after_s: int |
     now = int(time.time())
     expires_at = None if expires_after_s is None else now + expires_after_s
     return File(new_id("file-"), filename, purpose, num_bytes, now, expires_at)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """To a file without a buffer, where a write may take less than all."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -41,33 +41,35 @@ class Tracer:
         headers = Headers(scope=record.scope)
         if record.scope["method"] != "POST" and "traceparent" not in headers:
             return
-        shift_s = time.time() - time.monotonic()  # spans bear the time of day
+        offset_s = time.time() - time.monotonic()  # spans bear the time of day
+        generation = record.generation
         usage = record.usage()
+        attributes = {
+            "http.request.method": record.scope["method"],
+            "http.route": record.route,
+            "http.response.status_code": record.status,
+            "ramet.request_id": record.request_id,
+            **{f"gen_ai.usage.{new}_tokens": usage[old] for old, new in _USAGE if old in usage},
+        }
         span = self._tracer.start_span(
             f"{record.scope['method']} {record.route}",
             self._propagator.extract(dict(headers)),
             self._trace.SpanKind.SERVER,
-            {
-                "http.request.method": record.scope["method"],
-                "http.route": record.route,
-                "http.response.status_code": record.status,
-                "ramet.request_id": record.request_id,
-                **{f"gen_ai.usage.{new}_tokens": usage[f"{old}_tokens"] for old, new in _USAGE if usage},
-            },
-            start_time=_ns(record.began_at + shift_s),
+            attributes,
+            start_time=_ns(record.began_at + offset_s),
         )
         if record.status >= 500:
             span.set_status(self._trace.StatusCode.ERROR)
         context = self._trace.set_span_in_context(span)
-        for index, choice in enumerate(record.generation.records if record.generation is not None else ()):
+        for index, choice in enumerate(generation.records if generation is not None else ()):
             for name, begin, end in _hops(choice):
-                times = _ns(begin + shift_s), _ns(end + shift_s)
-                attributes = {"ramet.choice": index}
-                self._tracer.start_span(name, context, attributes=attributes, start_time=times[0]).end(times[1])
-        span.end(_ns(record.ended_at + shift_s))
+                attributes, start = {"ramet.choice": index}, _ns(begin + offset_s)
+                hop = self._tracer.start_span(name, context, attributes=attributes, start_time=start)
+                hop.end(_ns(end + offset_s))
+        span.end(_ns(record.ended_at + offset_s))
 
 
-_USAGE = (("prompt", "input"), ("completion", "output"))
+_USAGE = (("prompt_tokens", "input"), ("completion_tokens", "output"))
 
 
 def _hops(choice: ChoiceRecord) -> list[tuple[str, float, float]]:

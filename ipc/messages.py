@@ -303,7 +303,7 @@ class Stats(Message, frozen=True):
 
 class EngineUp(Message, frozen=True):
     """The launcher's word that every process of the engine can take work, at the start and after each restart. What
-    the engine was doing before is lost.
+    the engine was doing before is lost to it.
 
     `info`: the limits that the scheduler told. `pids`: process ids by process name, the launcher among them."""
 
@@ -312,9 +312,10 @@ class EngineUp(Message, frozen=True):
 
 
 class EngineDown(Message, frozen=True):
-    """The launcher's word that a process died: every waiting request is to be failed with this reason."""
+    """The launcher's word that a process died, and why. With `final` nobody starts it again."""
 
     reason: str
+    final: bool = False
 
 
 # ---- to the launcher --------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
-from ramet.frontend.batch_input import Line
+from ramet.frontend.batch_input import MAX_ERRORS, InputCheck
 from ramet.frontend.batch_store import Batches, read_batch
 from ramet.frontend.schemas.batches import COMPLETION_WINDOW, ENDPOINTS, Batch, BatchRequest
 from ramet.frontend.store import ENDED, Store, Upload
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.3
 _PIECE_BYTES = 1 << 20
+_CHECKED_LINES = 10_000
 _FOR_EVER_S = 10 * 365 * 24 * 3600
 
 
@@ -42,16 +44,19 @@ def run_batch(args: ServerArgs, source: Path, output: Path) -> int:
 
 def _run(args: ServerArgs, source: Path, output: Path) -> int:
     folder = output.with_name(f".{output.name}.ramet")
-    if not folder.exists() and output.exists():
+    is_new = not folder.exists()
+    if is_new and output.exists():
         raise ConfigError(f"{output} exists already: remove it, or give another --output")
-    config = configure(args)
+    config = _private(configure(args), folder)
+    if is_new:
+        _check(source, config)
     batch = _find_or_create(folder, source, config)
     if batch.status not in ENDED:
         supervisor = Supervisor(args)
         stopped = threading.Event()
         watching = threading.Thread(target=_watch, args=(folder, batch.id, stopped, supervisor.request_stop))
         try:
-            run(supervisor, engine_processes(_private(config, folder), supervisor.addresses), watching.start)
+            run(supervisor, engine_processes(config, supervisor.addresses), watching.start)
         finally:
             stopped.set()
             if watching.is_alive():
@@ -100,11 +105,29 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
         return batches.create(request, _FOR_EVER_S)
 
 
+def _check(source: Path, config: EngineConfig) -> None:
+    """As the frontend will, but before an engine is started for it. Raises ConfigError that names the bad lines."""
+    with contextlib.closing(InputCheck(source, _endpoint(source), config.frontend)) as check:
+        while not check.step(_CHECKED_LINES):
+            pass
+    if check.errors:
+        head = f"{source} cannot be run; its errors, at most {MAX_ERRORS} of them:"
+        raise ConfigError("\n".join([head, *map(_words, check.errors)]))
+
+
+def _words(error: dict[str, Any]) -> str:
+    return f"line {error['line']}: {error['message']}" if error["line"] else error["message"]
+
+
+class _Target(msgspec.Struct):
+    url: str
+
+
 def _endpoint(source: Path) -> str:
     """That of the first line; if it cannot be read, the check of the batch will say so."""
     with source.open("rb") as file, contextlib.suppress(msgspec.MsgspecError, StopIteration):
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        url = msgspec.json.decode(first, type=Line).url
+        url = msgspec.json.decode(first, type=_Target).url
         return next(endpoint for endpoint in ENDPOINTS if url in (endpoint, endpoint.removeprefix("/v1")))
     return ENDPOINTS[0]
 
@@ -141,9 +164,8 @@ def _collect(folder: Path, batch_id: str, output: Path) -> int:
                 store.content(file_id).rename(target)
     shutil.rmtree(folder)
     if batch.status != "completed":
-        for error in (batch.errors or {}).get("data", ()):
-            sys.stderr.write(f"line {error['line']}: {error['message']}\n")
-        sys.stderr.write(f"error: the batch {batch.status}\n")
+        words = map(_words, (batch.errors or {}).get("data", ()))
+        sys.stderr.write("\n".join([f"error: the batch {batch.status}", *words, ""]))
         return 1
     if counts.completed == 0:
         output.touch()

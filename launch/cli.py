@@ -6,32 +6,36 @@ or transformers.
 """
 
 import argparse
-import logging
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 import ramet
 from ramet.launch.server_args import ServerArgs
 
-logger = logging.getLogger(__name__)
-
 # By name: what runs it (arguments, program name), and what the help says of it.
 Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
-# Flags people type by habit from other servers, whose meaning this version does not have yet.
-_NOT_YET = {"kv-cache-dtype"}
+# Flags people type by habit from other servers: what they are called here, or that they are not here.
+_ELSEWHERE = {
+    "block-size": "is --page-size here",
+    "gpu-memory-utilization": "is --mem-fraction-static here",
+    "kv-cache-dtype": "is not supported by this version",
+    "max-model-len": "is --context-length here",
+    "max-num-batched-tokens": "is --chunked-prefill-size here",
+    "max-num-seqs": "is --max-running-requests here",
+    "tensor-parallel-size": "is --tp-size here",
+}
 
 # Flags that mean nothing where nobody is served.
-_FOR_CLIENTS = {
+_FOR_CLIENTS = (
     *("api_key", "cors_allow_origins", "file_storage_path", "host", "log_requests", "max_file_size"),
     *("max_storage_size", "metrics_buckets", "node_rank", "otlp_traces_endpoint", "port", "ssl_certfile"),
-}
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,9 +86,9 @@ def _batch(argv: list[str], program: str) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="file for the results")
     known, rest = parser.parse_known_args(argv)
     args = parse_args(rest, program)
-    for field in msgspec.structs.fields(ServerArgs):
-        if field.name in _FOR_CLIENTS and getattr(args, field.name) != field.default:
-            parser.error(f"--{field.encode_name.replace('_', '-')} means nothing here: nobody is served")
+    for name in _FOR_CLIENTS:
+        if getattr(args, name) != getattr(ServerArgs(), name):
+            parser.error(f"{_flag(name)} means nothing here: nobody is served")
     sys.exit(run_batch(args, known.input, known.output))
 
 
@@ -97,8 +101,7 @@ _COMMANDS: Commands = {
 
 def parse_args(argv: Sequence[str], program: str = "launch_server") -> ServerArgs:
     """Exits with code 2 and a message for what is not understood."""
-    (args,) = parse_structs(argv, program, "Serve a language model over the OpenAI API.", ServerArgs)
-    assert isinstance(args, ServerArgs)
+    args: ServerArgs = parse_structs(argv, program, "Serve a language model over the OpenAI API.", ServerArgs)[0]
     return args
 
 
@@ -111,20 +114,19 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
     namespace, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name in _NOT_YET:
-            parser.error(f"--{name} is not supported by this version")
+        if argument.startswith("--") and name in _ELSEWHERE:
+            parser.error(f"--{name} {_ELSEWHERE[name]}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = vars(namespace)
     path = given.pop("config", None)
     try:
         settings = {**(read_config_file(Path(path)) if path else {}), **given}
-        # The last kind also gets the names that nobody has, and refuses them.
-        owner = {field.name: kind for kind in kinds for field in msgspec.structs.fields(kind)}
-        shares = [{name: x for name, x in settings.items() if owner.get(name, kinds[-1]) is kind} for kind in kinds]
+        shares = [{name: settings.pop(name) for name in kind.__struct_fields__ if name in settings} for kind in kinds]
+        shares[-1] |= settings  # the names that nobody has, which are refused
         return [msgspec.convert(share, kind, strict=False) for share, kind in zip(shares, kinds, strict=True)]
     except msgspec.ValidationError as error:
-        return _usage_error(parser, error, given)
+        parser.error(_words(error, given))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -141,17 +143,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in settings.items() if value is not None}
 
 
-def _usage_error(parser: argparse.ArgumentParser, error: msgspec.ValidationError, given: dict[str, Any]) -> NoReturn:
+def _words(error: msgspec.ValidationError, given: dict[str, Any]) -> str:
     """msgspec says `Expected … - at `$.port``; users know the flag."""
     words, _, place = str(error).partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
-    if name:
-        if name in given:
-            words = f"{words.partition(', got')[0]}, got {given[name]!r}"
-        else:
-            words += " (in the configuration file)"
-        parser.error(f"argument --{name.replace('_', '-')}: {words}")
-    parser.error(words)
+    if not name:
+        return words
+    if name in given:
+        words = f"{words.partition(', got')[0]}, got {given[name]!r}"
+    else:
+        words += " (in the configuration file)"
+    return f"argument {_flag(name)}: {words}"
 
 
 def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]]) -> argparse.ArgumentParser:
@@ -161,32 +163,35 @@ def _parser(program: str, description: str, kinds: Sequence[type[msgspec.Struct]
         description=description,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings")
     groups: dict[str, Any] = {}
-    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
-    for field in (field for kind in kinds for field in msgspec.structs.fields(kind)):
-        kind, *_, meta = typing.get_args(hints[field.name])
-        name = meta.extra_json_schema["group"]
+    infos: list[Any] = [inspect.type_info(kind) for kind in kinds]
+    for field in (field for info in infos for field in info.fields):
+        about = field.type.extra_json_schema
+        name = about["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         shown = "" if field.default in (None, (), False) else f" ({field.default})"
-        group.add_argument(f"--{field.encode_name.replace('_', '-')}", help=meta.description + shown, **_form(kind))
+        group.add_argument(_flag(field.name), help=about["description"] + shown, **_form(field.type.type))
     return parser
 
 
-def _form(kind: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type. Values stay text: msgspec converts and checks them."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the type, or None
-        kind, other = typing.get_args(kind)[:2]
-        if kind is bool:  # a switch, which may have a word
-            return {"nargs": "?", "const": True, "choices": typing.get_args(other)}
-    if typing.get_origin(kind) is typing.Annotated:  # the type with limits, which msgspec checks
-        kind = typing.get_args(kind)[0]
-    if kind is bool:
-        return {"action": "store_true"}
-    if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "action": "extend", "metavar": "TEXT"}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": typing.get_args(kind)}
-    if issubclass(kind, str) and kind is not str:  # an enumeration
-        return {"choices": [member.value for member in kind]}
-    return {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+def _form(kind: inspect.Type) -> dict[str, Any]:
+    """How argparse reads a value of this type. Values stay text: msgspec converts and checks them, limits too."""
+    kinds = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+    words = [word for item in kinds if isinstance(item, inspect.LiteralType) for word in item.values]
+    match kinds[0]:
+        case inspect.BoolType():  # a switch, which may have a word
+            return {"nargs": "?", "const": True, "choices": words} if words else {"action": "store_true"}
+        case inspect.LiteralType():
+            return {"choices": words}
+        case inspect.EnumType(cls=cls):
+            return {"choices": [member.value for member in cls]}
+        case inspect.VarTupleType():
+            return {"nargs": "+", "action": "extend", "metavar": "TEXT"}
+        case first:
+            return {"metavar": {inspect.IntType: "N", inspect.FloatType: "X", inspect.StrType: "TEXT"}[type(first)]}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

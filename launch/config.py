@@ -18,7 +18,7 @@ from ramet.frontend.config import FrontendConfig, Tls
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.parsers import choose_parsers
-from ramet.launch.placement import parse_cpus
+from ramet.launch.placement import Placement, computing, parse_cpus
 from ramet.launch.server_args import SECRETS, ConfigError, ServerArgs, parse_buckets, parse_size, request_log_level
 from ramet.launch.tensor_parallel import tensor_parallel
 from ramet.model_runner.config import RunnerConfig
@@ -31,29 +31,20 @@ logger = logging.getLogger(__name__)
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What each process is started with. `num_ranks` scheduler processes run on this machine, the first at the place in
-    `scheduler.tp`; `cpus` and `num_threads` are of all of them together."""
+    `scheduler.tp`, each in this `placement`."""
 
     frontend: FrontendConfig
     tokenizer: TokenizerConfig
     detokenizer: DetokenizerConfig
     scheduler: SchedulerConfig
     runner: RunnerConfig
-    num_ranks: int = 1
-    cpus: tuple[int, ...] | None
-    num_threads: int | None
+    num_ranks: int
+    placement: Placement
 
 
-class _Defaults(msgspec.Struct, frozen=True):
-    """Sizes that depend on the device: of a step, of its prompt share beside decoding rows, of the batch."""
-
-    max_step_tokens: int
-    max_prefill_tokens: int
-    max_running: int
-    memory_fraction: float
-
-
+# Tokens of a step, those of prompts beside decoding rows, requests of the batch, share of the memory.
 # On a CPU a step of 512 prompt tokens takes about half a second for a small model; longer ones would freeze streams.
-_DEFAULTS = {"cpu": _Defaults(512, 256, 64, 0.5), "cuda": _Defaults(8192, 2048, 256, 0.95)}
+_DEFAULTS = {"cpu": (512, 256, 64, 0.5), "cuda": (8192, 2048, 256, 0.95)}
 
 # Each captured batch size takes a second at start and some memory.
 _CUDA_GRAPH_MAX_BS = 256
@@ -62,20 +53,19 @@ _CUDA_GRAPH_MAX_BS = 256
 def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     """Settle every choice left open. Raises ConfigError if the arguments contradict the model or each other."""
     device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
-    defaults = _DEFAULTS[device]
+    step_tokens, prefill_tokens, running, memory_fraction = _DEFAULTS[device]
     template = _read_template(args.chat_template)
     is_embedding = _is_embedding(args, model)
     context_length = _context_length(args.context_length, model, is_embedding)
-    max_step_tokens = args.chunked_prefill_size or defaults.max_step_tokens
-    max_running = args.max_running_requests or min(defaults.max_running, max_step_tokens)
+    max_step_tokens = args.chunked_prefill_size or step_tokens
+    max_running = args.max_running_requests or min(running, max_step_tokens)
     if max_running > max_step_tokens:
         raise ConfigError(
             f"max_running_requests ({max_running}) is above chunked_prefill_size ({max_step_tokens}): "
             "each running request needs a token of every step"
         )
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = _log("dtype", _choose_dtype(model.info.dtype, device, is_embedding))
+    dtype = args.dtype if args.dtype != "auto" else _log("dtype", _choose_dtype(model.info.dtype, device, is_embedding))
+    with_graphs = device == "cuda" and not args.disable_cuda_graph
     runner = RunnerConfig(
         model_dir=model.model_dir,
         weights=model.weights,
@@ -87,14 +77,16 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         max_running=max_running,
         max_step_tokens=max_step_tokens,
         context_length=context_length,
-        memory_fraction=args.mem_fraction_static or defaults.memory_fraction,
+        memory_fraction=args.mem_fraction_static or memory_fraction,
         max_total_tokens=args.max_total_tokens,
         attention_backend=args.attention_backend,
         trust_remote_code=args.trust_remote_code,
         seed=args.random_seed,
         quantization=args.quantization,
-        cuda_graph_max_bs=_cuda_graph_max_bs(args, device, max_running),
+        cuda_graph_max_bs=min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running) if with_graphs else 0,
     )
+    num_ranks = args.tp_size // args.nnodes
+    cpus = parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None
     return EngineConfig(
         frontend=_frontend(args, model, runner, is_embedding, _parsers(args, model, template)),
         tokenizer=TokenizerConfig(
@@ -109,7 +101,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             page_size=args.page_size,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
-            max_prefill_tokens=min(defaults.max_prefill_tokens, max_step_tokens),
+            max_prefill_tokens=min(prefill_tokens, max_step_tokens),
             context_length=context_length,
             eos_ids=model.info.eos_ids,
             tokenizer_dir=model.tokenizer_dir,
@@ -119,16 +111,9 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             steps_ahead=int(device == "cuda" and not args.disable_overlap_schedule),
         ),
         runner=runner,
-        num_ranks=args.tp_size // args.nnodes,
-        cpus=parse_cpus(args.cpu_bind) if args.cpu_bind is not None else None,
-        num_threads=args.num_threads,
+        num_ranks=num_ranks,
+        placement=computing(cpus, args.num_threads, os.environ, num_ranks),
     )
-
-
-def _cuda_graph_max_bs(args: ServerArgs, device: str, max_running: int) -> int:
-    if device != "cuda" or args.disable_cuda_graph:
-        return 0
-    return min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running)
 
 
 def _frontend(
@@ -163,7 +148,7 @@ def _frontend(
         client_timeout_s=args.client_timeout,
         drain_timeout_s=args.drain_timeout,
         watchdog_timeout_s=args.watchdog_timeout,
-        file_storage_path=args.file_storage_path or default_storage(args.port),
+        file_storage_path=args.file_storage_path or _default_storage(args.port),
         max_file_bytes=parse_size(args.max_file_size),
         max_storage_bytes=parse_size(args.max_storage_size) if args.max_storage_size is not None else None,
         # A quarter more than run at the same time, so that the scheduler always has one to start.
@@ -181,7 +166,7 @@ def _frontend(
     )
 
 
-def default_storage(port: int) -> str:
+def _default_storage(port: int) -> str:
     """A folder in `$XDG_DATA_HOME`; one for each port, because two servers cannot share it."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return f"{base}/ramet/{port}"

@@ -4,8 +4,8 @@ Knows neither HTTP nor the scheduler: an `EngineClient` asks, as in the frontend
 a thread of its own, so that the methods work in plain programs, under pytest and inside a running loop alike.
 
 Invariants: once `close()` returns, no process, thread or socket of the engine is left; it also runs when the engine is
-garbage or the interpreter ends, and the kernel kills the processes if this one is killed. A call whose engine dies
-raises; leaving a call early (Ctrl-C, a cancelled task, a `break`) aborts its requests.
+garbage or the interpreter ends, and the kernel kills the processes if this one is killed. A call survives the death of
+a process of the engine, once; leaving a call early (Ctrl-C, a cancelled task, a `break`) aborts its requests.
 """
 
 import asyncio
@@ -62,7 +62,9 @@ class Engine:
     A prompt is a text or a list of token ids, and a list of prompts gives a list of outputs in its order; any number
     may be given, of which `max_queued_requests` are in the engine at a time. Without `params` the model's own defaults
     hold, and an answer may take the rest of the context. All methods raise `RequestError`, in the words of the HTTP
-    API, for what cannot be honoured and when a process of the engine has died; RuntimeError after `close()`.
+    API, for what cannot be honoured; RuntimeError after `close()`. If a process of the engine dies, a call waits until
+    it is there again, and its requests are computed anew; one that is under way at a second death raises, and so do all
+    if the engine cannot be started again.
     The methods with `a` in front are for a running event loop.
     """
 

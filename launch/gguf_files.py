@@ -13,6 +13,8 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
+from ramet.launch.cache import ModelUnavailable
+
 Json = dict[str, Any]
 
 
@@ -54,9 +56,9 @@ _CONFIG_KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
 }
-_MOE_KEYS = {
+_OPTIONAL_KEYS = {
+    "rope.freq_base": "rope_theta",
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -72,10 +74,6 @@ _SAMPLING_KEYS = {
 _FILE_DTYPES = {0: "float32", 1: "float16"}
 
 
-class GGUFError(Exception):
-    """A GGUF whose header says something that is not understood; the message says what."""
-
-
 def dtype_name(metadata: Json) -> str:
     return _FILE_DTYPES.get(metadata.get("general.file_type", -1), "bfloat16")
 
@@ -85,13 +83,12 @@ def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
     their rope are a tensor of the file, which the runner reads."""
     name = metadata.get("general.architecture")
     facts = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
-    missing = [key for key in _CONFIG_KEYS if key != "rope.freq_base" and key not in facts]
-    mixture = "expert_count" in facts
-    if name not in _LLAMA_LIKE or missing or mixture != (name == "qwen3moe"):
+    is_mixture = "expert_count" in facts
+    if name not in _LLAMA_LIKE or not _CONFIG_KEYS.keys() <= facts.keys() or is_mixture != (name == "qwen3moe"):
         return None
     model_type, architecture = _LLAMA_LIKE[name]
     head_dim = facts.get("attention.key_length") or facts.get("rope.dimension_count")
-    config = {ours: facts[key] for key, ours in _CONFIG_KEYS.items() if key in facts}
+    config = {ours: facts[key] for key, ours in (_CONFIG_KEYS | _OPTIONAL_KEYS).items() if key in facts}
     config |= {
         "architectures": [architecture],
         "model_type": model_type,
@@ -102,23 +99,17 @@ def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
         "tie_word_embeddings": "output.weight" not in tensor_names,
         "dtype": dtype_name(metadata),
     }
-    if mixture:
-        config |= {ours: facts[key] for key, ours in _MOE_KEYS.items() if key in facts}
-        config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    scaling = _rope_scaling(facts)
-    return config | ({"rope_scaling": scaling} if scaling else {})
-
-
-def _rope_scaling(facts: Json) -> Json | None:
+    if is_mixture:
+        config["norm_topk_prob"] = True  # as all models of this architecture have it, but not the library's default
     kind = facts.get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise GGUFError(f"rope scaling {kind!r} is not known")
-    scaling = {"rope_type": kind, "factor": facts["rope.scaling.factor"]}
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelUnavailable(f"rope scaling {kind!r} is not known")
+    if kind != "none":
+        config["rope_scaling"] = {"rope_type": kind, "factor": facts["rope.scaling.factor"]}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = facts["rope.scaling.original_context_length"]
-    return scaling
+        length = facts["rope.scaling.original_context_length"]
+        config["rope_scaling"]["original_max_position_embeddings"] = length
+    return config
 
 
 def generation_json(metadata: Json) -> Json:
@@ -142,12 +133,12 @@ def tokenizer_config_json(metadata: Json) -> Json:
 
 
 def tokenizer(metadata: Json) -> Tokenizer | None:
-    """A byte-level BPE tokenizer, or None for another kind. Raises GGUFError."""
+    """A byte-level BPE tokenizer, or None for another kind. Raises ModelUnavailable."""
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return None
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
-        raise GGUFError(f"its pre-tokenizer {name!r} is not known; give the tokenizer with --tokenizer-path")
+        raise ModelUnavailable(f"its pre-tokenizer {name!r} is not known; give the tokenizer with --tokenizer-path")
     tokens = metadata["tokenizer.ggml.tokens"]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

@@ -80,14 +80,16 @@ class EngineHost:
 
     @contextlib.asynccontextmanager
     async def places(self, count: int) -> AsyncIterator[None]:
-        """Wait until so many requests more may be in the engine. More than there are at all go through, to be refused
-        by the client. One caller at a time collects: two that wait for many would hold what the other needs."""
+        """Wait until so many requests more may be in the engine, which may have to be started again. More than there
+        are at all go through, to be refused by the client. One caller at a time collects: two that wait for many would
+        hold what the other needs."""
         taken = 0
         try:
             async with self._turn:
                 while taken < count <= self._max_live:
                     await self._free.acquire()
                     taken += 1
+            await self.client.settled.wait()
             yield
         finally:
             for _ in range(taken):
@@ -130,7 +132,7 @@ class EngineHost:
         try:
             await self._inbox.deliver(self.client.dispatch)
         finally:
-            self.client.dispatch(EngineDown("it was closed"))
+            self.client.dispatch(EngineDown("it was closed", final=True))
 
     async def _end(self) -> None:
         try:

@@ -22,7 +22,7 @@ class _Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
-        for name, value in _fields(record).items():
+        for name, value in getattr(record, "fields", {}).items():
             # What a client sent must not look like another field or line.
             plain = isinstance(value, str) and value.isascii() and value.isprintable() and " " not in value
             line += f" {name}={value if plain else json.dumps(value, default=str)}"
@@ -41,16 +41,11 @@ class _Json(logging.Formatter):
             "process": self._process,
             "logger": record.name,
             "message": record.getMessage(),
-            **_fields(record),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields: dict[str, Any] = getattr(record, "fields", {})
-    return fields
 
 
 def set_up_logging(process: str, level: str, form: LogFormat = "text") -> None:

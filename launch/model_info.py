@@ -67,15 +67,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _SentenceConfig(msgspec.Struct):
-    """sentence_bert_config.json; for some families it has another name."""
+    """sentence_bert_config.json (for some families it has another name) and config_sentence_transformers.json."""
 
     max_seq_length: int | None = None
     do_lower_case: bool | None = None
-
-
-class _Prompts(msgspec.Struct):
-    """config_sentence_transformers.json."""
-
     default_prompt_name: str | None = None
 
 
@@ -85,14 +80,12 @@ class _AddedTokens(msgspec.Struct):
 
 def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> ModelInfo:
     """`source` is the model's own folder or .gguf file. Raises ModelUnavailable."""
-    config: dict[str, Any] = _read(model_dir / "config.json", dict)
+    text = _text_config(model_dir)
     generation: dict[str, Any] = _read(model_dir / "generation_config.json", dict, {})
-    # A multimodal config nests the language model's; its own keys are only a fallback.
-    text = {**config, **config.get("text_config", {})}
     vocab_size = text.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ModelUnavailable(f"{model_dir / 'config.json'} has no vocab_size")
-    model_type = str(config.get("model_type", ""))
+    model_type = str(text.get("model_type"))
     context_length = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
     if context_length is not None and model_type in _OFFSET_POSITIONS:
         context_length -= text.get("pad_token_id", 1) + 1
@@ -114,24 +107,26 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
 
 def lacks_facts(model_dir: Path) -> bool:
     """Whether config.json leaves needed facts to the defaults of transformers' config class."""
+    text = _text_config(model_dir)
+    return "vocab_size" not in text or text.keys().isdisjoint(_CONTEXT_KEYS)
+
+
+def _text_config(model_dir: Path) -> dict[str, Any]:
+    """config.json. A multimodal one nests the language model's; its own keys are then only a fallback."""
     config: dict[str, Any] = _read(model_dir / "config.json", dict)
-    text = {**config, **config.get("text_config", {})}
-    return "vocab_size" not in text or not any(key in text for key in _CONTEXT_KEYS)
+    return {**config, **(config.get("text_config") or {})}
 
 
 def _eos_ids(
     text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path, added_tokens: tuple[AddedToken, ...]
 ) -> tuple[int, ...]:
     """Those of generation_config (else config), and the tokenizer's own: chat models often end turns only with it."""
-    given = generation.get("eos_token_id")
-    if given is None:
-        given = text.get("eos_token_id")
-    ids = list(given) if isinstance(given, list) else [given] if given is not None else []
+    given: Any = next((x for config in (generation, text) if (x := config.get("eos_token_id")) is not None), [])
     token = _read(tokenizer_dir / "tokenizer_config.json", dict, {}).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
-    ids.extend(item.id for item in added_tokens if item.content == token)
-    return tuple(dict.fromkeys(ids))
+    own = [item.id for item in added_tokens if item.content == token]
+    return tuple(dict.fromkeys([*(given if isinstance(given, list) else [given]), *own]))
 
 
 def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> EmbeddingInfo:
@@ -139,11 +134,11 @@ def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> E
     described = (source / "modules.json").exists()
     reason = "it has a modules.json" if described else "it is an encoder" if is_encoder else None
     lengths = tuple(config.get("matryoshka_dimensions") or ())
-    found = _SentenceConfig()
+    found = none = _SentenceConfig()
     if described:
         for path in sorted(source.glob("sentence_*_config.json"))[:1]:
             found = _read(path, _SentenceConfig)
-        if name := _read(source / "config_sentence_transformers.json", _Prompts, _Prompts()).default_prompt_name:
+        if name := _read(source / "config_sentence_transformers.json", _SentenceConfig, none).default_prompt_name:
             logger.warning("the model's default prompt %r is not put before inputs: clients have to", name)
     return EmbeddingInfo(
         reason=reason,

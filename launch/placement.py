@@ -35,8 +35,7 @@ class Placement(msgspec.Struct, frozen=True):
 
 def light() -> Placement:
     """For the processes that must not disturb the scheduler."""
-    env = dict.fromkeys(_THREAD_VARIABLES, "1")
-    return Placement(env={**env, "TOKENIZERS_PARALLELISM": "false"}, nice=_LIGHT_NICE)
+    return Placement({**dict.fromkeys(_THREAD_VARIABLES, "1"), "TOKENIZERS_PARALLELISM": "false"}, nice=_LIGHT_NICE)
 
 
 def computing(

@@ -25,8 +25,7 @@ def prepared_folder(source: Path, trust_remote_code: bool = False) -> Path:
     if folder.is_dir():
         return folder
     command = [sys.executable, "-P", "-m", "ramet.launch.prepare", str(source)]
-    if trust_remote_code:
-        command.append("--trust-remote-code")
+    command += ["--trust-remote-code"] if trust_remote_code else []
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -40,14 +39,6 @@ def _folder_for(source: Path) -> Path:
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(json.dumps([_FORMAT, str(source.resolve()), facts]).encode()).hexdigest()[:16]
     return cache_folder() / "prepared" / f"{source.stem}-{key}"
-
-
-def prepare(source: Path, trust_remote_code: bool) -> None:
-    with filling(_folder_for(source)) as folder:
-        if source.is_file():
-            _prepare_gguf(source, folder)
-        else:
-            _prepare_folder(source, folder, trust_remote_code)
 
 
 def _prepare_gguf(source: Path, folder: Path) -> None:
@@ -107,8 +98,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    source = Path(sys.argv[1])
     try:
-        prepare(Path(sys.argv[1]), "--trust-remote-code" in sys.argv)
+        with filling(_folder_for(source)) as folder:
+            if source.is_file():
+                _prepare_gguf(source, folder)
+            else:
+                _prepare_folder(source, folder, trust_remote_code="--trust-remote-code" in sys.argv)
     except Exception as error:  # noqa: BLE001 - the parent shows the last line of stderr to the user
         words = " ".join(str(error).split()) or type(error).__name__
         sys.exit(words)

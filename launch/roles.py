@@ -1,13 +1,11 @@
 """Which processes make an engine: the one table of names, functions, arguments and placements."""
 
-import os
-
 import msgspec
 
 from ramet.ipc.channel import Addresses
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig
-from ramet.launch.placement import computing, light
+from ramet.launch.placement import light
 from ramet.launch.supervisor import FRONTEND, SCHEDULER
 
 
@@ -15,12 +13,10 @@ def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process
     """The scheduler first, because it takes longest to start. If rank 0 is on another machine, there are only ranks."""
 
     def process(name: str, target: str, *arguments: object) -> Process:
-        placement, group = light(), ""
-        if name.startswith("scheduler-"):  # no rank can go on without the others
-            placement = computing(config.cpus, config.num_threads, os.environ, config.num_ranks)
-            group = "scheduler"
         values = [msgspec.to_builtins(value) for value in (*arguments, addresses)]
-        return Process(name, target, values, placement, group)
+        if name.startswith("scheduler-"):  # no rank can go on without the others
+            return Process(name, target, values, config.placement, group="scheduler")
+        return Process(name, target, values, light())
 
     runner = config.runner
     if runner.device == "cpu":  # each rank sizes its part of the KV pool by the memory that all of them share

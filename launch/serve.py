@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from ramet.frontend.port import bind
 from ramet.ipc.errors import RequestError
@@ -47,7 +46,7 @@ def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
     """The exit code of `action`, or that of what it raises, said in words."""
     set_up_logging("launcher", args.log_level, args.log_format)
     try:
-        signal.signal(signal.SIGTERM, _interrupt)  # until there is something to drain
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is something to drain
         return action()
     except (ModelUnavailable, ConfigError, EngineFailed, RequestError, OSError) as error:
         if args.log_format == "json":
@@ -108,7 +107,3 @@ def check_port(host: str, port: int) -> None:
         bind(host, port).close()
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

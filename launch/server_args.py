@@ -20,7 +20,8 @@ from ramet.launch.placement import parse_cpus
 from ramet.scheduler.config import Policy
 
 Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Wait = Annotated[float, Meta(le=86_400)]  # what is longer, `poll` does not take
+Seconds = Annotated[Wait, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -32,12 +33,12 @@ class ConfigError(ValueError):
     """Arguments that cannot be honoured, or not together; the message says which and why."""
 
 
-def _flag(group: str, description: str, **limits: Any) -> Meta:
+def flag(group: str, description: str, **limits: Any) -> Meta:
     return Meta(description=description, extra_json_schema={"group": group}, **limits)
 
 
 _model, _server, _engine, _parallel = (
-    functools.partial(_flag, name) for name in ("model", "server", "engine", "parallel")
+    functools.partial(flag, name) for name in ("model", "server", "engine", "parallel")
 )
 
 
@@ -61,8 +62,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     context_length: Annotated[Count | None, _model("tokens of prompt and answer together (the model's maximum)")] = None
     trust_remote_code: Annotated[bool, _model("run Python code that comes with the model")] = False
     is_embedding: Annotated[bool, _model("embed, not generate; automatic for encoders, sentence-transformers")] = False
-    tool_call_parser: Annotated[Literal["auto"] | ToolCallForm, _model("form of tool calls (template's)")] = "auto"
-    reasoning_parser: Annotated[Literal["auto"] | ReasoningFamily, _model("tags of reasoning (template's)")] = "auto"
+    tool_call_parser: Annotated[Literal["auto", ToolCallForm], _model("form of tool calls (template's)")] = "auto"
+    reasoning_parser: Annotated[Literal["auto", ReasoningFamily], _model("tags of reasoning (template's)")] = "auto"
 
     host: Annotated[str, _server("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _server("port to listen on", ge=1, le=65535)] = 30000
@@ -90,13 +91,13 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     otlp_traces_endpoint: Annotated[
         str | None, _server("send OpenTelemetry traces here, as http://localhost:4318/v1/traces; needs ramet[otel]")
     ] = None
-    drain_timeout: Annotated[float, _server("seconds for running requests to finish on SIGTERM or SIGINT", ge=0)] = 30.0
+    drain_timeout: Annotated[Wait, _server("seconds for running requests to finish on SIGTERM or SIGINT", ge=0)] = 30.0
     file_storage_path: Annotated[str | None, _server("folder of files and batches (~/.local/share/ramet/PORT)")] = None
     max_file_size: Annotated[str | int, _server("largest upload; one for a batch has at most 200MiB")] = "512MiB"
     max_storage_size: Annotated[str | int | None, _server("most bytes of all files together (no limit)")] = None
-    watchdog_timeout: Annotated[float, _server("seconds after which a stuck process is killed", ge=3)] = 60.0
-    max_restarts: Annotated[int, _server("restarts of processes within ten minutes, at most", ge=0)] = 5
-    start_timeout: Annotated[float, _server("seconds until every process must be ready", gt=0)] = 900.0
+    watchdog_timeout: Annotated[Wait, _server("seconds after which a stuck process is killed", ge=3)] = 60.0
+    max_restarts: Annotated[int, _server("restarts of processes within ten minutes, at most", ge=0)] = 10
+    start_timeout: Annotated[Seconds, _server("seconds until every process must be ready")] = 900.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _engine("where the model runs")] = "auto"
     mem_fraction_static: Annotated[
@@ -143,6 +144,9 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("dist_init_addr", "dist_secret_file"):
             if self.nnodes == 1 and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for several machines: give --nnodes too")
+        for name in ("api_key", "served_model_name"):
+            if not all(text.strip() for text in getattr(self, name)):
+                raise ValueError(f"{name} must not be empty")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)
         for name in ("max_body_size", "max_file_size", "max_storage_size"):

@@ -1,19 +1,15 @@
 """Start a server by its command line from a program or a notebook, wait until it answers, and end it.
 
-Knows of the server only its command and its `/ready`. The command runs in a session of its own, by which all that it
-started is found.
+Knows of the server only its command and its `/ready`. The command runs in a process group of its own, by which all that
+it started is found.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-
-import psutil
 
 # A server lets its running requests finish on the first SIGTERM, and ends at once on the second.
 _DRAIN_S = 5.0
@@ -36,38 +32,22 @@ def wait_for_server(base_url: str, timeout_s: float = 900.0) -> None:
         try:
             with opener.open(f"{base_url.rstrip('/').removesuffix('/v1')}/ready", timeout=5):
                 return
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no server was ready at {base_url} within {timeout_s:g} s: {error}") from error
         time.sleep(_POLL_S)
 
 
 def terminate_process(process: "subprocess.Popen[bytes]") -> None:
-    """End what `execute_shell_command` has started, with all its descendants; what runs in it is not finished."""
-    try:
-        root = psutil.Process(process.pid)
-        tree = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        tree = []
-    for timeout_s in (_DRAIN_S, _EXIT_S):
-        if _alive(tree):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+    """End what `execute_shell_command` has started; what runs in it is not finished. The processes of an engine, which
+    are in groups of their own, end with their launcher."""
+    for number, timeout_s in ((signal.SIGTERM, _DRAIN_S), (signal.SIGTERM, _EXIT_S), (signal.SIGKILL, _EXIT_S)):
         deadline = time.monotonic() + timeout_s
-        while _alive(tree) and time.monotonic() < deadline:
-            process.poll()  # lets the kernel forget it
-            time.sleep(_POLL_S / 4)
-    for left in _alive(tree):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
-    process.wait()
-
-
-def _alive(tree: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; the dead of whom nobody has taken note yet have."""
-    alive = []
-    for process in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
+        try:
+            os.killpg(process.pid, number)
+            while time.monotonic() < deadline:
+                process.poll()  # lets the kernel forget it
+                os.killpg(process.pid, 0)  # fails when nobody is left
+                time.sleep(_POLL_S / 4)
+        except ProcessLookupError:
+            return

@@ -4,9 +4,10 @@ Knows names and messages, not what the processes do (`launch/roles.py` does), an
 process dies by itself, or is killed because it is stuck (`launch/watchdog.py`); its group is started again, within a
 budget.
 
-Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, and `EngineUp` when all are
-ready; once `stop()` returns, or the launcher dies in whatever way, no process of the engine is alive; a running engine
-costs the launcher nearly nothing, because it sleeps in one poll on the descriptors of the processes.
+Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, then `EngineUp` when all are
+ready, or `EngineDown` with `final` when nobody will start it again; once `stop()` returns, or the launcher dies in
+whatever way, no process of the engine is alive; a running engine costs the launcher nearly nothing, because it sleeps
+in one poll on the descriptors of the processes.
 """
 
 import collections
@@ -25,6 +26,7 @@ from typing import NoReturn
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
@@ -33,6 +35,7 @@ from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = "launcher"
 FRONTEND = "frontend"
 SCHEDULER = "scheduler-0"
 # How long a message may take to the frontend, and from there to its clients, before the frontend is told to stop.
@@ -66,6 +69,7 @@ class Supervisor:
         self.addresses = Addresses(folder, args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
+        self._pulse = Pulse(self.addresses, LAUNCHER)
         self._processes: dict[str, Process] = {}
         self._children: dict[str, RunningProcess] = {}
         self._ready: dict[str, Ready] = {}
@@ -75,6 +79,7 @@ class Supervisor:
         self._progress: dict[str, tuple[str, float]] = {}
         self._doing: dict[str, str] = {}  # the latest progress of each
         self._stop_requests = 0
+        self._end = "it is being stopped"  # why a process that is dead or on its way will not be awaited
         # Runs at the latest when the interpreter ends.
         self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
@@ -106,7 +111,11 @@ class Supervisor:
             if self._stop_requests:
                 return
             if dead:
-                self._restart(dead)
+                try:
+                    self._restart(dead)
+                except EngineFailed as error:
+                    self._end = str(error).splitlines()[0]
+                    raise
 
     def request_stop(self) -> None:
         """End `start()` or `wait()`; a second time, make `stop()` wait no longer for running requests."""
@@ -119,7 +128,9 @@ class Supervisor:
         if not self._clean_up.alive:
             return
         try:
-            healthy = FRONTEND in self._ready and len(self._alive) == len(self._children)
+            healthy = self._alive & self._ready.keys() == self._children.keys()
+            if not healthy:
+                self._to_frontend.send(EngineDown(self._end, final=True))
             self._terminate({FRONTEND}, (self._args.drain_timeout if healthy else 0) + _EXIT_S)
             self._terminate(set(self._children), _EXIT_S)
         finally:
@@ -142,7 +153,7 @@ class Supervisor:
         """Wait until all are ready; the frontend hears of it when the others are. Returns early with who died."""
         if dead := self._await_ready(self._children.keys() - {FRONTEND}):
             return dead
-        pids = {"launcher": os.getpid(), **{name: child.pid for name, child in self._children.items()}}
+        pids = {LAUNCHER: os.getpid(), **{name: child.pid for name, child in self._children.items()}}
         if SCHEDULER in self._ready:  # else this machine only has other ranks
             self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
         return self._await_ready(set(self._children))
@@ -224,8 +235,6 @@ class Supervisor:
         return pause_s
 
     def _give_up(self, name: str, reason: str) -> NoReturn:
-        self._to_frontend.send(EngineDown(reason))
-        self._poll_until(time.monotonic() + _FLUSH_S, {FRONTEND})
         lines = [] if name in self._fatal else self._children[name].last_lines
         raise EngineFailed("\n".join([reason, *([f"the last lines of {name}:"] if lines else []), *lines]))
 
@@ -261,6 +270,7 @@ class Supervisor:
 
     def _poll(self, timeout_s: float) -> list[str]:
         """Names of children that died since the last call; returns early, maybe with none, on a stop request."""
+        self._pulse.beat()
         names = {self._children[name].pidfd: name for name in self._alive}
         poller = select.poll()
         for descriptor in (self._wake_reader.fileno(), *names):
@@ -281,7 +291,7 @@ class Supervisor:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            others += [name for name in self._poll(left) if name not in names]
+            others += [name for name in self._poll(min(left, BEAT_S)) if name not in names]
         return others
 
     def _terminate(self, names: set[str], timeout_s: float) -> None:
@@ -290,7 +300,7 @@ class Supervisor:
             self._children[name].terminate()
         for name in self._poll_until(deadline, names):
             # The requests that the frontend wants to finish will get no more tokens.
-            self._to_frontend.send(EngineDown(self._death(name)))
+            self._to_frontend.send(EngineDown(self._death(name), final=True))
             deadline = min(deadline, time.monotonic() + _FLUSH_S)
         self._poll_until(deadline, names)
 

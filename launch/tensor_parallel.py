@@ -30,14 +30,13 @@ def tensor_parallel(args: ServerArgs, info: ModelInfo, device: str, is_embedding
         raise ConfigError(f"tp_size is {args.tp_size}, but models that embed run on one device")
     if args.base_gpu_id and device == "cpu":
         raise ConfigError(f"base_gpu_id is {args.base_gpu_id}, but the model runs on a CPU")
-    first = args.node_rank * (args.tp_size // args.nnodes)
     host = address = secret = ""
     if args.nnodes > 1:
         host, port = _numeric(args.dist_init_addr)
         address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         secret = _secret(args.dist_secret_file)
     return TpConfig(
-        rank=first,
+        rank=args.node_rank * (args.tp_size // args.nnodes),
         size=args.tp_size,
         address=address,
         host=host,

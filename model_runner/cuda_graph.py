@@ -189,13 +189,13 @@ def _cuda_capture() -> Capture:
     def capture(run: Callable[[], Decoded]) -> Callable[[], Decoded]:
         # Libraries and kernels set themselves up in the first runs, which a capture does not allow.
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-            run()
         graph = torch.cuda.CUDAGraph()
-        # NCCL watches its collectives from a thread of its own, whose calls a stricter mode takes for a part of this.
-        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-            decoded = run()
+        with torch.cuda.stream(stream):  # also around the capture: one that fails does not leave its stream
+            run()
+            run()
+            # NCCL watches its collectives from a thread of its own, whose calls a stricter mode takes for part of this.
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+                decoded = run()
         torch.cuda.current_stream().wait_stream(stream)
 
         def replay() -> Decoded:

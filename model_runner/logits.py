@@ -34,9 +34,14 @@ def _has_penalties(params: SamplingParams) -> bool:
 def apply_masks(logits: Tensor, masks: TokenMasks) -> None:
     """Ban in place what the masks do not allow. logits: [R, vocab_size]."""
     bits = np.unpackbits(~masks.bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    banned = torch.from_numpy(bits.view(np.bool_)).to(logits.device, non_blocking=True)
+    banned = send(torch.from_numpy(bits.view(np.bool_)), logits.device)
     for row, line in zip(masks.rows, banned, strict=True):
         logits[row].masked_fill_(line, float("-inf"))
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, which is not waited for: from other than pinned memory CUDA would wait."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 class LogitsProcessor:
@@ -46,16 +51,15 @@ class LogitsProcessor:
         self._params = admission.params
         self._num_generated = len(admission.token_ids) - admission.prompt_len
         bias = admission.params.logit_bias
-        self._bias_ids = torch.tensor(list(bias), dtype=torch.long, device=device)
-        self._bias = torch.tensor(
-            [float("-inf") if b <= BAN_BIAS else b for b in bias.values()], dtype=torch.float32, device=device
-        )
-        self._banned = torch.tensor([i for i in admission.eos_ids if i < vocab_size], dtype=torch.long, device=device)
+        self._bias_ids = send(torch.tensor(list(bias), dtype=torch.long), device)
+        self._bias = send(torch.tensor([float("-inf") if b <= BAN_BIAS else b for b in bias.values()]), device)
+        self._banned = send(torch.tensor([i for i in admission.eos_ids if i < vocab_size], dtype=torch.long), device)
         self._counts: Tensor | None = None
         if _has_penalties(admission.params):
-            tokens = torch.tensor(admission.token_ids, dtype=torch.long, device=device)
-            self._counts = torch.bincount(tokens[admission.prompt_len :], minlength=vocab_size).float()
-            self._seen = torch.bincount(tokens, minlength=vocab_size).bool()
+            tokens = torch.tensor(admission.token_ids, dtype=torch.long)
+            generated = torch.bincount(tokens[admission.prompt_len :], minlength=vocab_size)
+            self._counts = send(generated.float(), device)
+            self._seen = send(torch.bincount(tokens, minlength=vocab_size).bool(), device)
 
     def apply(self, logits: Tensor) -> None:
         """Change one row of logits [vocab_size] in place."""

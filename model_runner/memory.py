@@ -1,5 +1,5 @@
-"""How large the KV pool may be: on a CPU a share of the memory that is free; on CUDA all that the largest step, as
-`Measured`, leaves of a share of the device's memory."""
+"""How large the KV pool may be: on a CPU a share of the memory that is free; on CUDA all that the largest step and
+the graphs leave of a share of the device's memory."""
 
 import logging
 
@@ -18,28 +18,6 @@ _CPU_TOKENS = 65_536
 
 class PoolTooLarge(ValueError):
     """The memory that is free does not hold what was asked; the message has the numbers."""
-
-
-class Measured:
-    """In a `with` block, counts what is taken of a device's memory: `peak_bytes`, by torch's allocator at most, and by
-    what CUDA keeps for itself (kernels, libraries)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.peak_bytes = 0
-
-    def __enter__(self) -> "Measured":
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._free, self._reserved = torch.cuda.mem_get_info(self._device)[0], torch.cuda.memory_reserved(self._device)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize(self._device)
-        taken = self._free - torch.cuda.mem_get_info(self._device)[0]
-        outside = taken - (torch.cuda.memory_reserved(self._device) - self._reserved)
-        self.peak_bytes = torch.cuda.max_memory_reserved(self._device) - self._reserved + max(0, outside)
 
 
 def size_pool(

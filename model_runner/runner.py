@@ -20,7 +20,8 @@ from ramet.model_runner.batch import SlotTable, build
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs, graph_bytes
 from ramet.model_runner.kv_pool import KVPool
-from ramet.model_runner.memory import Measured, PoolTooLarge, size_pool
+from ramet.model_runner.logits import send
+from ramet.model_runner.memory import PoolTooLarge, size_pool
 from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup, use_device
 from ramet.model_runner.sampler import Ranked, Sampled, is_plain, make_chooser, sample
@@ -96,16 +97,18 @@ class ModelRunner:
     def _measure_steps(self) -> int:
         """Bytes that a step takes beside weights and KV cache, at most: one prompt, and as many prompts and then
         decodes as run together, sampled in the way that takes most. Their KV cache is just large enough. Also the
-        first request finds kernels compiled."""
+        first request finds kernels compiled, and what CUDA and its libraries keep for themselves is taken."""
         config = self._config
-        with Measured(self.device) as measured:
-            self._make_pool(-(-config.max_step_tokens // config.page_size) + config.max_running)
-            self._run_prompts([min(config.max_step_tokens, config.context_length)])
-            share = min(max(1, config.max_step_tokens // config.max_running), config.context_length)
-            self._run_prompts([share] * config.max_running, temperature=1.0, top_p=0.9, logprobs=1)
-        held = self._pool.num_bytes
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        self._make_pool(-(-config.max_step_tokens // config.page_size) + config.max_running)
+        self._run_prompts([min(config.max_step_tokens, config.context_length)])
+        share = min(max(1, config.max_step_tokens // config.max_running), config.context_length)
+        self._run_prompts([share] * config.max_running, temperature=1.0, top_p=0.9, logprobs=1)
+        before += self._pool.num_bytes
         del self._pool, self._slots
-        return measured.peak_bytes - held
+        return torch.cuda.max_memory_reserved(self.device) - before
 
     def _make_pool(self, num_pages: int) -> None:
         config = self._config
@@ -173,7 +176,7 @@ class ModelRunner:
         targets = prompt[row.start + 1 : row.start + row.length + 1]
         scored: list[Ranked] = []
         for at in range(0, len(targets), _SCORED_POSITIONS):
-            some = torch.tensor(targets[at : at + _SCORED_POSITIONS]).to(self.device, non_blocking=True)
+            some = send(torch.tensor(targets[at : at + _SCORED_POSITIONS]), self.device)
             logprobs = self._model.logits(hidden[at : at + len(some)]).log_softmax(dim=-1)
             scored.append(Ranked(logprobs, some, [params.prompt_logprobs or 0] * len(some)))
         return scored

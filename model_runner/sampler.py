@@ -30,7 +30,7 @@ from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import RowResult, TokenMasks
 from ramet.kernels.cpu.build import KernelUnavailable
 from ramet.kernels.cpu.sampling import ChooseKernel
-from ramet.model_runner.logits import LogitsProcessor, apply_masks
+from ramet.model_runner.logits import LogitsProcessor, apply_masks, send
 from ramet.model_runner.noise import MASK64, keyed_gumbel, row_keys
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Sampled:
     def rank(self, wanted: list[int], logprobs: Tensor) -> None:
         """Attach log-probabilities [W, vocab] to the rows `wanted` [W]."""
         counts = [self._rows[i].params.logprobs or 0 for i in wanted]
-        tokens = self.tokens.index_select(0, _index(wanted, logprobs.device))
+        tokens = self.tokens.index_select(0, send(torch.tensor(wanted), logprobs.device))
         self._wanted, self._ranked = wanted, Ranked(logprobs, tokens, counts)
 
     def results(self) -> list[RowResult]:
@@ -120,7 +120,7 @@ def sample(
 ) -> Sampled:
     """logits: [R, vocab] float32, overwritten."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    logprobs = logits.index_select(0, _index(wanted, logits.device)).log_softmax(dim=-1) if wanted else None
+    logprobs = logits.index_select(0, send(torch.tensor(wanted), logits.device)).log_softmax(dim=-1) if wanted else None
     if masks is not None:
         apply_masks(logits, masks)
     for i, row in enumerate(rows):
@@ -207,10 +207,6 @@ def _filters(params: SamplingParams) -> bool:
 
 def _log(value: float) -> float:
     return math.log(value) if value else -math.inf
-
-
-def _index(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -16,13 +16,12 @@ of `KVManager`; a request that fits the pool alone is never failed for lack of p
 import dataclasses
 
 import msgspec
-from llguidance import LLMatcher
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
 from ramet.ipc.step import Admission, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import advance, matcher_failure
+from ramet.scheduler.grammar import Matcher
 from ramet.scheduler.kv_manager import KVManager
 from ramet.scheduler.policy import WaitingQueue
 from ramet.scheduler.request import Request
@@ -93,7 +92,7 @@ class SchedulerCore:
         """Of all requests that have not ended."""
         return list(self._requests)
 
-    def add(self, message: Generate, matcher: LLMatcher | None = None) -> None:
+    def add(self, message: Generate, matcher: Matcher | None = None) -> None:
         """Queue a request, with the matcher of its grammar. One that can never run fails at once."""
         try:
             max_tokens = self._check(message)
@@ -156,7 +155,7 @@ class SchedulerCore:
             request.num_stored = row.start + row.length
             request.num_in_flight -= row.sample
             if got.error is not None:
-                self._fail(request, matcher_failure(request) or got.error)
+                self._fail(request, (request.matcher and request.matcher.failure()) or got.error)
                 continue
             if row.start < request.prompt_len:
                 if row.prompt_logprobs:
@@ -309,7 +308,7 @@ class SchedulerCore:
     def _take_token(self, request: Request, got: RowResult) -> None:
         token = got.token_id
         assert token is not None
-        if request.matcher is not None and (failure := advance(request, token)):
+        if request.matcher is not None and (failure := request.matcher.advance(token)):
             self._fail(request, failure)
             return
         request.tokens.append(token)

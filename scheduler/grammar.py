@@ -9,18 +9,26 @@ nothing can follow, the answer ends with reason stop and no `matched`, `min_toke
 anywhere. Where bans leave no allowed token, the request fails.
 """
 
+import copy
+import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import llguidance
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.sampling import JSON_SPELLING, Grammar, GrammarKind
-from ramet.scheduler.request import Request
 
 MAX_SOURCE_CHARS = 256 * 1024
+# Up to 0.8 KiB each. A text whose length is counted takes one for each of its bytes, and more for what may follow.
+_MAX_LEXER_STATES = 50_000
+# A matcher is renewed in the middle of a step, for which all others wait: only if its grammar compiles in this time,
+# and only so often.
+_RENEWABLE_S, _RENEWAL_TOKENS = 0.2, 32
 
 # The schema's own `x-guidance` does not come into it.
 _JSON_OPTIONS: Any = {**JSON_SPELLING, "whitespace_pattern": None, "coerce_one_of": False, "lenient": False}
@@ -46,7 +54,7 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     """A matcher at the start of the grammar, its first mask computed. Raises GrammarError."""
     if len(grammar.source) > MAX_SOURCE_CHARS:
         raise GrammarError(f"at most {MAX_SOURCE_CHARS} characters, got {len(grammar.source)}")
-    limits = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, _translate(grammar), log_level=0, limits=limits)
     except (ValueError, RecursionError) as error:
@@ -58,19 +66,53 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     return matcher
 
 
-def advance(request: Request, token: int) -> Failure | None:
-    """Take the sampled token into the request's matcher; what went wrong, if anything did."""
-    assert request.matcher is not None
-    request.matcher.consume_token(token)
-    return matcher_failure(request)
+class Matcher:
+    """Where a request stands in its grammar. Copies share a lexer, which keeps every state that one of them came
+    through, and fails them all when it is full. Then a matcher follows its tokens again with a lexer of its own."""
 
+    def __init__(self, tokenizer: LLTokenizer, grammar: Grammar) -> None:
+        """At the start of the grammar. Raises GrammarError."""
+        self._source = (tokenizer, grammar)
+        begun_s = time.thread_time()
+        self._state = compile_grammar(tokenizer, grammar)
+        self._renewable_from = 0 if time.thread_time() - begun_s < _RENEWABLE_S else math.inf
+        self._tokens: list[int] = []
 
-def matcher_failure(request: Request) -> Failure | None:
-    """Whether the matcher, if there is one, has given up: a limit was hit."""
-    if request.matcher is None or not request.matcher.is_error():
-        return None
-    assert request.params.grammar is not None
-    return refusal(request.params.grammar, _words(request.matcher))
+    def copy(self) -> "Matcher":
+        """Of one that has taken no token."""
+        made = copy.copy(self)
+        made._state, made._tokens = self._state.deep_copy(), []
+        return made
+
+    def advance(self, token: int) -> Failure | None:
+        """Take the sampled token; what went wrong, if anything did."""
+        self._tokens.append(token)
+        self._state.consume_token(token)
+        if self._state.is_error():
+            self._renew()
+        return self.failure()
+
+    def fill(self, bits: np.ndarray) -> bool:
+        """Write which tokens may come next, a bit each, without the interpreter lock. Whether the lexer was full."""
+        self._state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if was_full := self._state.is_error():
+            self._renew()
+            self._state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return was_full
+
+    def failure(self) -> Failure | None:
+        """Why it has given up, if it has: a limit was hit."""
+        return refusal(self._source[1], _words(self._state)) if self._state.is_error() else None
+
+    def is_stopped(self) -> bool:
+        return self._state.is_stopped()
+
+    def _renew(self) -> None:
+        """Where the lexer fills up at once again, it gives up."""
+        if len(self._tokens) >= self._renewable_from:
+            self._renewable_from = len(self._tokens) + _RENEWAL_TOKENS
+            self._state = compile_grammar(*self._source)
+            self._state.consume_tokens(self._tokens)
 
 
 def refusal(grammar: Grammar, words: str) -> Failure:

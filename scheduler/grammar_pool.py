@@ -1,43 +1,40 @@
 """`GrammarPool`: compiles grammars off the scheduling loop, holds requests meanwhile, and fills masks.
 
 Owns llguidance's tokenizer, a bounded cache of compiled grammars and the threads; used by the scheduling loop alone.
-Each request gets a copy. But copies share a lexer, which keeps every state that one of them came through, up to a limit
-at which all of them fail: a grammar is compiled anew after some copies, and after such a failure. Every one is first
+Each request gets a copy. A grammar whose lexer was full is compiled anew for those that come later. Every one is first
 tried in a process of its own (`scheduler/grammar_checker.py`), since a few hostile characters can cost minutes,
 gigabytes, or more stack than there is. Does not know sockets or torch.
 """
 
-import itertools
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Generate
 from ramet.ipc.sampling import Grammar
 from ramet.ipc.step import TokenMasks
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import GrammarError, compile_grammar, load_tokenizer, matcher_failure, refusal
+from ramet.scheduler.grammar import GrammarError, Matcher, load_tokenizer, refusal
 from ramet.scheduler.grammar_checker import CPU_LIMIT_S, MEMORY_LIMIT_BYTES
 from ramet.scheduler.request import Request
 
 log = logging.getLogger(__name__)
 
-_CACHED_GRAMMARS = 64
-_MAX_COPIES = 100  # of one compilation
+_CACHED_GRAMMARS = 16  # up to 40 MiB each, if somebody fills their lexers
 _MASK_THREADS = 4
 
 
 class _Held(NamedTuple):
     message: Generate
-    compiled: "Future[LLMatcher]"
+    compiled: "Future[Matcher]"
 
 
 class GrammarPool:
@@ -52,8 +49,7 @@ class GrammarPool:
         self._tokenizer: LLTokenizer | None = None
         self._checker: subprocess.Popen[bytes] | None = None
         self._fillers = ThreadPoolExecutor(_MASK_THREADS, "masks")
-        # The last used at the end. Each comes as often as it may be copied.
-        self._cache: dict[Grammar, Iterator[Future[LLMatcher]]] = {}
+        self._cache: dict[Grammar, Future[Matcher]] = {}  # the last used at the end
         self._held: list[_Held] = []
 
     @property
@@ -71,7 +67,7 @@ class GrammarPool:
         self._held = [held for held in self._held if held.message.rid not in rids]
         return taken
 
-    def take_ready(self) -> list[tuple[Generate, LLMatcher | Failure]]:
+    def take_ready(self) -> list[tuple[Generate, Matcher | Failure]]:
         """Requests whose grammar is compiled or refused, each with a matcher of its own or what to answer."""
         held, self._held = self._held, []
         ready: list[_Held] = []
@@ -87,8 +83,7 @@ class GrammarPool:
 
         def wait() -> TokenMasks:
             for fill, (_, request) in zip(fills, rows, strict=True):
-                fill.result()
-                if matcher_failure(request) and (grammar := request.params.grammar):
+                if fill.result() and (grammar := request.params.grammar):
                     self._cache.pop(grammar, None)
             return TokenMasks([row for row, _ in rows], bits)
 
@@ -99,46 +94,46 @@ class GrammarPool:
         self._fillers.shutdown()
         self._end_checker()
 
-    def _fill(self, request: Request, bits: np.ndarray) -> None:
+    def _fill(self, request: Request, bits: np.ndarray) -> bool:
+        """Whether the lexer was full."""
         assert request.matcher is not None
         try:
-            request.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)  # drops the interpreter lock
+            was_full = request.matcher.fill(bits)
         except BaseException:  # a panic in Rust is no Exception
             log.exception("the mask of request %s could not be computed", request.rid)
-            bits[:] = 0  # no token is allowed: this row fails alone
+            bits[:], was_full = 0, False  # no token is allowed: this row fails alone
         if request.params.ignore_eos:
             for token in self._eos_ids:
                 bits[token // 32] &= ~np.uint32(1 << token % 32)
+        return was_full
 
-    def _outcome(self, message: Generate, compiled: "Future[LLMatcher]") -> LLMatcher | Failure:
+    def _outcome(self, message: Generate, compiled: "Future[Matcher]") -> Matcher | Failure:
         grammar = message.params.grammar
         assert grammar is not None
         error = compiled.exception()
         if error is None:
-            return compiled.result().deep_copy()
+            return compiled.result().copy()
         if isinstance(error, GrammarError):
             return refusal(grammar, str(error))
         log.error("a grammar could not be compiled", exc_info=error)
         self._cache.pop(grammar, None)  # it may go better the next time
         return Failure(FailureKind.INTERNAL, f"the grammar could not be compiled: {error}")
 
-    def _compiled(self, grammar: Grammar) -> "Future[LLMatcher]":
+    def _compiled(self, grammar: Grammar) -> "Future[Matcher]":
         """From the cache; or under way, with the word of it to follow."""
-        left = self._cache.pop(grammar, iter(()))
-        if (compiled := next(left, None)) is None:
+        if (compiled := self._cache.pop(grammar, None)) is None:
             compiled = self._compiler.submit(self._compile, grammar)
             self._compiler.submit(self._on_ready)
-            left = itertools.repeat(compiled, _MAX_COPIES - 1)
-        self._cache[grammar] = left
+        self._cache[grammar] = compiled
         if len(self._cache) > _CACHED_GRAMMARS:
             del self._cache[next(iter(self._cache))]
         return compiled
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> Matcher:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._tokenizer_dir, self._vocab_size, self._eos_ids)
         self._check(grammar)
-        return compile_grammar(self._tokenizer, grammar)
+        return Matcher(self._tokenizer, grammar)
 
     def _check(self, grammar: Grammar) -> None:
         """Let the other process try. If that ends it, the next grammar gets a new one."""

@@ -6,11 +6,10 @@ whose result is not here yet may have sampled a token that only the device knows
 behind by what such steps compute.
 """
 
-from llguidance import LLMatcher
-
 from ramet.ipc.messages import Generate, Logprob, PromptInfo
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import UNKNOWN_TOKEN, PageGrant, Row
+from ramet.scheduler.grammar import Matcher
 from ramet.scheduler.radix_cache import Node
 
 
@@ -24,7 +23,7 @@ class Request:
         arrival: int,
         max_tokens: int,
         eos_ids: tuple[int, ...],
-        matcher: LLMatcher | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         params = message.params
         self.rid = message.rid

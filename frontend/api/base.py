@@ -2,37 +2,61 @@
 
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.types import Scope
 
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import no_such_model
-from ramet.frontend.exchange import read_json, time_limit
+from ramet.frontend.exchange import BATCH_SERVER, read_json, time_limit, while_connected
+from ramet.ipc.errors import invalid
+from ramet.ipc.messages import Answer, Detokenize, Embedding, Tokenize
 
 T = TypeVar("T")
+Question = Embedding | Tokenize | Detokenize
+
+BATCH_PRIORITY = 100
+# Of a server that embeds or does not: what it is, and how to get one.
+_KINDS = {
+    True: ("embeds (--is-embedding, or a model that only embeds)", "embeds: with --is-embedding"),
+    False: ("generates text", "generates: without --is-embedding"),
+}
 
 
 class Api:
-    """The base of an endpoint, or of several that belong together."""
+    """The base of an endpoint, or of several that belong together. `embeds`: which of the two kinds of servers they
+    are for; None is both."""
+
+    embeds: bool | None = None
 
     def __init__(self, config: FrontendConfig, client: EngineClient) -> None:
         self._config = config
         self._client = client
 
     async def _read(self, http: Request, schema: type[T]) -> T:
-        """The body. Raises what `read_json` raises, and `RequestError` if it names a model not served here."""
+        """The body, with the time limit in the scope. Raises what `read_json` raises, and `RequestError` if the body
+        names a model not served here, or a header a limit that is none."""
+        if self.embeds not in (None, self._config.is_embedding):
+            here, wanted = _KINDS[self._config.is_embedding][0], _KINDS[bool(self.embeds)][1]
+            words = f"this server {here}; for {http.url.path}, start one that {wanted}"
+            raise invalid(words, code="unsupported_endpoint")
+        http.scope["ramet.limit_s"] = time_limit(http.scope, self._config.request_timeout_s)
         request = await read_json(http, schema, self._config.max_body_bytes)
         model = getattr(request, "model", None)
         if model is not None and not self._config.serves(model):
             raise no_such_model(model)
         return request
 
-    def _limit_s(self, scope: Scope) -> float | None:
-        """Seconds that the request has. Raises `RequestError` if its header says no number."""
-        return time_limit(scope, self._config.request_timeout_s)
+    def _priority(self, http: Request, given: int | None) -> int:
+        """A line of a batch yields to every interactive request that names none."""
+        return (given or 0) + (BATCH_PRIORITY if http.scope["server"] == BATCH_SERVER else 0)
+
+    async def _ask(self, http: Request, questions: Sequence[Callable[[str], Question]]) -> list[Answer]:
+        """In their order. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError`."""
+        asking = self._client.ask_all(questions, resumes=http.scope["server"] != BATCH_SERVER)
+        return await while_connected(http.receive, asking, http.scope["ramet.limit_s"])
 
 
 def head(kind: str, model: str, rid: str | None = None) -> dict[str, Any]:

@@ -1,82 +1,100 @@
-"""What chat completions and completions have in common in their answers: usage, and what stands around choices."""
+"""`OpenAIAnswer`: what stands around the choices of chat completions and completions, whole or in chunks.
 
-from collections.abc import Callable
-from typing import Any
+How a choice looks is told by its endpoint, in a `Choice`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
-from ramet.frontend.schemas.common import GenerationRequest
-from ramet.ipc.messages import PromptInfo, TextDelta
+from ramet.frontend.api.base import head
+from ramet.frontend.generation import Generation
+from ramet.frontend.schemas.common import GenerationRequest, StreamOptions
+from ramet.ipc.messages import TextDelta, TokenText
+
+_LOWEST_LOGPROB = -9999.0
+# Stands for the text where a chunk is made into a template.
+_ANY_TEXT = "\0"
 
 
-class Usage:
-    """Each prompt counts once, however many choices it has; `n` is the number of choices per prompt."""
+class Choice(Protocol):
+    """One choice, which keeps what it must know of its past. `is_plain`: an event that brings nothing but text makes
+    one entry, which differs only by that text. `reasoning_tokens`: None where reasoning is not told apart."""
 
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._prompts: dict[int, PromptInfo] = {}
-        self._completions: dict[int, int] = {}
-        self._reasoning: dict[int, int] = {}
+    is_plain: bool
 
-    def add(self, index: int, delta: TextDelta, reasoning_tokens: int | None = None) -> None:
-        """`reasoning_tokens` of this choice so far, where reasoning is told apart."""
-        if reasoning_tokens is not None:
-            self._reasoning[index] = reasoning_tokens
-        self._completions[index] = delta.completion_tokens
-        if delta.prompt is not None:
-            number = index // self._n
-            known = self._prompts.get(number)
-            # The choice that computed the prompt tells what was cached; the others found what that one computed.
-            if known is None or delta.prompt.cached_tokens < known.cached_tokens:
-                self._prompts[number] = delta.prompt
+    @property
+    def reasoning_tokens(self) -> int | None: ...
 
-    def as_dict(self) -> dict[str, Any]:
-        prompt = sum(info.prompt_tokens for info in self._prompts.values())
-        completion = sum(self._completions.values())
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(info.cached_tokens for info in self._prompts.values())},
-        }
-        if self._reasoning:
-            usage["completion_tokens_details"] = {"reasoning_tokens": sum(self._reasoning.values())}
-        return usage
+    def news(self, delta: TextDelta) -> list[dict[str, Any]]:
+        """The entries of `choices` that show an event, each for a chunk of its own."""
+
+    def whole(self, deltas: list[TextDelta]) -> dict[str, Any]:
+        """The entry that shows all events of the choice."""
 
 
 class OpenAIAnswer:
-    """The base of an answer, whole or in chunks: what stands around the choices, and the usage where it is asked. `n`:
-    how many choices are generated for each prompt."""
+    """`prefix` begins the id; `kind` is the `object` of a whole answer, `chunk` that of a chunk."""
 
-    def __init__(self, head: dict[str, Any], kind: str, request: GenerationRequest, n: int) -> None:
-        self._head = head
-        self._start = b"data: " + msgspec.json.encode({**head, "object": kind})[:-1] + b',"choices":['
-        self._usage = Usage(n)
-        self._include_usage = request.include_usage
-        self._continuous_usage = request.continuous_usage
+    def __init__(
+        self,
+        prefix: str,
+        kind: str,
+        chunk: str,
+        request: GenerationRequest,
+        generation: Generation,
+        choices: Sequence[Choice],
+    ) -> None:
+        self._head = head(prefix, request.model, request.rid)
+        self._kind, self._generation, self._choices = kind, generation, choices
+        self._start = b"data: " + msgspec.json.encode({**self._head, "object": chunk})[:-1] + b',"choices":['
+        options = request.stream_options or StreamOptions()
+        self._include_usage, self._continuous_usage = options.include_usage, options.continuous_usage_stats
         self._templates: dict[int, list[bytes]] = {}
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        if self._continuous_usage:
-            tail = b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
-        else:
-            tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
-        return self._start + msgspec.json.encode(choice) + tail
-
-    def _text_chunk(self, index: int, text: str, choice: Callable[[str], dict[str, Any]]) -> bytes:
-        """The chunk of a choice's text and nothing else. Most of a stream: only the text is encoded anew each time."""
-        if not text or self._continuous_usage:
-            return self._chunk(choice(text)) if text else b""
+    def render(self, index: int, delta: TextDelta) -> bytes:
+        choice = self._choices[index]
+        is_text = choice.is_plain and delta.prompt is None and delta.logprobs is None and delta.finish is None
+        if self._continuous_usage or not is_text:
+            return b"".join(map(self._chunk, choice.news(delta)))
+        if not delta.text:
+            return b""
         if (template := self._templates.get(index)) is None:
-            # No empty string follows that of the text.
-            template = self._templates[index] = self._chunk(choice("")).rsplit(b'""', 1)
-        return template[0] + msgspec.json.encode(text) + template[1]
+            # Most of a stream: only the text is encoded anew each time.
+            [entry] = choice.news(replace(delta, text=_ANY_TEXT))
+            template = self._templates[index] = self._chunk(entry).rsplit(msgspec.json.encode(_ANY_TEXT), 1)
+        return template[0] + msgspec.json.encode(delta.text) + template[1]
 
     def end(self) -> bytes:
-        """The chunk without choices that ends a stream whose usage was asked for."""
-        if not self._include_usage:
-            return b""
-        return self._start + b'],"usage":' + msgspec.json.encode(self._usage.as_dict()) + b"}\n\n"
+        return self._chunk(None) if self._include_usage else b""
 
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage.as_dict()}
+    def _chunk(self, choice: dict[str, Any] | None) -> bytes:
+        """Without a choice it is the one that ends a stream whose usage was asked for."""
+        tail = b"]}\n\n"
+        if self._include_usage or self._continuous_usage:
+            usage = self._usage() if choice is None or self._continuous_usage else None
+            tail = b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
+        return self._start + (b"" if choice is None else msgspec.json.encode(choice)) + tail
+
+    def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
+        choices = [choice.whole(deltas) for choice, deltas in zip(self._choices, parts, strict=True)]
+        return {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        counts = self._generation.usage()
+        usage: dict[str, Any] = {
+            "prompt_tokens": counts["prompt_tokens"],
+            "completion_tokens": counts["completion_tokens"],
+            "total_tokens": counts["prompt_tokens"] + counts["completion_tokens"],
+            "prompt_tokens_details": {"cached_tokens": counts["cached_tokens"]},
+        }
+        if reasoning := [tokens for choice in self._choices if (tokens := choice.reasoning_tokens) is not None]:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+        return usage
+
+
+def shown_logprob(token: TokenText) -> float:
+    """JSON has no infinity."""
+    return max(token.logprob, _LOWEST_LOGPROB)

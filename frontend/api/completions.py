@@ -9,54 +9,56 @@ import functools
 import math
 from typing import Any
 
-from msgspec.structs import replace
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from ramet.frontend.api.base import Api, head
-from ramet.frontend.api.chat import LOWEST_LOGPROB
-from ramet.frontend.api.chunks import OpenAIAnswer
-from ramet.frontend.generation import merged
+from ramet.frontend.api.base import Api
+from ramet.frontend.api.chunks import OpenAIAnswer, shown_logprob
+from ramet.frontend.generation import Generation, merged
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.sse import respond
 from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
 
 class Completions(Api):
-    """The endpoint, as an ASGI application."""
+    embeds = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await self._read(Request(scope, receive), CompletionRequest)
+    async def create(self, http: Request) -> ASGIApp:
+        request = await self._read(http, CompletionRequest)
         request.check()
-        limit_s = self._limit_s(scope)
         prompts = request.prompts(self._config.vocab_size)
         generation = self._client.submit(
             [functools.partial(Completion, prompt=prompt, suffix=request.suffix or None) for prompt in prompts],
             request.sampling(self._config),
             n=request.candidates,
-            priority=request.priority or 0,
+            priority=self._priority(http, request.priority),
             stream=bool(request.stream),
             names=[request.rid] * len(prompts),
             # Offsets of log-probabilities count from the start of the prompt: of ids, only the engine knows the text.
             echo=bool(request.echo) or (request.logprobs is not None and not isinstance(prompts[0], str)),
         )
-        await respond(
-            scope, receive, send, generation, CompletionAnswer(request, prompts), stream=request.stream, limit_s=limit_s
-        )
+        answer = CompletionAnswer(request, prompts, generation)
+        return functools.partial(respond, generation, answer, request.stream)
 
 
-class Choice:
-    """One choice's place in the response: its index, and how far its text has come."""
+class CompletionChoice:
+    """One choice's place in the response, and how far its text has come."""
+
+    is_plain = True
+    reasoning_tokens = None
 
     def __init__(self, index: int, prompt: str | list[int], request: CompletionRequest) -> None:
-        self.index = index
-        self._prompt = prompt
+        self._index, self._prompt = index, prompt
         self._echo = bool(request.echo)
         self._with_logprobs = request.logprobs is not None
         self._offset = 0
 
-    def news(self, delta: TextDelta) -> dict[str, Any]:
-        """A delta as an entry of `choices`."""
+    def news(self, delta: TextDelta) -> list[dict[str, Any]]:
+        entry = self.whole([delta])
+        return [entry] if entry["text"] or delta.logprobs or delta.finish else []
+
+    def whole(self, deltas: list[TextDelta]) -> dict[str, Any]:
+        delta = merged(deltas)
         text = delta.text
         tokens = list(delta.logprobs or ())
         if delta.prompt is not None:
@@ -66,7 +68,7 @@ class Choice:
                 text = prompt_text + text
                 tokens = self._echoed(delta.prompt) + tokens
         return {
-            "index": self.index,
+            "index": self._index,
             "text": text,
             "logprobs": self._logprobs(tokens) if self._with_logprobs else None,
             "finish_reason": delta.finish.reason if delta.finish else None,
@@ -87,58 +89,41 @@ class Choice:
             self._offset += _characters(token.data)
         return {
             "tokens": [token.token for token in tokens],
-            "token_logprobs": [None if math.isnan(token.logprob) else _value(token) for token in tokens],
+            "token_logprobs": [None if math.isnan(token.logprob) else shown_logprob(token) for token in tokens],
             "top_logprobs": [None if math.isnan(token.logprob) else _top(token) for token in tokens],
             "text_offset": offsets,
         }
 
 
 class CompletionAnswer(OpenAIAnswer):
-    def __init__(self, request: CompletionRequest, prompts: list[str | list[int]]) -> None:
-        super().__init__(head("cmpl", request.model, request.rid), "text_completion", request, request.candidates)
-        n = request.choices
-        self._choices = [Choice(index, prompts[index // n], request) for index in range(len(prompts) * n)]
-        self._candidates, self._n = request.candidates, n
+    """With `best_of` there are fewer choices than the generation has."""
 
-    def render(self, index: int, delta: TextDelta) -> bytes:
-        self._usage.add(index, delta)
-        choice = self._choices[index]
-        if delta.logprobs is None and delta.prompt is None and delta.finish is None:
-            return self._text_chunk(index, delta.text, lambda text: choice.news(replace(delta, text=text)))
-        news = choice.news(delta)
-        return self._chunk(news) if news["text"] or delta.logprobs or delta.finish else b""
+    def __init__(self, request: CompletionRequest, prompts: list[str | list[int]], generation: Generation) -> None:
+        self._candidates, self._n = request.candidates, request.choices
+        choices = [CompletionChoice(i, prompts[i // self._n], request) for i in range(len(prompts) * self._n)]
+        super().__init__("cmpl", "text_completion", "text_completion", request, generation, choices)
 
     def whole(self, parts: list[list[TextDelta]]) -> dict[str, Any]:
-        deltas = list(map(merged, parts))
-        for index, delta in enumerate(deltas):
-            self._usage.add(index, delta)
-        if self._candidates > self._n:
-            deltas = _best(deltas, self._candidates, self._n)
-        choices = [choice.news(delta) for choice, delta in zip(self._choices, deltas, strict=True)]
-        return self._body("text_completion", choices)
+        return super().whole(_best(parts, self._candidates, self._n) if self._candidates > self._n else parts)
 
 
-def _best(deltas: list[TextDelta], candidates: int, n: int) -> list[TextDelta]:
+def _best(parts: list[list[TextDelta]], candidates: int, n: int) -> list[list[TextDelta]]:
     """Of each prompt's candidates the n of the highest mean log-probability per token, best first."""
 
-    def mean(delta: TextDelta) -> float:
-        tokens = delta.logprobs or ()
-        return sum(map(_value, tokens)) / max(len(tokens), 1)
+    def mean(deltas: list[TextDelta]) -> float:
+        tokens = merged(deltas).logprobs or ()
+        return sum(map(shown_logprob, tokens)) / max(len(tokens), 1)
 
-    groups = [deltas[first : first + candidates] for first in range(0, len(deltas), candidates)]
-    return [delta for group in groups for delta in sorted(group, key=mean, reverse=True)[:n]]
+    groups = [parts[first : first + candidates] for first in range(0, len(parts), candidates)]
+    return [deltas for group in groups for deltas in sorted(group, key=mean, reverse=True)[:n]]
 
 
 def _top(token: TokenText) -> dict[str, float]:
     """The most likely tokens, and the token itself where it is not among them; of equal texts the likelier stays."""
     top: dict[str, float] = {}
     for other in [*token.top, token]:
-        top.setdefault(other.token, _value(other))
+        top.setdefault(other.token, shown_logprob(other))
     return top
-
-
-def _value(token: TokenText) -> float:
-    return max(token.logprob, LOWEST_LOGPROB)
 
 
 def _characters(data: bytes) -> int:

@@ -13,18 +13,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.frontend.api.base import Api, head
-from ramet.frontend.exchange import json_response, while_connected
+from ramet.frontend.exchange import json_response
 from ramet.frontend.schemas.embeddings import EmbeddingFields, EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.ipc.messages import Embedded, Embedding
 
 
 class Embeddings(Api):
+    embeds = True
+
     async def _embed(self, http: Request, request: EmbeddingFields, inputs: list[Any]) -> list[Embedded]:
         """In the order of the inputs. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError` if
         the client leaves."""
-        questions = [functools.partial(Embedding, prompt=prompt, priority=request.priority or 0) for prompt in inputs]
-        answers = await while_connected(http.receive, self._client.ask_all(questions), self._limit_s(http.scope))
-        return [answer for answer in answers if isinstance(answer, Embedded)]
+        priority = self._priority(http, request.priority)
+        questions = [functools.partial(Embedding, prompt=prompt, priority=priority) for prompt in inputs]
+        answers = await self._ask(http, questions)
+        embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+        http.scope["ramet.usage"] = _usage(embedded)
+        return embedded
 
     async def embed(self, http: Request) -> Response:
         request = await self._read(http, EmbeddingRequest)

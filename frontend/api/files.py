@@ -28,7 +28,7 @@ _MAX_FIELD_BYTES = 1024
 _PIECE_BYTES = 1 << 20
 # What the form adds to the file: fields, headers, boundaries.
 _FORM_BYTES = 1 << 20
-_FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
+_FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
 
 
 BINARY = "application/octet-stream"
@@ -126,15 +126,14 @@ class Form:
             raise HTTPException(415, f"content-type must be multipart/form-data, got {kind.decode() or 'none'!r}")
         if not options.get(b"boundary"):
             raise invalid("the multipart body has no boundary", code="invalid_multipart")
-        self.fields: dict[str, bytes] = {}
+        self.fields: dict[str, bytes] = {}  # of every part, but empty for the file
         self.filename = ""
         self.file_bytes = 0
         self.pending = bytearray()
-        self._seen: list[str] = []
+        self._part = self._name = ""
         self._header = self._value = b""
         self._ended = False
         callbacks: Any = {
-            "on_part_begin": lambda: self._seen.append(""),
             "on_header_field": self._on_header_field,
             "on_header_value": self._on_header_value,
             "on_header_end": self._on_header_end,
@@ -148,7 +147,7 @@ class Form:
         if not self._ended:
             raise invalid("the multipart body ends before its last boundary", code="invalid_multipart")
         for name in ("file", "purpose"):
-            if name not in self._seen:
+            if name not in self.fields:
                 raise invalid(f"missing required parameter: {name!r}", name, "missing_required_parameter")
 
     def take(self) -> bytes:
@@ -179,31 +178,30 @@ class Form:
 
     def _on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
-            _, options = parse_options_header(self._value.decode("latin-1"))
-            self._seen[-1] = options.get(b"name", b"").decode(errors="replace")
-            if self._seen[-1] == "file":
+            _, options = parse_options_header(self._value)
+            self._name = options.get(b"name", b"").decode(errors="replace")
+            if self._name == "file":
                 given = options.get(b"filename", b"file").decode(errors="replace")
                 self.filename = given.replace("\\", "/").rpartition("/")[2] or "file"
         self._header = self._value = b""
 
     def _on_headers_finished(self) -> None:
-        name = self._seen[-1]
-        if name not in _FIELDS | {"file"}:
+        name, self._name = self._name, ""
+        if name not in _FIELDS:
             raise invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
-        if self._seen.count(name) > 1:
+        if name in self.fields:
             raise invalid(f"{name} is given more than once", name)
-        if name != "file":
-            self.fields[name] = b""
+        self._part, self.fields[name] = name, b""
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        name = self._seen[-1]
+        name = self._part
         if name == "file":
             self.pending += data[start:end]
             self.file_bytes += end - start
-            return
-        self.fields[name] = self.fields.get(name, b"") + data[start:end]
-        if len(self.fields[name]) > _MAX_FIELD_BYTES:
-            raise invalid(f"{name} must be at most {_MAX_FIELD_BYTES} bytes", name)
+        else:
+            self.fields[name] += data[start:end]
+            if len(self.fields[name]) > _MAX_FIELD_BYTES:
+                raise invalid(f"{name} must be at most {_MAX_FIELD_BYTES} bytes", name)
 
 
 def list_response(entries: list[Any], limit: int) -> Response:

@@ -11,10 +11,10 @@ import uuid
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ramet.frontend.api.base import Api
-from ramet.frontend.api.chat import LOWEST_LOGPROB
+from ramet.frontend.api.chunks import shown_logprob
 from ramet.frontend.generation import merged
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.sse import event, respond
@@ -23,17 +23,20 @@ from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, Toke
 
 
 class NativeGenerate(Api):
-    """The endpoint, as an ASGI application."""
+    embeds = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await self._read(Request(scope, receive), GenerateRequest)
-        try:
-            await self._answer(request, scope, receive, send)
-        except RequestError as error:
-            raise request.renamed(error) from None
+    async def create(self, http: Request) -> ASGIApp:
+        request = await self._read(http, GenerateRequest)
 
-    async def _answer(self, request: GenerateRequest, scope: Scope, receive: Receive, send: Send) -> None:
-        limit_s = self._limit_s(scope)
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await self._answer(http, request)(scope, receive, send)
+            except RequestError as error:
+                raise request.renamed(error) from None
+
+        return answer
+
+    def _answer(self, http: Request, request: GenerateRequest) -> ASGIApp:
         prompts = request.prompts(self._config.vocab_size)
         rids = request.rids(len(prompts))
         n, params = request.sampling(self._config, len(prompts))
@@ -43,14 +46,12 @@ class NativeGenerate(Api):
             [functools.partial(Completion, prompt=prompt) for prompt in prompts],
             params,
             n=n,
-            priority=request.priority or 0,
+            priority=self._priority(http, request.priority),
             stream=bool(request.stream),
             names=rids,
             keeps_aborted=True,
         )
-        await respond(
-            scope, receive, send, generation, NativeAnswer(choices, many), stream=request.stream, limit_s=limit_s
-        )
+        return functools.partial(respond, generation, NativeAnswer(choices, many), request.stream)
 
 
 class NativeAnswer:
@@ -112,7 +113,7 @@ class Choice:
 
     def _entry(self, token: TokenText) -> tuple[float | None, int, str | None]:
         """Log-probability, id, and the text if it is wanted; nothing predicts a prompt's first token."""
-        value = None if math.isnan(token.logprob) else max(token.logprob, LOWEST_LOGPROB)
+        value = None if math.isnan(token.logprob) else shown_logprob(token)
         return value, token.token_id, token.token if self._with_text else None
 
     def _top(self, token: TokenText) -> list[tuple[float | None, int, str | None]] | None:

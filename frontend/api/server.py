@@ -1,7 +1,12 @@
-"""What operators ask of a running server: what it serves and with which settings, to drop its cache, to abort requests.
+"""What is asked of a running server beside its work: what it serves and with which settings, to drop its cache, to
+abort requests.
 
-Names follow SGLang, whose tools ask for them. Settings come from the launcher, without keys and passwords.
+But for those of the models, names follow SGLang, whose tools ask for them. Settings come from the launcher, without
+keys and passwords.
 """
+
+import time
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -11,6 +16,7 @@ import ramet
 from ramet.frontend.api.base import Api
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.errors import no_such_model
 from ramet.frontend.exchange import json_response
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import invalid
@@ -28,6 +34,27 @@ class Server(Api):
     def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
         super().__init__(config, client)
         self._metrics = metrics
+        self._created = int(time.time())
+
+    async def models(self, _http: Request) -> Response:
+        """One model under each of its served names; its path is accepted as a name too."""
+        return json_response({"object": "list", "data": [self._card(name) for name in self._config.served_names]})
+
+    async def model(self, http: Request) -> Response:
+        name = http.path_params["model"]
+        if not self._config.serves(name):
+            raise no_such_model(name)
+        return json_response(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "ramet",
+            "root": self._config.model_path,
+            "max_model_len": self._config.context_length,
+        }
 
     async def version(self, _http: Request) -> Response:
         return json_response({"version": ramet.__version__})

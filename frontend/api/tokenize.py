@@ -3,23 +3,21 @@
 A detokenized text comes back as `prompt` and as `text`: clients of vLLM read the one, those of SGLang the other.
 """
 
-from collections.abc import Callable
-
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.frontend.api.base import Api
-from ramet.frontend.exchange import json_response, while_connected
+from ramet.frontend.exchange import json_response
 from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from ramet.ipc.messages import Answer, Detokenize, Detokenized, Tokenize, Tokenized
+from ramet.ipc.messages import Detokenize, Detokenized, Tokenize, Tokenized
 
 
 class Tokens(Api):
     async def tokenize(self, http: Request) -> Response:
         request = await self._read(http, TokenizeRequest)
         what = request.what(self._config)
-        answer = await self._ask(http, lambda rid: Tokenize(rid, what, request.add_special_tokens is not False))
+        [answer] = await self._ask(http, [lambda rid: Tokenize(rid, what, request.add_special_tokens is not False)])
         assert isinstance(answer, Tokenized)
         tokens = answer.token_ids
         body = {"tokens": tokens, "count": len(tokens), "max_model_len": self._config.context_length}
@@ -29,9 +27,6 @@ class Tokens(Api):
         request = await self._read(http, DetokenizeRequest)
         check_token_ids(request.tokens, self._config.vocab_size, "tokens")
         skips = bool(request.skip_special_tokens)
-        answer = await self._ask(http, lambda rid: Detokenize(rid, request.tokens, skips))
+        [answer] = await self._ask(http, [lambda rid: Detokenize(rid, request.tokens, skips)])
         assert isinstance(answer, Detokenized)
         return json_response({"prompt": answer.text, "text": answer.text})
-
-    async def _ask(self, http: Request, make: Callable[[str], Tokenize | Detokenize]) -> Answer:
-        return await while_connected(http.receive, self._client.ask(make), self._limit_s(http.scope))

@@ -102,14 +102,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     rid: str | None = None
     response_format: ResponseFormat | None = None
 
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
     def grammars(self) -> list[Grammar | None]:
         return [requested_format(self.response_format), *super().grammars()]
 

@@ -19,9 +19,9 @@
 #include <stdatomic.h>
 
 #define COLUMNS 32       /* outputs in a tile of weights */
-#define PANEL_ROWS 12    /* rows that the micro-kernel takes at once: 24 accumulators of 32 registers */
-#define ROUNDED_ROWS 6   /* the same for products of rounded numbers, which take twice the accumulators */
-#define GROUP 32         /* inputs that share a scale, and in 4-bit weights a scale and a minimum */
+#define PANEL_ROWS 6     /* rows that the micro-kernel takes at once: 12 accumulators, and as many of rounded products */
+#define GROUP 32         /* 4-bit weights that share a scale and a minimum, and their inputs that share a scale */
+#define WIDE_GROUP 64    /* inputs that share a scale with 8-bit weights, if they divide: half of the scaling */
 #define CHUNK_ROWS 96    /* rows of a tile of work: their inputs stay in the second-level cache */
 #define SPINS 2000       /* turns at a barrier before the core is offered to others */
 
@@ -37,8 +37,8 @@ typedef struct {
     const float *table; /* ROPE: [positions, 2, dim], cos and signed sin */
     void *keys, *values;
     const void *scales;  /* MATMUL of 8 or 4 bits: see panel_rounded */
-    float *row_scales;   /* written by QUANTIZE, read by the product; [n, inner / 32] */
-    int32_t *group_sums; /* likewise, of 32 rounded inputs: for 8 bits -128 * sum, for 4 the float scale * sum */
+    float *row_scales;   /* written by QUANTIZE, read by the product; [n, inner / group] */
+    int32_t *group_sums; /* likewise, of a group of rounded inputs: for 8 bits -128 * sum, for 4 the float scale * sum */
     int64_t bits;   /* MATMUL, QUANTIZE: of a weight, 16, 8 or 4 */
     int64_t width;  /* NORM: of a row; MATMUL: of a row of the output */
     int64_t inner;  /* MATMUL: of a row of the input, even */
@@ -48,6 +48,38 @@ typedef struct {
 } Op;
 
 /* ---- matrix products ---------------------------------------------------------------------------------------------*/
+
+/* x * sigmoid(u), to 2e-4. */
+static vec gate_by(vec x, vec u) {
+    const __m512 e = exp2_of((__m512)(u * -1.44269504f));
+    return x * (vec)_mm512_rcp14_ps(1.0f + e);
+}
+
+/* x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 is x * sigmoid of twice the argument. */
+static vec gelu_tanh(vec x) { return gate_by(x, 1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+/* What becomes of a row's numbers in a tile of outputs. */
+static inline __attribute__((always_inline)) void finish(const Op *op, vec low, vec high, int64_t row,
+                                                         int64_t column_tile) {
+    if (op->bias) {
+        low += *(const vec *)(op->bias + column_tile * COLUMNS);
+        high += *(const vec *)(op->bias + column_tile * COLUMNS + LANES);
+    }
+    if (op->effect >= GATED_SILU) {
+        const vec gate = op->effect == GATED_SILU ? gate_by(low, low) : gelu_tanh(low);
+        store_bfloat16((uint16_t *)op->out + row * op->width + column_tile * LANES, gate * high);
+        return;
+    }
+    const int64_t left = op->width - column_tile * COLUMNS;
+    const __mmask16 there[2] = {lanes(0, left), lanes(0, left - LANES)};
+    float *out = (float *)op->out + row * op->width + column_tile * COLUMNS;
+    if (op->effect == ADD) {
+        low += (vec)_mm512_maskz_loadu_ps(there[0], out);
+        high += (vec)_mm512_maskz_loadu_ps(there[1], out + LANES);
+    }
+    _mm512_mask_storeu_ps(out, there[0], (__m512)low);
+    _mm512_mask_storeu_ps(out + LANES, there[1], (__m512)high);
+}
 
 /* Weights that a thread will read next, from memory. Each panel of rows fetches its share of them while it computes:
  * left to the first panel that reads them, memory would be the bottleneck there and idle during the others. */
@@ -62,9 +94,12 @@ static inline void fetch(Ahead *ahead) {
     ahead->at += ahead->step;
 }
 
-/* tile [rows][32] = a [rows, 2 * pairs] . w; `rows` is known where this is inlined. */
-static inline __attribute__((always_inline)) void panel(const uint16_t *a, int64_t inner, const uint16_t *w,
-                                                        float *tile, Ahead *ahead, const int rows) {
+/* Rows row..row+rows-1 of the input times one tile of weights; `rows` is known where this is inlined. */
+static inline __attribute__((always_inline)) void panel(const Op *op, int64_t row, int64_t column_tile, Ahead *ahead,
+                                                        const int rows) {
+    const int64_t inner = op->inner;
+    const uint16_t *a = (const uint16_t *)op->in + row * inner;
+    const uint16_t *w = (const uint16_t *)op->weight + column_tile * COLUMNS * inner;
     __m512 low[PANEL_ROWS], high[PANEL_ROWS];
     for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < inner; k += 2, w += 2 * COLUMNS) {
@@ -80,39 +115,40 @@ static inline __attribute__((always_inline)) void panel(const uint16_t *a, int64
             high[r] = _mm512_dpbf16_ps(high[r], x, w_high);
         }
     }
-    for (int r = 0; r < rows; r++) {
-        _mm512_storeu_ps(tile + r * COLUMNS, low[r]);
-        _mm512_storeu_ps(tile + r * COLUMNS + LANES, high[r]);
-    }
+    for (int r = 0; r < rows; r++) finish(op, (vec)low[r], (vec)high[r], row + r, column_tile);
 }
 
 static inline __m512 half_floats(const uint16_t *at) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
-/* The same for weights of 8 or 4 bits, unsigned in memory; `in` holds x / row_scale, signed, by groups of 32 inputs.
+static inline int64_t group_of(int64_t inner, int64_t bits) {
+    return bits == 8 && inner % WIDE_GROUP == 0 ? WIDE_GROUP : GROUP;
+}
+
+/* The same for weights of 8 or 4 bits, unsigned in memory; `in` holds x / row_scale, signed, by groups of inputs.
  *
  * 8 bits: q - 128, times a float of each output, `scales` [tiles * 32]. 4 bits: of each group, scale * q + minimum, which
  * `scales` has as float16 [tile][group][scale, minimum][32]; a byte holds the weights of inputs k (low half) and k + 4.
  */
 static inline __attribute__((always_inline)) void panel_rounded(const Op *op, int64_t row, int64_t column_tile,
-                                                                float *tile, Ahead *ahead, const int rows,
-                                                                const int bits) {
-    const int64_t inner = op->inner, groups = inner / GROUP;
+                                                                Ahead *ahead, const int rows, const int bits,
+                                                                const int group) {
+    const int64_t inner = op->inner, groups = inner / group;
     const int8_t *a = (const int8_t *)op->in + row * inner;
     const uint8_t *w = (const uint8_t *)op->weight + column_tile * COLUMNS * inner * bits / 8;
     const uint16_t *grid = (const uint16_t *)op->scales + column_tile * groups * 2 * COLUMNS;
     const float *row_scales = op->row_scales + row * groups;
     const int32_t *sums = op->group_sums + row * groups;
     const __m512i half = _mm512_set1_epi8(15);
-    __m512 low[ROUNDED_ROWS], high[ROUNDED_ROWS];
+    __m512 low[PANEL_ROWS], high[PANEL_ROWS];
     for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
-        __m512i exact_low[ROUNDED_ROWS], exact_high[ROUNDED_ROWS];
+        __m512i exact_low[PANEL_ROWS], exact_high[PANEL_ROWS];
         for (int r = 0; r < rows; r++)
             exact_low[r] = exact_high[r] = _mm512_set1_epi32(bits == 8 ? sums[r * groups + g] : 0);
-#pragma GCC unroll 4 /* else each of the few turns copies the sums from register to register */
-        for (int k = 0; k < GROUP; k += 8, w += COLUMNS * bits) {
+#pragma GCC unroll 8 /* else each of the few turns copies the sums from register to register */
+        for (int k = 0; k < group; k += 8, w += COLUMNS * bits) {
             fetch(ahead);
             __m512i part[2][2]; /* of inputs k..k+3 and k+4..k+7: the first 16 outputs, and the others */
             for (int i = 0; i < bits / 2; i++) {
@@ -127,7 +163,7 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
             for (int p = 0; p < 2; p++)
                 for (int r = 0; r < rows; r++) {
                     int32_t four;
-                    memcpy(&four, a + r * inner + g * GROUP + k + 4 * p, sizeof four);
+                    memcpy(&four, a + r * inner + g * group + k + 4 * p, sizeof four);
                     const __m512i x = _mm512_set1_epi32(four);
                     exact_low[r] = _mm512_dpbusd_epi32(exact_low[r], part[p][0], x);
                     exact_high[r] = _mm512_dpbusd_epi32(exact_high[r], part[p][1], x);
@@ -150,59 +186,19 @@ static inline __attribute__((always_inline)) void panel_rounded(const Op *op, in
     const float *scales = (const float *)op->scales + column_tile * COLUMNS;
     for (int r = 0; r < rows; r++) {
         if (bits == 8) low[r] *= _mm512_loadu_ps(scales), high[r] *= _mm512_loadu_ps(scales + LANES);
-        _mm512_storeu_ps(tile + r * COLUMNS, low[r]);
-        _mm512_storeu_ps(tile + r * COLUMNS + LANES, high[r]);
+        finish(op, (vec)low[r], (vec)high[r], row + r, column_tile);
     }
 }
 
 #define CASE(R) \
-    case R: panel(a, op->inner, w, tile, ahead, R); break;
-#define ROUNDED_CASE(R) \
     case R: \
-        if (op->bits == 8) panel_rounded(op, row, column_tile, tile, ahead, R, 8); \
-        else panel_rounded(op, row, column_tile, tile, ahead, R, 4); \
+        if (op->bits == 16) panel(op, row, column_tile, ahead, R); \
+        else if (op->bits == 4) panel_rounded(op, row, column_tile, ahead, R, 4, GROUP); \
+        else if (group_of(op->inner, 8) == GROUP) panel_rounded(op, row, column_tile, ahead, R, 8, GROUP); \
+        else panel_rounded(op, row, column_tile, ahead, R, 8, WIDE_GROUP); \
         break;
-/* tile [rows][32]: outputs of one tile of weights for rows row..row+rows-1. */
-static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_tile, float *tile, Ahead *ahead) {
-    const uint16_t *a = (const uint16_t *)op->in + row * op->inner;
-    const uint16_t *w = (const uint16_t *)op->weight + column_tile * COLUMNS * op->inner;
-    if (op->bits == 16) switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-    } else switch (rows) {
-        ROUNDED_CASE(1) ROUNDED_CASE(2) ROUNDED_CASE(3) ROUNDED_CASE(4) ROUNDED_CASE(5) ROUNDED_CASE(6)
-    }
-}
-
-/* x * sigmoid(u), to 2e-4. */
-static vec gate_by(vec x, vec u) {
-    const __m512 e = exp2_of((__m512)(u * -1.44269504f));
-    return x * (vec)_mm512_rcp14_ps(1.0f + e);
-}
-
-/* x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 is x * sigmoid of twice the argument. */
-static vec gelu_tanh(vec x) { return gate_by(x, 1.5957691216f * (x + 0.044715f * x * x * x)); }
-
-static void finish(const Op *op, float *tile, int64_t first_row, int64_t rows, int64_t column_tile) {
-    const int64_t left = op->width - column_tile * COLUMNS;
-    const __mmask16 there[2] = {lanes(0, left), lanes(0, left - LANES)};
-    for (int64_t r = 0; r < rows; r++) {
-        vec made[2] = {*(vec *)(tile + r * COLUMNS), *(vec *)(tile + r * COLUMNS + LANES)};
-        if (op->bias)
-            for (int half = 0; half < 2; half++)
-                made[half] += *(const vec *)(op->bias + column_tile * COLUMNS + half * LANES);
-        if (op->effect >= GATED_SILU) {
-            const vec gate = op->effect == GATED_SILU ? gate_by(made[0], made[0]) : gelu_tanh(made[0]);
-            store_bfloat16((uint16_t *)op->out + (first_row + r) * op->width + column_tile * LANES, gate * made[1]);
-            continue;
-        }
-        float *out = (float *)op->out + (first_row + r) * op->width + column_tile * COLUMNS;
-        if (op->effect == ADD) {
-            made[0] += (vec)_mm512_maskz_loadu_ps(there[0], out);
-            made[1] += (vec)_mm512_maskz_loadu_ps(there[1], out + LANES);
-        }
-        if (left >= COLUMNS) *(vec *)out = made[0], *(vec *)(out + LANES) = made[1];
-        else memcpy(out, made, sizeof(float) * left);
-    }
+static void multiply(const Op *op, int64_t row, int64_t rows, int64_t column_tile, Ahead *ahead) {
+    switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 }
 
 static int64_t column_tiles(const Op *op) {
@@ -210,19 +206,18 @@ static int64_t column_tiles(const Op *op) {
     return (op->width + unit - 1) / unit;
 }
 
+static int64_t chunks_of(int64_t n) { return (n + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+
 /* `then`: the tile that this thread takes next. */
 static void matmul_tile(const Op *op, int64_t n, int64_t index, int64_t then) {
-    const int64_t tiles = column_tiles(op), column_tile = index % tiles, from = index / tiles * CHUNK_ROWS;
-    const int64_t to = from + CHUNK_ROWS < n ? from + CHUNK_ROWS : n;
-    const int64_t most = op->bits < 16 ? ROUNDED_ROWS : PANEL_ROWS;
-    const int64_t panels = (to - from + most - 1) / most, step = (to - from + panels - 1) / panels;
+    const int64_t tiles = column_tiles(op), column_tile = index % tiles, chunk = index / tiles, chunks = chunks_of(n);
+    const int64_t from = n * chunk / chunks, rows = n * (chunk + 1) / chunks - from;
+    const int64_t panels = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
     const int64_t tile_bytes = COLUMNS * op->inner * op->bits / 8, inputs = op->bits < 16 ? 8 : 2;
     Ahead ahead = {(const char *)op->weight + then % tiles * tile_bytes, COLUMNS * op->bits / 8 * inputs / panels};
-    float tile[PANEL_ROWS * COLUMNS] __attribute__((aligned(64)));
-    for (int64_t row = from; row < to; row += step) {
-        const int64_t rows = row + step < to ? step : to - row;
-        multiply(op, row, rows, column_tile, tile, &ahead);
-        finish(op, tile, row, rows, column_tile);
+    for (int64_t i = 0; i < panels; i++) {
+        const int64_t row = from + rows * i / panels, taken = from + rows * (i + 1) / panels - row;
+        multiply(op, row, taken, column_tile, &ahead);
     }
 }
 
@@ -254,27 +249,29 @@ static void norm_row(const Op *op, int64_t row) {
     }
 }
 
-/* A row of bfloat16 as signed 8-bit numbers, the largest magnitude of each group of 32 at 127. */
+/* A row of bfloat16 as signed 8-bit numbers, the largest magnitude of each group at 127. */
 static void quantize_row(const Op *op, int64_t row) {
-    for (int64_t i = 0; i < op->width; i += GROUP) {
-        const int64_t at = row * op->width + i;
-        const __m512 x[2] = {widen((const uint16_t *)op->in + at), widen((const uint16_t *)op->in + at + LANES)};
+    const int64_t group = group_of(op->width, op->bits);
+    for (int64_t at = row * op->width; at < (row + 1) * op->width; at += group) {
         /* Compared as integers, magnitudes keep their order, and a NaN is the largest instead of being lost. */
-        const int32_t bits = _mm512_reduce_max_epi32(
-            _mm512_max_epi32((__m512i)_mm512_abs_ps(x[0]), (__m512i)_mm512_abs_ps(x[1])));
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t i = at; i < at + group; i += LANES)
+            most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(widen((const uint16_t *)op->in + i)));
+        const int32_t bits = _mm512_reduce_max_epi32(most);
         float top;
         memcpy(&top, &bits, sizeof top);
         const float inverse = top > 0 ? 127.0f / top : 0;
-        int32_t sum = 0;
-        for (int half = 0; half < 2; half++) {
-            const __m512i rounded = _mm512_cvtps_epi32(x[half] * inverse);
-            _mm_storeu_si128((__m128i *)((int8_t *)op->out + at + half * LANES), _mm512_cvtepi32_epi8(rounded));
-            sum += _mm512_reduce_add_epi32(rounded);
+        __m512i sums = _mm512_setzero_si512();
+        for (int64_t i = at; i < at + group; i += LANES) {
+            const __m512i rounded = _mm512_cvtps_epi32(widen((const uint16_t *)op->in + i) * inverse);
+            _mm_storeu_si128((__m128i *)((int8_t *)op->out + i), _mm512_cvtepi32_epi8(rounded));
+            sums = _mm512_add_epi32(sums, rounded);
         }
+        const int32_t sum = _mm512_reduce_add_epi32(sums);
         const float scale = top / 127.0f, scaled_sum = scale * (float)sum;
-        op->row_scales[at / GROUP] = scale;
-        if (op->bits == 8) op->group_sums[at / GROUP] = -128 * sum;
-        else memcpy(op->group_sums + at / GROUP, &scaled_sum, sizeof scaled_sum);
+        op->row_scales[at / group] = scale;
+        if (op->bits == 8) op->group_sums[at / group] = -128 * sum;
+        else memcpy(op->group_sums + at / group, &scaled_sum, sizeof scaled_sum);
     }
 }
 
@@ -306,7 +303,7 @@ static void rope_token(const Op *op, const Step *step, int64_t token) {
 /* ---- the team -----------------------------------------------------------------------------------------------------*/
 
 typedef struct {
-    _Atomic int64_t next; /* tile of work that nobody has taken */
+    _Atomic int64_t next; /* how many tiles of a thread's part are taken */
     char apart[56];
 } Counter;
 
@@ -314,15 +311,21 @@ typedef struct {
     int64_t from, to;
 } Range;
 
-/* Tiles from..to-1, a part of what is left that shrinks towards the end; 0 if all are taken. */
-static int take(Counter *counter, int64_t tiles, int64_t threads, Range *range) {
-    int64_t at = atomic_load_explicit(&counter->next, memory_order_relaxed);
-    do {
-        if (at >= tiles) return 0;
-        const int64_t share = (tiles - at) / (2 * threads);
-        *range = (Range){at, at + (share > 0 ? share : 1)};
-    } while (!atomic_compare_exchange_weak_explicit(&counter->next, &at, range->to, memory_order_relaxed, memory_order_relaxed));
-    return 1;
+/* Tiles from..to-1 of thread `me`'s own part, in shares that shrink; at last of what the others have left. 0 if all are
+ * taken. So a row's numbers mostly stay in one core's cache from operation to operation. */
+static int take(Counter *counters, int64_t tiles, int64_t threads, int64_t me, Range *range) {
+    for (int64_t i = 0; i < threads; i++) {
+        const int64_t owner = (me + i) % threads, begin = tiles * owner / threads;
+        const int64_t count = tiles * (owner + 1) / threads - begin;
+        _Atomic int64_t *next = &counters[owner].next;
+        int64_t at = atomic_load_explicit(next, memory_order_relaxed);
+        while (at < count) {
+            const int64_t to = at + (count - at + 1) / 2;
+            *range = (Range){begin + at, begin + to};
+            if (atomic_compare_exchange_weak_explicit(next, &at, to, memory_order_relaxed, memory_order_relaxed)) return 1;
+        }
+    }
+    return 0;
 }
 
 /* Returns when `target` arrivals have been counted. */
@@ -340,7 +343,7 @@ static Heads heads_of(const Op *op) {
 
 static int64_t tiles_in(const Op *op, const Step *step, int64_t threads, Tile *tiles) {
     switch (op->kind) {
-        case MATMUL: return column_tiles(op) * ((step->n + CHUNK_ROWS - 1) / CHUNK_ROWS);
+        case MATMUL: return column_tiles(op) * chunks_of(step->n);
         case ATTENTION: {
             const Heads heads = heads_of(op);
             return list_tiles(&heads, step, threads, tiles) * op->kv_heads;
@@ -366,21 +369,22 @@ static void run_tile(const Op *op, const Step *step, const Tile *tiles, float *s
 
 /* A thread's share of an operation. In a step of few tokens it takes one range ahead, so as to know what to fetch; tiles
  * of many rows are too long for the others to wait for one more. */
-static void run_op(const Op *op, const Step *step, Counter *counter, int64_t threads, Tile *list, float *scratch) {
+static void run_op(const Op *op, const Step *step, Counter *counters, int64_t threads, int64_t me, Tile *list,
+                   float *scratch) {
     const int64_t tiles = tiles_in(op, step, threads, list);
     const int early = step->n <= CHUNK_ROWS;
     Range now, then = {0, 0};
-    for (int more = take(counter, tiles, threads, &now); more; now = then) {
-        if (early) more = take(counter, tiles, threads, &then);
+    for (int more = take(counters, tiles, threads, me, &now); more; now = then) {
+        if (early) more = take(counters, tiles, threads, me, &then);
         for (int64_t index = now.from; index < now.to; index++)
             run_tile(op, step, list, scratch, index, index + 1 < now.to ? index + 1 : early && more ? then.from : index);
-        if (!early) more = take(counter, tiles, threads, &then);
+        if (!early) more = take(counters, tiles, threads, me, &then);
     }
 }
 
 /* Run `count` operations over the tokens of a step. Returns 0, or 1 if there was no memory for the scratch space. */
 int run_ops(const Op *ops, int64_t count, const Step *step) {
-    Counter *counters = calloc(count, sizeof(Counter));
+    Counter *counters = calloc(count * omp_get_max_threads(), sizeof(Counter));
     int64_t scratch_size = 0, list_size = 0; /* of each thread */
     for (int64_t i = 0; i < count; i++)
         if (ops[i].kind == ATTENTION) {
@@ -395,11 +399,11 @@ int run_ops(const Op *ops, int64_t count, const Step *step) {
     _Atomic int64_t arrived = 0;
 #pragma omp parallel if (!failed)
     if (!failed) {
-        const int64_t threads = omp_get_num_threads();
-        float *scratch = scratches + omp_get_thread_num() * scratch_size;
-        Tile *list = lists + omp_get_thread_num() * list_size;
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        float *scratch = scratches + me * scratch_size;
+        Tile *list = lists + me * list_size;
         for (int64_t i = 0; i < count; i++) {
-            run_op(ops + i, step, counters + i, threads, list, scratch);
+            run_op(ops + i, step, counters + i * threads, threads, me, list, scratch);
             meet(&arrived, (i + 1) * threads);
         }
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 # A split of fewer keys costs more to combine than it saves.
-_MIN_SPLIT = tl.constexpr(256)
+_MIN_SPLIT = tl.constexpr(128)
 _MAX_SPLITS = 64
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -27,18 +27,37 @@ class Gpu(NamedTuple):
     capability: int
 
 
+class Tiling(NamedTuple):
+    """Rows (token, head) and keys of a tile; warps of a program, and stages of its pipeline, which copies the keys and
+    values of all but one of them while it computes. Few kinds, since each is compiled by itself."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiling(max_query_len: int, group: int, dim: int, itemsize: int, capability: int) -> Tiling:
+    """For rows of up to `max_query_len` tokens, `group` query heads per KV head. tests/kernels/triton/test_compiled.py
+    holds every choice to the registers and the shared memory that there are."""
+    lowest = max(16, triton.next_power_of_2(group)) if max_query_len == 1 else 64
+    if itemsize > 2:
+        return Tiling(lowest, 32, 8, 2)
+    if max_query_len == 1:
+        # 16 KiB of keys and values a stage: the four programs of a multiprocessor have 128 KiB on the way.
+        return Tiling(lowest, 64 if dim <= 64 else 32, 4, 3 if dim > 128 else 4)
+    hopper = capability >= 90
+    if dim > 128:
+        return Tiling(lowest, 32, 8, 3 if hopper else 2)
+    # Before Hopper, operands of a product take registers.
+    return Tiling(lowest, 32, 4, 4) if max_query_len * group <= lowest else Tiling(128, 64 if hopper else 32, 8, 3)
+
+
 def choose_splits(num_tiles: int, capacity: int, num_sms: int) -> int:
     """Over how many parts of the keys to split, for tiles (of all rows and KV heads) whose rows have at most
     `capacity` keys: as many as give each multiprocessor four programs."""
     wanted = min(4 * num_sms // num_tiles, capacity // _MIN_SPLIT.value, _MAX_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
-
-
-def tile_rows(max_query_len: int, group: int, dim: int) -> int:
-    """Rows (token, head) of a tile: few kinds, since each is compiled by itself."""
-    if max_query_len == 1:
-        return max(16, triton.next_power_of_2(group))
-    return 64 if dim > 128 or max_query_len * group <= 64 else 128
 
 
 def paged_attention(
@@ -55,33 +74,35 @@ def paged_attention(
     gpu: Gpu,
     window: int | None = None,
     softcap: float | None = None,
+    tiling: Tiling | None = None,
+    splits: int | None = None,
 ) -> None:
     """query [N, heads, key_dim], keys and values [pages, page_size, kv_heads, dim] -> out [N, heads, value_dim]; all
     contiguous in their last dimension. block_table [R, max_pages], cu_q [R + 1] and seq_lens [R] are int32; cu_q may
-    begin above 0, at the query's first token. `window` and `softcap` as in `AttentionSpec`."""
+    begin above 0, at the query's first token. `window` and `softcap` as in `AttentionSpec`. `tiling` and `splits` (a
+    power of 2) are chosen if they are not given."""
     num_tokens, heads, key_dim = query.shape
     page_size, kv_heads, value_dim = values.shape[1:]
     rows, max_pages = block_table.shape
-    group, widest = heads // kv_heads, max(key_dim, value_dim)
-    block_m = tile_rows(max_query_len, group, widest)
-    tiles = triton.cdiv(max_query_len * group, block_m)
+    group = heads // kv_heads
+    tiling = tiling or choose_tiling(
+        max_query_len, group, max(key_dim, value_dim), values.dtype.itemsize, gpu.capability
+    )
+    tiles = triton.cdiv(max_query_len * group, tiling.block_m)
     capacity = max_pages * page_size if window is None else min(max_pages * page_size, window)
-    splits = choose_splits(tiles * rows * kv_heads, capacity, gpu.num_sms)
+    splits = splits or choose_splits(tiles * rows * kv_heads, capacity, gpu.num_sms)
     # Unused at one split.
     parts = torch.empty(num_tokens, heads, splits, value_dim if splits > 1 else 0, device=query.device)
     logsums = torch.empty(num_tokens, heads, splits, device=query.device)
-    narrow = widest <= 128 and values.dtype.itemsize <= 2
-    # Before Hopper, operands of a product take registers: high tiles of as many keys would spill.
-    block_n = 64 if narrow and (gpu.capability >= 90 or max_query_len == 1) else 32
     _attend[(tiles * splits, kv_heads, rows)](
         *(out, parts, logsums, query, keys, values, block_table, cu_q, seq_lens),
         *(scale, softcap or 0.0, window or 0, splits, heads),
         *(*query.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3], block_table.stride(0)),
-        *(group, page_size, key_dim, value_dim, block_m, block_n),
+        *(group, page_size, key_dim, value_dim, tiling.block_m, tiling.block_n),
         *(max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim)),
         *(splits > 1, window is not None, softcap is not None),
-        num_warps=4 if max_query_len == 1 else 8,
-        num_stages=3 if narrow and block_m < 128 else 2,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
         enable_fp_fusion=True,
     )
     if splits > 1:
@@ -107,11 +128,10 @@ def _attend(
     # The last tiles of a row see most keys: they start first.
     tile = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
     kv_head, row = tl.program_id(1), tl.program_id(2)
-    row_start = tl.load(cu_q + row)
+    row_start, seq_len = tl.load(cu_q + row), tl.load(seq_lens + row)
     query_len = tl.load(cu_q + row + 1) - row_start
     if tile * BLOCK_M >= query_len * GROUP:
         return
-    seq_len = tl.load(seq_lens + row)
     member = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     index = member // GROUP  # within the row's new tokens
     live = index < query_len
@@ -140,22 +160,38 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    # Keys that every query of the tile sees need no mask.
-    clear = begin
-    if not WINDOW:
-        clear = tl.maximum(tl.minimum(end, (first + 1) // BLOCK_N * BLOCK_N), begin)
-        for start in range(begin, clear, BLOCK_N):
-            acc, best, mass = _fold(
-                acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
-                k_page, k_slot, v_page, v_slot, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_K, BLOCK_V,
-                False, WINDOW, SOFTCAP,
-            )  # fmt: skip
-    for start in range(clear, end, BLOCK_N):
-        acc, best, mass = _fold(
-            acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
-            k_page, k_slot, v_page, v_slot, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_K, BLOCK_V,
-            True, WINDOW, SOFTCAP,
-        )  # fmt: skip
+    # Keys from `clear` to `dark` are seen by every query of the tile.
+    clear, dark = begin, tl.minimum(end, first + 1)
+    if WINDOW:
+        clear = seq_len - query_len + ((tile + 1) * BLOCK_M - 1) // GROUP + 1 - window
+    page = _pages(block_table, begin, end, PAGE_SIZE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        slot = at % PAGE_SIZE
+        there = at < end
+        page = page.to(tl.int64)
+        key = _gather(keys, page * k_page + slot * k_slot, there, KEY_DIM, BLOCK_K)
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+        if SOFTCAP:
+            # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * _LOG2E
+        else:
+            scores = scores * (scale * _LOG2E)
+        if (start < clear) | (start + BLOCK_N > dark):
+            seen = (at[None, :] <= positions[:, None]) & there[None, :]
+            if WINDOW:
+                seen = seen & (at[None, :] > positions[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        # Without a key yet, any finite number keeps inf - inf out.
+        anchor = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - anchor[:, None])
+        shrink = tl.exp2(best - anchor)
+        mass = mass * shrink + tl.sum(weights, 1)
+        value = _gather(values, page * v_page + slot * v_slot, there, VALUE_DIM, BLOCK_V)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        best = new_best
+        page = _pages(block_table, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
 
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     if SPLIT:
@@ -169,52 +205,18 @@ def _attend(
 
 
 @triton.jit
-def _fold(
-    acc, best, mass, q, keys, values, block_table, start, end, positions, scale, softcap, window,
-    k_page, k_slot, v_page, v_slot,
-    PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Take the keys from `start` on into the running softmax (base 2)."""
+def _pages(block_table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the keys from `start` on. Loaded an iteration ahead, or the copies of keys and values, which need them, could
+    not be."""
     at = start + tl.arange(0, BLOCK_N)
-    there = at < end
-    page = tl.load(block_table + at // PAGE_SIZE, mask=there, other=0).to(tl.int64)
-    slot = at % PAGE_SIZE
-    key = _gather(keys, page * k_page + slot * k_slot, there, KEY_DIM, BLOCK_K, MASKED)
-    scores = tl.dot(q, tl.trans(key), input_precision="ieee")
-    if SOFTCAP:
-        # tanh(x) = 2 sigmoid(2 x) - 1
-        scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * _LOG2E
-    else:
-        scores = scores * (scale * _LOG2E)
-    if MASKED:
-        seen = (at[None, :] <= positions[:, None]) & there[None, :]
-        if WINDOW:
-            seen = seen & (at[None, :] > positions[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1))
-    # Without a key yet, any finite number keeps inf - inf out.
-    anchor = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
-    weights = tl.exp2(scores - anchor[:, None])
-    shrink = tl.exp2(best - anchor)
-    mass = mass * shrink + tl.sum(weights, 1)
-    value = _gather(values, page * v_page + slot * v_slot, there, VALUE_DIM, BLOCK_V, MASKED)
-    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_best, mass
+    return tl.load(block_table + at // PAGE_SIZE, mask=at < end, other=0)
 
 
 @triton.jit
-def _gather(base, offsets, there, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _gather(base, offsets, there, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows [len(offsets), BLOCK]; zeros where there is nothing, for what lies there may be NaN."""
     dims = tl.arange(0, BLOCK)
-    pointers = base + offsets[:, None] + dims[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
-    elif DIM != BLOCK:
-        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(base + offsets[:, None] + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit

@@ -15,12 +15,10 @@ class EventParser:
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        lines = (self._rest + data).splitlines(keepends=True)
-        # A line may go on, and a carriage return may have its newline still to come.
-        self._rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
         events = []
         for line in lines:
-            line = line.rstrip(b"\r\n")
+            line = line.removesuffix(b"\r")
             if not line and self._data:
                 events.append(b"\n".join(self._data))
                 self._data = []

@@ -19,12 +19,9 @@ from ramet.launch.cache import ModelUnavailable
 from ramet.launch.cli import Commands, parse_structs, run_command
 from ramet.launch.config import EngineConfig
 from ramet.launch.logs import set_up_logging
-from ramet.launch.placement import computing
-from ramet.launch.serve import configure
+from ramet.launch.serve import INTERRUPTED, configure
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.model_runner.weights.errors import WeightsError
-
-_INTERRUPTED = 130
 
 
 class StepArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,10 +49,10 @@ def bench(argv: list[str], program: str) -> None:
     parser = argparse.ArgumentParser(prog=program, description="Measure a server, the engine or its steps.")
     try:
         run_command(parser, _COMMANDS, argv)
-    except (RequestFailed, ModelUnavailable, ConfigError, WeightsError, ValueError, OSError) as error:
+    except (RequestFailed, ModelUnavailable, WeightsError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def _serve(argv: list[str], program: str) -> None:
@@ -69,7 +66,7 @@ def _serve(argv: list[str], program: str) -> None:
     if args.html is not None:
         write_html(args.html, f"{outcome.model} at {args.base_url}", text, outcome.records)
     if summary["interrupted"]:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     sys.exit(0 if summary["completed"] == load.num_requests else 1)
 
 
@@ -109,8 +106,7 @@ def _settle(server: ServerArgs) -> EngineConfig:
         raise ConfigError("only models that generate are measured; this one embeds")
     if config.scheduler.tp.size > 1:
         raise ConfigError(f"tp_size is {config.scheduler.tp.size}, but this runs in one process")
-    placement = computing(config.cpus, config.num_threads, os.environ)
     assert "torch" not in sys.modules, "OpenMP reads its settings when torch is imported"
-    os.environ.update(placement.env)
-    placement.apply()
+    os.environ.update(config.placement.env)
+    config.placement.apply()
     return config

@@ -2,7 +2,8 @@
 
 The pieces of an answer's body go to a callback as soon as they are read, so that a token's time of arrival is taken as
 early as this process can. Knows https, chunked bodies, bodies of a given length and those that end with the
-connection. No redirects, no proxies, no compression; nothing is sent twice.
+connection. No redirects, no proxies, no compression; nothing is sent twice. httpx would take four times as much CPU for
+a streamed token, beside the server that is measured.
 """
 
 import asyncio
@@ -29,26 +30,24 @@ class RequestFailed(Exception):
 class _Answer:
     """One answer, as httptools tells of it. `status` is 0 until it has begun."""
 
-    def __init__(self, on_body: OnBody) -> None:
-        self._on_body = on_body
+    def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._body = b""
         self._has_length = False
         self.status = 0
         self.is_whole = self.keeps_alive = False
 
-    def feed(self, data: bytes) -> None:
-        """What was read; nothing, if the connection has ended. Raises RequestFailed."""
-        if not data:
-            self.is_whole = self.status > 0 and not self._has_length
-            if not self.is_whole:
-                place = "in the middle of the answer" if self.status else "before it answered (try --no-keep-alive)"
-                raise RequestFailed("connection lost", f"the server closed the connection {place}")
-            return
-        try:
+    def feed(self, data: bytes) -> bytes:
+        """The part of the body in what was read, which is nothing if the connection has ended. Raises RequestFailed."""
+        self._body = b""
+        if data:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            cause = error.__context__  # what a callback raised
-            raise cause if isinstance(cause, RequestFailed) else RequestFailed("not HTTP", str(error)) from None
+        elif self.status >= 200 and not self._has_length:
+            self.is_whole = True
+        else:
+            place = "in the middle of the answer" if self.status else "before it answered (try --no-keep-alive)"
+            raise RequestFailed("connection lost", f"the server closed the connection {place}")
+        return self._body
 
     def on_header(self, name: bytes, _value: bytes) -> None:
         self._has_length |= name.lower() in (b"content-length", b"transfer-encoding")
@@ -57,7 +56,7 @@ class _Answer:
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        self._on_body(self.status, body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         if self.status >= 200:  # 100: it is still to come
@@ -87,14 +86,15 @@ class Client:
 
     async def send(self, request: bytes, on_body: OnBody) -> int:
         """The status of the answer, whose body went to `on_body`. Raises RequestFailed."""
-        answer = _Answer(on_body)
+        answer = _Answer()
         try:
             async with asyncio.timeout(self._timeout_s):
                 reader, writer = await self._connection()
                 try:
                     writer.write(request)
                     while not answer.is_whole:
-                        answer.feed(await reader.read(_READ_BYTES))
+                        if body := answer.feed(await reader.read(_READ_BYTES)):
+                            on_body(answer.status, body)
                 finally:
                     if answer.keeps_alive and self._keep_alive:
                         self._idle.append((reader, writer))
@@ -104,6 +104,8 @@ class Client:
             raise RequestFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from error
         except OSError as error:
             raise RequestFailed("connection lost", str(error)) from error
+        except httptools.HttpParserError as error:
+            raise RequestFailed("not HTTP", str(error)) from error
         return answer.status
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -43,7 +43,7 @@ class LoadArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     no_keep_alive: Annotated[bool, flag("a connection for each request")] = False
     extra_body: Annotated[str, flag("JSON object to merge into each body; null takes a field out")] = "{}"
     warmup: Annotated[int, flag("requests before the clock starts", ge=0)] = 2
-    timeout: Annotated[float, flag("seconds until a request counts as failed", gt=0)] = 600.0
+    timeout: Annotated[float, flag("seconds until a request counts as failed", gt=0, le=86_400)] = 600.0
     details: Annotated[bool, flag("put every request into the --json file")] = False
     html: Annotated[str | None, flag("write a page with plots to this file")] = None
 
@@ -87,13 +87,12 @@ class _Run:
     async def run(self) -> Outcome:
         self._model = self._model or await self._first_model()
         scale = await self._learn_scale() if self._args.prompts == "text" else Scale()
-        await self._send_all(self._requests("warm-up", self._args.warmup, scale), [], lambda: None)
+        await self._send_all(self._requests("warm-up", self._args.warmup, scale), [])
         requests = self._requests("measured", self._load.num_requests, scale)
         records: list[Record] = []
         started_s, cpu_s = time.perf_counter(), time.process_time()
         try:
-            with tqdm.tqdm(total=len(requests), unit="request", disable=None) as bar:
-                await self._send_all(requests, records, bar.update)
+            await self._send_all(requests, records)
         except asyncio.CancelledError:  # Ctrl-C
             sys.stderr.write("interrupted\n")
         wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
@@ -145,24 +144,24 @@ class _Run:
         sent = {name: value for name, value in body.items() if value is not None}
         return self._client.request("POST", _PATHS[args.endpoint], msgspec.json.encode(sent))
 
-    async def _send_all(
-        self, requests: list[tuple[Item, bytes]], records: list[Record], on_end: Callable[[], object]
-    ) -> None:
+    async def _send_all(self, requests: list[tuple[Item, bytes]], records: list[Record]) -> None:
         jobs, rate, started_s = iter(enumerate(requests)), self._args.request_rate, time.perf_counter()
+        bar = tqdm.tqdm(total=len(requests), unit="request", disable=None)
 
         async def work(jobs: Iterable[tuple[int, tuple[Item, bytes]]]) -> None:
             for index, (item, request) in jobs:
                 await self._send(index, item, request, records)
-                on_end()
+                bar.update()
 
-        async with asyncio.TaskGroup() as group:
-            if rate is None:
-                for _ in range(self._args.concurrency or _CONCURRENCY):
-                    group.create_task(work(jobs))  # all take from the same ones
-                return
-            for job, at_s in zip(jobs, arrival_times(self._load.seed, rate), strict=False):
-                await asyncio.sleep(started_s + at_s - time.perf_counter())
-                group.create_task(work([job]))
+        with bar:
+            async with asyncio.TaskGroup() as group:
+                if rate is None:
+                    for _ in range(self._args.concurrency or _CONCURRENCY):
+                        group.create_task(work(jobs))  # all take from the same ones
+                    return
+                for job, at_s in zip(jobs, arrival_times(self._load.seed, rate), strict=False):
+                    await asyncio.sleep(started_s + at_s - time.perf_counter())
+                    group.create_task(work([job]))
 
     async def _send(self, index: int, item: Item, request: bytes, records: list[Record]) -> Record:
         sent_s = time.perf_counter()

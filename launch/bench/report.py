@@ -26,22 +26,25 @@ from ramet.launch.server_args import SECRETS
 
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _TIMES = {"ttft_ms": "first token", "itl_ms": "between tokens", "tpot_ms": "per output token", "e2e_ms": "whole answer"}
-_PLOTTED = {"ttft_ms": "#1f77b4", "itl_ms": "#d62728"}
+_PLOTTED = ("ttft_ms", "itl_ms")
 
 # Seconds, and how many tokens or requests they stand for.
-Samples = Iterable[tuple[float, float]]
+Samples = Sequence[tuple[float, float]]
 
 
 def distribution(samples: Samples) -> dict[str, float] | None:
     """Mean and percentiles in milliseconds; None if there are no samples."""
-    ordered = sorted(samples)
-    if not ordered:
+    if not samples:
         return None
+    mean = sum(seconds * weight for seconds, weight in samples) / sum(weight for _, weight in samples)
+    return {"mean": 1e3 * mean, **dict(zip(_SHARES, _quantiles(samples, _SHARES.values()), strict=True))}
+
+
+def _quantiles(samples: Samples, shares: Iterable[float]) -> list[float]:
+    """In milliseconds; there are samples."""
+    ordered = sorted(samples)
     reached = list(itertools.accumulate(weight for _, weight in ordered))
-    found = {"mean": 1e3 * sum(value * weight for value, weight in ordered) / reached[-1]}
-    for name, share in _SHARES.items():
-        found[name] = 1e3 * ordered[bisect.bisect_left(reached, share * reached[-1])][0]
-    return found
+    return [1e3 * ordered[bisect.bisect_left(reached, share * reached[-1])][0] for share in shares]
 
 
 def samples_of(records: Iterable[Record]) -> dict[str, list[tuple[float, float]]]:
@@ -133,30 +136,27 @@ def write_json(path: str | None, settings: Iterable[msgspec.Struct], results: di
 def write_html(path: str, title: str, text: str, records: Iterable[Record]) -> None:
     """One file that needs nothing else: the table, and two distributions as curves."""
     samples = samples_of(records)
-    plots = [f"<h2>{_TIMES[name]}</h2>{_plot(samples[name], colour)}" for name, colour in _PLOTTED.items()]
+    plots = [f"<h2>{_TIMES[name]}</h2>{_plot(samples[name])}" for name in _PLOTTED]
     title = html.escape(title)
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
     Path(path).write_text(f"{head}<pre>{html.escape(text)}</pre>{''.join(plots)}</html>\n", encoding="utf-8")
 
 
-def _plot(samples: Samples, colour: str) -> str:
+def _plot(samples: Samples) -> str:
     """The share of samples up to each time, over a logarithmic axis, as an SVG."""
-    ordered = [(max(1e3 * seconds, 1e-3), weight) for seconds, weight in sorted(samples)]
-    if not ordered:
+    if not samples:
         return "<p>no samples</p>"
-    low = math.floor(math.log10(ordered[0][0]))
-    decades = max(1, math.ceil(math.log10(ordered[-1][0])) - low)
+    times_ms = [max(ms, 1e-3) for ms in _quantiles(samples, [i / 1000 for i in range(1001)])]
+    low = math.floor(math.log10(times_ms[0]))
+    decades = max(1, math.ceil(math.log10(times_ms[-1])) - low)
 
     def x(ms: float) -> float:
         return 50 + 640 * (math.log10(ms) - low) / decades
 
-    reached = list(itertools.accumulate(weight for _, weight in ordered))
-    curve = [(x(ms), 240 - 220 * sum_ / reached[-1]) for (ms, _), sum_ in zip(ordered, reached, strict=True)]
-    curve = [(curve[0][0], 240.0), *curve[:: 1 + len(curve) // 1000], curve[-1]]
-    points = " ".join(f"{across:.1f},{down:.1f}" for across, down in curve)
+    points = " ".join(f"{x(ms):.1f},{240 - 0.22 * i:.1f}" for i, ms in enumerate(times_ms))
     marks = [(x(10.0**power), 256.0, f"{10.0**power:g} ms") for power in range(low, low + decades + 1)]
     marks += [(20, 244 - 220 * share, f"{share:.0%}") for share in (0.0, 0.5, 0.9, 1.0)]
     texts = "".join(f'<text x="{across:.0f}" y="{down:.0f}">{text}</text>' for across, down, text in marks)
     frame = '<path d="M50 20V240H690M50 130H690M50 42H690" fill="none" stroke="#ccc"/>'
-    line = f'<polyline points="{points}" fill="none" stroke="{colour}"/>'
+    line = f'<polyline points="{points}" fill="none" stroke="#1f77b4"/>'
     return f'<svg width="740" height="270" font-size="11">{frame}{texts}{line}</svg>'

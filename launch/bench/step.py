@@ -65,7 +65,7 @@ def run_steps(config: EngineConfig, batch_sizes: list[int], contexts: list[int],
     machine = measure_machine(bench.device, products)
     steps = []
     for case in tqdm.tqdm(cases, unit="case", disable=None):
-        times = distribution((seconds, 1) for seconds in bench.time(case, repeats)) or {}
+        times = distribution([(seconds, 1) for seconds in bench.time(case, repeats)]) or {}
         work = step_work(bench.spec, case, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
         read_ms, product_ms = 1e3 * work.num_bytes / machine.bytes_per_s, 1e3 * work.flops / machine.flops_per_s
         step = {**case._asdict(), **{f"{name}_ms": ms for name, ms in times.items()}, **work._asdict()}

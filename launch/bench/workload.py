@@ -3,18 +3,17 @@
 A prompt is a list of units: token ids, or common words, which nearly all vocabularies hold as one token each.
 """
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
+from ramet.launch import server_args
+
+flag = functools.partial(server_args.flag, "benchmark")
 WORDS = "the of and to in is was for that on with as at by from are this have not had but all one were".split()  # noqa: SIM905
-
-
-def flag(description: str, **limits: Any) -> Meta:
-    return Meta(description=description, extra_json_schema={"group": "benchmark"}, **limits)
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

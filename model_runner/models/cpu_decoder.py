@@ -2,7 +2,7 @@
 
 Made of a loaded `Decoder`, whose weights it takes over and packs; that class is its plain twin and says what is
 computed. It covers dense bfloat16 models on one CPU rank, and rounds their weights to 8 or 4 bits if asked, but for
-those that a file has in such 4 bits. The inputs of these products are rounded to 8 bits, each 32 numbers by a scale.
+those that a file has in such 4 bits. The inputs of these products are rounded to 8 bits, each 32 or 64 by a scale.
 """
 
 import math

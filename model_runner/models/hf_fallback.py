@@ -138,6 +138,7 @@ def load_fallback(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGr
     progress(0, 1)
     hf_model = _load(config, hf_config).eval()
     hf_model.to(torch.device(config.device))
+    hf_model.config.pad_token_id = None  # some look for it in all that they are given, and so wait for the device
     progress(1, 1)
     reference, noise = _own_logits(hf_model)
     transformers.AttentionInterface.register(_ATTENTION, _paged_attention)

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,26 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
             return _parse(data)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:  # an empty file, a length beyond the end, text that is not UTF-8
+    except (ValueError, OverflowError, struct.error) as error:  # what is missing, a length beyond all files, no UTF-8
         raise WeightsError(f"{path} is not a readable GGUF file: {error}") from error
 
 
 def _parse(data: mmap.mmap) -> GGUFHeader:
-    if data[:4] != _MAGIC:
+    """Reading beyond the end gives what there is, which is then too short to be unpacked."""
+    if data.read(4) != _MAGIC:
         raise ValueError("it does not begin with the letters GGUF")
-    version, num_tensors, num_values = struct.unpack_from("<IQQ", data, 4)
+    version, num_tensors, num_values = _unpack(data, "<IQQ")
     if version not in _VERSIONS:
         raise ValueError(f"version {version}; versions {_VERSIONS} are known")
-    cursor = _Cursor(data, position=24)
     metadata: dict[str, object] = {}
     for _ in range(num_values):
-        name = cursor.string()
-        metadata[name] = cursor.value(cursor.unsigned("<I"))
-    infos = [cursor.tensor_info() for _ in range(num_tensors)]
+        (name,) = _strings(data, 1)
+        metadata[name] = _value(data, *_unpack(data, "<I"))
+    infos = [_tensor_info(data) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
-    data_start = -(-cursor.position // alignment) * alignment
+    data_start = -(-data.tell() // alignment) * alignment
     tensors = {info.name: dataclasses.replace(info, offset=info.offset + data_start) for info in infos}
     for info in tensors.values():
         if info.offset + info.nbytes > len(data):
@@ -82,64 +83,39 @@ def _parse(data: mmap.mmap) -> GGUFHeader:
     return GGUFHeader(metadata, tensors)
 
 
-class _Cursor:
-    """Reads values one after the other."""
-
-    def __init__(self, data: mmap.mmap, position: int) -> None:
-        self.data = data
-        self.position = position
-
-    def unsigned(self, form: str) -> int:
-        (number,) = struct.unpack_from(form, self.data, self.position)
-        self.position += struct.calcsize(form)
-        return int(number)
-
-    def string(self) -> str:
-        return self.strings(1)[0]
-
-    def strings(self, count: int) -> list[str]:
-        data, position, size = self.data, self.position, len(self.data)
-        read_length = struct.Struct("<Q").unpack_from
-        result = []
-        for _ in range(count):
-            begin = position + 8
-            position = begin + read_length(data, position)[0]
-            if position > size:
-                raise ValueError("a string reaches beyond the end of the file")
-            result.append(data[begin:position].decode())
-        self.position = position
-        return result
-
-    def scalars(self, dtype: np.dtype[Any], count: int) -> list[object]:
-        begin, self.position = self.position, self.position + dtype.itemsize * count
-        if self.position > len(self.data):
-            raise ValueError("a value reaches beyond the end of the file")
-        # A copy of the bytes: a view would keep the map open.
-        values: list[object] = np.frombuffer(self.data[begin : self.position], dtype).tolist()
-        return values
-
-    def value(self, kind: int) -> object:
-        if kind == _ARRAY:
-            item_kind, count = self.unsigned("<I"), self.unsigned("<Q")
-            if item_kind == _STRING:
-                return self.strings(count)
-            if item_kind == _ARRAY:
-                return [self.value(item_kind) for _ in range(count)]
-            return self.scalars(_dtype(item_kind), count)
-        if kind == _STRING:
-            return self.string()
-        return self.scalars(_dtype(kind), 1)[0]
-
-    def tensor_info(self) -> TensorInfo:
-        name = self.string()
-        shape = tuple(self.unsigned("<Q") for _ in range(self.unsigned("<I")))[::-1]
-        ggml_type = GGMLQuantizationType(self.unsigned("<I"))
-        block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        nbytes = math.prod(shape) // block_size * block_bytes
-        return TensorInfo(name, shape, ggml_type, self.unsigned("<Q"), nbytes)
+def _tensor_info(data: mmap.mmap) -> TensorInfo:
+    """With its offset from the start of the tensors' data."""
+    (name,) = _strings(data, 1)
+    (num_dimensions,) = _unpack(data, "<I")
+    shape = _unpack(data, f"<{num_dimensions}Q")[::-1]
+    kind, offset = _unpack(data, "<IQ")
+    ggml_type = GGMLQuantizationType(kind)
+    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    return TensorInfo(name, shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)
 
 
-def _dtype(kind: int) -> np.dtype[Any]:
+def _unpack(data: mmap.mmap, form: str) -> tuple[int, ...]:
+    return struct.unpack(form, data.read(struct.calcsize(form)))
+
+
+def _strings(data: mmap.mmap, count: int) -> list[str]:
+    read, unpack = data.read, struct.Struct("<Q").unpack
+    return [read(*unpack(read(8))).decode() for _ in range(count)]
+
+
+def _value(data: mmap.mmap, kind: int) -> object:
+    if kind != _ARRAY:
+        return _values(data, kind, 1)[0]
+    item_kind, count = _unpack(data, "<IQ")
+    return _values(data, item_kind, count)
+
+
+def _values(data: mmap.mmap, kind: int, count: int) -> Sequence[object]:
+    if kind == _ARRAY:
+        return [_value(data, kind) for _ in range(count)]
+    if kind == _STRING:
+        return _strings(data, count)
     if kind not in _SCALARS:
         raise ValueError(f"unknown value type {kind}")
-    return _SCALARS[kind]
+    values: list[object] = np.frombuffer(data.read(_SCALARS[kind].itemsize * count), _SCALARS[kind], count).tolist()
+    return values

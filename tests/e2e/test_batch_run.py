@@ -45,7 +45,7 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
-    entries = [line(f"{i}", MODEL, max_tokens=16, ignore_eos=True) for i in range(400)]
+    entries = [line(f"{i}", MODEL, max_tokens=100, ignore_eos=True) for i in range(400)]
     write(tmp_path, [*entries, line("bad", MODEL, temperature=9)])
     store = tmp_path / ".out.jsonl.ramet"
     process = start(command)
@@ -81,6 +81,13 @@ def test_wrong_input(command: list[str], tmp_path: Path) -> None:
     code, errors = end(start(command))
     assert code == 1
     assert "line 2: custom_id 'a' is that of line 1 too\nline 3: the model 'other' does not exist" in errors
+    assert "scheduler-0" not in errors, "an engine was started for nothing"
+    write(tmp_path, [])
+    code, errors = end(start(command))
+    assert code == 1 and errors.endswith("\nthe input file has no requests\n")
+    write(tmp_path, [line("a", "other")] * 70)
+    code, errors = end(start(command))
+    assert code == 1 and errors.count("\nline ") == 50
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 

@@ -1,7 +1,7 @@
 """Every process killed and stopped in turn under a steady load: nobody waits in vain, and nothing is left behind.
 
-A request may end well, or in an error that a client may answer by trying again: 503, an `engine_down` event in its
-stream, or a broken connection if it was the frontend that died. Errors come within two seconds of the death.
+A request that is in flight ends well, with the text that it gets when nobody dies. One that comes while a process is
+dead is refused with a 503. If it is the frontend that dies, connections break. Errors come within two seconds.
 """
 
 import asyncio
@@ -30,17 +30,21 @@ ROUNDS = int(os.environ.get("RAMET_TEST_CHAOS_ROUNDS", "1"))
 KILLED = ("frontend", "scheduler-0", "tokenizer-0", "detokenizer")
 STOPPED = ("frontend", "scheduler-0", "tokenizer-1", "detokenizer")
 STREAMS = 16
+# So many of the requests that survive a death are sent again, to compare the texts: those that took longest.
+CHECKED = 4
 HEARD_S = 2.0
 WATCHDOG_S = 3.0
 FLAGS = ("--watchdog-timeout", f"{WATCHDOG_S:g}", "--max-restarts", "1000", "--tokenizer-worker-num", "2")
 
 
 class Ended(NamedTuple):
-    """A request: when it began and ended, on the monotonic clock, and how."""
+    """A request: when it began and ended, on the monotonic clock, how, and the text of each choice."""
 
     started_at: float
     ended_at: float
     how: str
+    body: dict[str, Any]
+    texts: dict[int, str]
 
 
 class Load:
@@ -73,25 +77,43 @@ class Load:
         )
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=60) as http:
             await asyncio.gather(*(self._work(http) for _ in range(STREAMS)))
 
     async def _work(self, http: httpx.AsyncClient) -> None:
         while not self._stopping:
             started_at = time.monotonic()
-            how = await self._request(http)
-            self.ended.append(Ended(started_at, time.monotonic(), how))
+            texts: dict[int, str] = collections.defaultdict(str)
+            body, leaves = self._make()
+            how = await self._request(http, body, leaves, texts)
+            self.ended.append(Ended(started_at, time.monotonic(), how, body, texts))
             await asyncio.sleep(0.1 if how not in ("done", "left") else 0)
 
-    async def _request(self, http: httpx.AsyncClient) -> str:
+    def again(self, ended: Ended) -> dict[int, str]:
+        """The texts of the same request, now."""
+
+        async def ask() -> None:
+            async with httpx.AsyncClient(base_url=self._server.url, timeout=60) as http:
+                assert await self._request(http, ended.body, False, texts) == "done"
+
+        texts: dict[int, str] = collections.defaultdict(str)
+        asyncio.run(ask())
+        return texts
+
+    def _make(self) -> tuple[dict[str, Any], bool]:
+        """A request, and whether its client leaves early."""
         prompt = [self._random.randrange(3, 384) for _ in range(self._random.randrange(1, 60))]
         body = {"model": self._server.model, "prompt": prompt, "stream": True, "ignore_eos": True}
+        body |= {"seed": self._random.randrange(2**32)}
         body |= {"max_tokens": self._random.randrange(5, 60), "n": self._random.choice((1, 1, 2))}
         leaves = self._random.random() < 0.1
         if leaves:
             body["max_tokens"] = 1500
         elif self._random.random() < 0.1:  # for which the scheduler has a process of its own
             body |= {"regex": "[a-z]{3,9}", "ignore_eos": False}
+        return body, leaves
+
+    async def _request(self, http: httpx.AsyncClient, body: dict[str, Any], leaves: bool, texts: dict[int, str]) -> str:
         how = "cut off"
         try:
             async with http.stream("POST", "/v1/completions", json=body) as response:
@@ -103,7 +125,10 @@ class Load:
                         return "done" if how == "cut off" else how
                     if '"error"' in line:
                         how = json.loads(line.removeprefix("data: "))["error"]["code"]
-                    elif leaves and line and self._random.random() < 0.1:
+                    elif line:
+                        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                            texts[choice["index"]] += choice["text"]
+                    if leaves and line and self._random.random() < 0.1:
                         return "left"
         except httpx.TimeoutException:
             return "hung"
@@ -146,11 +171,11 @@ def test_every_process_killed_and_stopped_in_turn(server: RunningServer) -> None
 
 def hurt(server: RunningServer, load: Load, role: str, number: signal.Signals) -> None:
     """Kill or stop a process, wait until all is well, and look at what became of the requests."""
-    before = server.pids()
+    before, restarts = server.pids(), restarts_of(server)
     seen = len(load.ended)
     hurt_at = time.monotonic()
     os.kill(before[role], number)
-    until(lambda: any(each.how not in ("done", "left") for each in load.ended[seen:]), 60, lambda: "an error")
+    until(lambda: restarts_of(server) > restarts, 60, server.log)
     server.wait_until_ready()
     back_s = time.monotonic() - hurt_at
     load.wait_for(STREAMS)
@@ -158,12 +183,20 @@ def hurt(server: RunningServer, load: Load, role: str, number: signal.Signals) -
     assert {name for name in after if after[name] != before[name]} == {role}
     ended = load.ended[seen:]
     print(role, number.name, f"back after {back_s:.1f} s;", collections.Counter(each.how for each in ended))
-    errors = {"refused", "engine_down"} if role != "frontend" else {"broken"}
-    assert {each.how for each in ended} <= {"done", "left", *errors}
+    error = "broken" if role == "frontend" else "refused"
+    assert {each.how for each in ended} <= {"done", "left", error}
     limit_s = HEARD_S + (WATCHDOG_S if number == signal.SIGSTOP else 0)
     for each in ended:
-        if each.started_at < hurt_at or each.how in errors:
+        if each.how == error:
             assert each.ended_at - max(hurt_at, each.started_at) < limit_s, each
+            assert each.started_at > hurt_at or error == "broken", each
+    survivors = [each for each in ended if each.how == "done" and each.started_at < hurt_at < each.ended_at]
+    for each in survivors[-CHECKED:]:
+        assert each.texts == load.again(each), each
+
+
+def restarts_of(server: RunningServer) -> int:
+    return server.log().count("all processes are ready again")
 
 
 def pages_of(server: RunningServer) -> dict[str, float]:

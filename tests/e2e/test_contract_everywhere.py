@@ -315,11 +315,6 @@ HABITS = (
 
 @pytest.mark.parametrize("flag", [f"--{name}" for name in HABITS.split()])
 def test_flags_typed_by_habit(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is known, or refused in its own name; none is a word that nobody has heard of."""
     with pytest.raises(SystemExit):
         parse_args(["--help"])
-    if flag in capsys.readouterr().out:
-        return
-    with pytest.raises(SystemExit):
-        parse_args([flag, "1"])
-    assert f"{flag} is not supported by this version" in capsys.readouterr().err
+    assert flag in capsys.readouterr().out

@@ -16,7 +16,10 @@ import openai
 import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from support.scripted_engine import ScriptedEngine
 from support.server import RunningServer, until
+
+from ramet.ipc.messages import Embedded
 
 pytestmark = pytest.mark.e2e
 
@@ -249,6 +252,33 @@ def test_a_trace_has_a_span_for_each_hop(server: RunningServer, collector: Colle
             assert earlier.start_time_unix_nano <= earlier.end_time_unix_nano == later.start_time_unix_nano
         assert mine[-1].end_time_unix_nano <= root.end_time_unix_nano
     assert collector.resources[0]["service.name"] == "ramet"
+
+
+def test_the_span_of_embeddings_has_their_tokens(collector: Collector | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if collector is None:
+        pytest.skip("the packages of ramet[otel] are not installed")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    with (
+        ScriptedEngine(is_embedding=True, embedding_size=1, otlp_traces_endpoint=collector.url) as engine,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(
+            httpx.post,
+            f"{engine.url}/v1/embeddings",
+            json={"model": "alias", "input": ["a", "b"]},
+            headers={"traceparent": f"00-{'d' * 32}-{PARENT}-01"},
+        )
+        for tokens in (3, 4):
+            engine.send(Embedded(engine.question().rid, tokens, bytes(4)))
+        assert answer.result().status_code == 200
+
+        def spans() -> list[Any]:
+            return [span for span in collector.spans if span.trace_id.hex() == "d" * 32]
+
+        until(spans, 20, lambda: "a span")
+        attributes = {it.key: it.value for it in spans()[0].attributes}
+    assert attributes["gen_ai.usage.input_tokens"].int_value == 7
+    assert "gen_ai.usage.output_tokens" not in attributes
 
 
 def test_what_is_not_sampled_is_not_traced_and_the_last_spans_are_sent_at_the_end(

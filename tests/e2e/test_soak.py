@@ -34,7 +34,7 @@ def test_a_short_soak(servers: Any, tiny_model: Callable[[str], Path]) -> None:
     )
     print(ended.stdout, ended.stderr)
     assert ended.returncode == 0
-    assert ended.stdout.rstrip().endswith("0 errors, 0 leaks")
+    assert re.search(r"\n\d+ preemptions, 0 errors, 0 leaks\n$", ended.stdout)
     counts = dict(re.findall(r"^(\w+) +(\d+) requests$", ended.stdout, re.MULTILINE))
     kinds = {"abandoned", "batch", "choices", "constrained", "deadline", "invalid", "long_stream", "short", "tokenized"}
     assert counts.keys() == kinds

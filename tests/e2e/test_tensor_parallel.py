@@ -86,9 +86,8 @@ def test_two_ranks_serve_and_start_again_when_one_is_killed(tiny_model: Callable
         assert chat.usage is not None and chat.usage.completion_tokens > 0
         pieces = endless_stream(server)
         os.kill(server.pids()["scheduler-1"], signal.SIGKILL)
-        with pytest.raises(Exception, match="the engine is down: scheduler-1 was killed by SIGKILL"):
-            list(pieces)
-        server.wait_until_ready()
+        assert len("".join(pieces)) > 100  # it goes on when both ranks are there again
+        assert server.metrics()["ramet_requests_resumed_total"] == 1
         check_tokens(server, folder)
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support.batches import line
 
@@ -138,6 +139,16 @@ def test_expiry_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert job.counts == RequestCounts(5, 1, 4)
     kill(job)
     assert {entry["error"]["code"] for entry in read(tmp_path / ERRORS)} == {"batch_expired"}
+
+
+def test_the_first_line_too_many_ends_the_check(tmp_path: Path) -> None:
+    entries = [json.dumps(line(f"id-{i}", "m")) + "\n" for i in range(9)]
+    (tmp_path / INPUT).write_text("".join(entries))
+    config = msgspec.structs.replace(CONFIG, max_batch_lines=3)
+    check = InputCheck(tmp_path / INPUT, "/v1/chat/completions", config)
+    assert check.step(1000)
+    check.close()
+    assert [(error["code"], error["line"]) for error in check.errors] == [("too_many_lines", 4)]
 
 
 @pytest.mark.parametrize("length", [300, 3000])

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.frontend.answer import AnswerReader
-from ramet.frontend.api.chat import ChatAnswer
+from ramet.frontend.api.chat import ChatChoice
+from ramet.frontend.api.chunks import OpenAIAnswer
 from ramet.frontend.api.completions import CompletionAnswer
+from ramet.frontend.generation import ChoiceRecord, Generation
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.ipc.messages import PromptInfo, TextDelta
@@ -17,7 +18,21 @@ from ramet.ipc.messages import PromptInfo, TextDelta
 OPTIONS = [None, {"include_usage": True}, {"continuous_usage_stats": True}]
 
 
-def both(answer: ChatAnswer | CompletionAnswer, index: int, text: str) -> tuple[bytes, bytes]:
+class Nobody:
+    """Has submitted the choices, and hears of nothing."""
+
+    def abort(self, rids: set[str]) -> None: ...
+
+    def release(self, count: int, num_tokens: int) -> None: ...
+
+
+def generation(n: int) -> Generation:
+    made = Generation(Nobody(), ["r-0", "r-1"], n, 0, False)
+    made.records = [ChoiceRecord(0.0, prompt_tokens=2, cached_tokens=1, tokens=3) for _ in range(2)]
+    return made
+
+
+def both(answer: OpenAIAnswer, index: int, text: str) -> tuple[bytes, bytes]:
     """The chunk with a text as the first event of a choice and as a later one."""
     first = answer.render(index, TextDelta("r", text, 3, PromptInfo(2, 1)))
     later = answer.render(index, TextDelta("r", text, 3))
@@ -29,7 +44,8 @@ def both(answer: ChatAnswer | CompletionAnswer, index: int, text: str) -> tuple[
 def test_chat(options: dict[str, Any] | None, text: str, rid: str | None) -> None:
     body = {"model": '""', "messages": [], "n": 2, "stream": True, "stream_options": options, "rid": rid}
     request = msgspec.convert(body, ChatRequest)
-    answer = ChatAnswer(request, [AnswerReader(None, "json", None) for _ in range(2)])
+    choices = [ChatChoice(index, False, None, "json", None) for index in range(2)]
+    answer = OpenAIAnswer("chatcmpl", "kind", "chunk", request, generation(2), choices)
     for index in range(2):
         whole, made = both(answer, index, text)
         assert made == whole
@@ -42,7 +58,7 @@ def test_chat(options: dict[str, Any] | None, text: str, rid: str | None) -> Non
 def test_completions(options: dict[str, Any] | None, text: str) -> None:
     body = {"model": "m", "prompt": ["a", "b"], "stream": True, "stream_options": options}
     request = msgspec.convert(body, CompletionRequest)
-    answer = CompletionAnswer(request, ["a", "b"])
+    answer = CompletionAnswer(request, ["a", "b"], generation(1))
     for index in range(2):
         whole, made = both(answer, index, text)
         assert made == whole

@@ -2,22 +2,18 @@
 
 import asyncio
 import functools
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.client_harness import Harness
 
-from ramet.frontend.engine_client import DRAINING, EngineClient
-from ramet.frontend.generation import Generation
-from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, Inbox
+from ramet.frontend.engine_client import DRAINING
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import (
     Abort,
     Answer,
-    Completion,
     Embedded,
     Embedding,
     EngineDown,
@@ -29,48 +25,15 @@ from ramet.ipc.messages import (
     Reset,
     TextBatch,
     TextDelta,
-    ToTokenizer,
 )
-from ramet.ipc.sampling import SamplingParams
 
 STOP = Finish(FinishReason.STOP)
-PROMPT = functools.partial(Completion, prompt="x")
-
-
-class Harness:
-    """A client, and the inbox of its only tokenizer worker."""
-
-    def __init__(self, folder: str) -> None:
-        addresses = Addresses(folder)
-        self.inbox: Inbox[Completion | Abort] = Inbox(addresses.tokenizer(0), ToTokenizer)
-        self.metrics = Metrics()
-        self.client = EngineClient(addresses, 8, self.metrics, max_tokens=1000)
-
-    def submit(self, n: int = 1, seed: int | None = None) -> tuple[Generation, Completion]:
-        generation = self.client.submit([PROMPT], SamplingParams(seed=seed, max_tokens=5), n=n)
-        message = self.received()
-        assert isinstance(message, Completion)
-        return generation, message
-
-    def received(self) -> Completion | Abort | None:
-        return self.inbox.receive(5)
-
-    def ended(self) -> int:
-        """How many choices and embeddings, for whatever reason."""
-        [family] = self.metrics.requests_finished.collect()
-        return int(sum(sample.value for sample in family.samples if sample.name.endswith("_total")))
-
-    def close(self) -> None:
-        self.client.close()
-        self.inbox.close()
 
 
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="ramet-test-") as folder:
-        harness = Harness(folder)
+    with Harness() as harness:
         yield harness
-        harness.close()
 
 
 def test_seed(harness: Harness) -> None:
@@ -149,33 +112,40 @@ def test_who_waits_may_have_text_passed_on_at_once(harness: Harness) -> None:
 def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None:
     async def read() -> None:
         generation, message = harness.submit()
-        harness.client.dispatch(TextBatch([TextDelta(message.job.rids[0], "a", 1)]))
-        harness.client.dispatch(EngineDown("gone"))
+        [rid] = message.job.rids
+        harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1)]))
+        harness.client.dispatch(Failed([rid], Failure(FailureKind.INTERNAL, "broken")))
         with generation:
             changes = generation.changes()
             [(_, delta)] = await anext(changes)
             assert delta.text == "a"
-            with pytest.raises(RequestError, match="gone"):
+            with pytest.raises(RequestError, match="broken"):
                 await anext(changes)
 
     asyncio.run(read())
     assert harness.client.live == 0
-    assert isinstance(harness.received(), Abort)
-    with pytest.raises(RequestError, match="gone"):
-        harness.submit()
-    harness.client.dispatch(EngineUp())
-    with pytest.raises(RequestError, match="gone"):
-        harness.submit()
-    reset = harness.received()
-    harness.client.dispatch(Reset(0))  # of an earlier round
-    assert harness.client.down
-    harness.client.dispatch(reset)
-    assert not harness.client.down
-    # A second one, though nothing had died.
-    harness.client.dispatch(EngineUp())
-    harness.client.dispatch(harness.received())
-    [restarts] = harness.metrics.engine_restarts.collect()
-    assert restarts.samples[0].value == 1
+
+
+def test_nothing_is_admitted_until_the_reset_is_back() -> None:
+    with Harness() as harness:
+        harness.client.dispatch(EngineUp())
+        harness.client.dispatch(harness.received())
+        assert harness.client.up.is_set()
+        harness.client.dispatch(EngineDown("gone"))
+        with pytest.raises(RequestError, match="gone"):
+            harness.submit()
+        harness.client.dispatch(EngineUp())
+        with pytest.raises(RequestError, match="gone"):
+            harness.submit()
+        reset = harness.received()
+        harness.client.dispatch(Reset(0))  # of an earlier round
+        assert harness.client.down
+        harness.client.dispatch(reset)
+        assert not harness.client.down
+        # A second one, though nothing had died.
+        harness.client.dispatch(EngineUp())
+        harness.client.dispatch(harness.received())
+        assert harness.count("engine_restarts_total") == 1
 
 
 def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: Harness) -> None:
@@ -191,7 +161,7 @@ def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: H
             assert message.prompt == f"{i:4}"
             rids.append(message.rid)
         assert client.live == 20  # of at most 8 requests
-        assert client._tokens == 20
+        assert client._admission.tokens == 20
         for rid in reversed(rids[1:]):
             client.dispatch(Embedded(rid, 1, rid.encode()))
         if fail:
@@ -285,7 +255,7 @@ def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str,
             assert asyncio.run(asyncio.wait_for(read(), 5)) == told
     assert harness.client.live == 0
     assert harness.ended() == ended_before + 3
-    assert harness.client._tokens == 0
+    assert harness.client._admission.tokens == 0
     for rids_aborted in filter(None, aborts):
         abort = harness.received()
         assert isinstance(abort, Abort)

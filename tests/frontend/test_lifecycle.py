@@ -64,6 +64,12 @@ def last(request: Request, text: str = "z") -> TextDelta:
     return TextDelta(request.job.rids[0], text, 2, finish=STOP)
 
 
+def told(request: Request, number: int, text: str, finish: Finish | None = None) -> TextDelta:
+    """A token, counted from 1, with its id."""
+    prompt = PromptInfo(3, 0) if number == 1 else None
+    return TextDelta(request.job.rids[0], text, number, prompt, finish=finish, token_ids=[number])
+
+
 def events(text: str) -> list[Any]:
     parts = text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""]
@@ -261,20 +267,29 @@ def test_full_queue(engine: ScriptedEngine, caller: Caller) -> None:
 def test_engine_down(caller: Caller) -> None:
     with ScriptedEngine() as engine:
         whole = caller.post(engine, CHAT)
-        engine.job()
+        before = engine.job()
         with connect(engine, STREAM) as connection:
-            engine.deltas(first(engine.job(), "some"))
+            streamed = engine.job()
+            engine.deltas(told(streamed, 1, "some"))
             read_until(connection, b"some")
-            started = time.monotonic()
             engine.send(EngineDown("scheduler died"))
+            for path, status in (("/health", 503), ("/ready", 503), ("/metrics", 200)):
+                assert httpx.get(engine.url + path).status_code == status
+            response = caller.post(engine, CHAT).result()
+            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+            assert "scheduler died" in response.json()["error"]["message"]
+            engine.send(EngineUp())
+            assert engine.job().messages == before.messages
+            again = engine.job()
+            assert again.job.rids != streamed.job.rids
+            engine.deltas(told(again, 1, "some"), told(again, 2, "thing", STOP))
             tail = read_until(connection, b"[DONE]")
-        assert b"scheduler died" in tail
-        assert whole.result().status_code == 503
+        assert b"thing" in tail and b"some" not in tail and b"error" not in tail
+        started = time.monotonic()
+        engine.send(EngineDown("scheduler died again"))
+        response = whole.result()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
         assert time.monotonic() - started < HEARD_S
-        for path, status in (("/health", 503), ("/ready", 503), ("/metrics", 200)):
-            assert httpx.get(engine.url + path).status_code == status
-        response = caller.post(engine, CHAT).result()
-        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
         engine.send(EngineUp())
         while httpx.get(f"{engine.url}/health").status_code != 200:
             time.sleep(0.01)
@@ -284,6 +299,39 @@ def test_engine_down(caller: Caller) -> None:
         assert answer.result().status_code == 200
         engine.terminate()
         assert engine.exit_code() == 0
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_drain_while_the_engine_is_down(caller: Caller, comes_back: bool) -> None:
+    with ScriptedEngine() as engine:
+        answer = caller.post(engine, CHAT)
+        engine.job()
+        engine.send(EngineDown("scheduler died"))
+        engine.terminate()
+        if comes_back:
+            engine.send(EngineUp())
+            job = engine.job()
+            engine.deltas(first(job), last(job))
+            assert answer.result().status_code == 200
+        else:
+            engine.send(EngineDown("it is being stopped", final=True))
+            response = answer.result()
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
+        assert engine.exit_code() == 0
+
+
+def test_the_time_of_a_request_runs_on_while_the_engine_is_down(caller: Caller) -> None:
+    with ScriptedEngine(request_timeout_s=1.0) as engine:
+        asked_at = time.monotonic()
+        answer = caller.post(engine, CHAT)
+        engine.job()
+        engine.send(EngineDown("scheduler died"))
+        assert answer.result().status_code == 504
+        assert time.monotonic() - asked_at < 1 + HEARD_S
+        engine.send(EngineUp())
+        while httpx.get(f"{engine.url}/health").status_code != 200:
+            time.sleep(0.01)
+        assert engine.jobs.empty()
 
 
 def test_drain_lets_requests_end(caller: Caller) -> None:

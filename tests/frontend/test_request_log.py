@@ -60,6 +60,11 @@ def test_levels(caplog: pytest.LogCaptureFixture, schema: type[msgspec.Struct], 
     assert line == {**summary, "request": body, "response": '{"text": "the answer"}'}
 
 
+def test_tokens_of_what_was_not_generated(caplog: pytest.LogCaptureFixture) -> None:
+    [line] = logged(caplog, "summary", **{"ramet.usage": {"prompt_tokens": 7, "total_tokens": 7}})
+    assert (line["prompt_tokens"], line["total_tokens"]) == (7, 7)
+
+
 def test_a_request_without_a_body(caplog: pytest.LogCaptureFixture) -> None:
     assert "request" not in logged(caplog, "parameters")[0]
 

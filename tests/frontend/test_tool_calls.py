@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.frontend.answer import whole_message
+from ramet.frontend.api.chat import whole_message
 from ramet.frontend.tool_calls import FORMS, Delta, ToolCallParser
 
 NAMES = ("get_weather", "now")

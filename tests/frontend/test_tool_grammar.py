@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from support.tiny_models import make_tiny_tokenizer
 
-from ramet.frontend.answer import whole_message
+from ramet.frontend.api.chat import whole_message
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.tools import FunctionName, FunctionTool, NamedChoice, Tool, ToolUse, tool_use
 from ramet.frontend.tool_calls import ToolCallParser

@@ -73,16 +73,17 @@ def test_norm(run, width):
 def test_product_of_rounded_numbers(run, n, width, inner, bits):
     x, weight = random(n, inner), random(width, inner)
     x[0] = 0  # a row without any magnitude
-    rounded, row_scales = torch.empty(n, inner, dtype=torch.int8), torch.empty(n, inner // 32)
-    sums = torch.empty(n, inner // 32, dtype=torch.int32)
+    group = 64 if bits == 8 and inner % 64 == 0 else 32
+    rounded, row_scales = torch.empty(n, inner, dtype=torch.int8), torch.empty(n, inner // group)
+    sums = torch.empty(n, inner // group, dtype=torch.int32)
     inputs = {"row_scales": row_scales, "group_sums": sums}
     run(op(kernel.QUANTIZE, x, rounded, width=inner, bits=bits, **inputs), n)
-    exact = rounded.unflatten(1, (-1, 32)).sum(2, dtype=torch.int32)
+    exact = rounded.unflatten(1, (-1, group)).sum(2, dtype=torch.int32)
     if bits == 8:
         assert torch.equal(sums, -128 * exact)
     else:
         assert torch.equal(sums.view(torch.float32), row_scales * exact)
-    values = (rounded.double().unflatten(1, (-1, 32)) * row_scales[..., None].double()).flatten(1)
+    values = (rounded.double().unflatten(1, (-1, group)) * row_scales[..., None].double()).flatten(1)
     assert (values - x.double()).abs().max() <= 0.51 * row_scales.max()
 
     if bits == 8:

@@ -550,7 +550,7 @@ def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
 
 
 def test_percentiles_are_observed_values() -> None:
-    found = distribution((value, 1) for value in random.Random(1).sample(range(1, 101), 100))
+    found = distribution([(value, 1) for value in random.Random(1).sample(range(1, 101), 100)])
     assert found == {"mean": 50_500, "p50": 50_000, "p90": 90_000, "p99": 99_000, "max": 100_000}
     assert distribution([(2.0, 1)]) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"), 2000.0)
     assert distribution([]) is None

@@ -3,12 +3,16 @@
 import subprocess
 import sys
 import tomllib
+import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 import ramet
+from ramet.frontend.config import ReasoningFamily, ToolCallForm
 from ramet.launch import cli
 from ramet.launch.server_args import ServerArgs, request_log_level
 from ramet.scheduler.config import Policy
@@ -43,6 +47,12 @@ def test_values_are_converted() -> None:
     assert (args.max_running_requests, args.disable_radix_cache, args.drain_timeout) == (8, True, 2.0)
 
 
+@pytest.mark.parametrize(("name", "words"), [("tool_call_parser", ToolCallForm), ("reasoning_parser", ReasoningFamily)])
+def test_every_parser_can_be_named(name: str, words: Any) -> None:
+    for word in ("auto", *typing.get_args(words)):
+        assert getattr(cli.parse_args([f"--{name.replace('_', '-')}", word]), name) == word
+
+
 def test_prefixes_are_flags() -> None:
     assert cli.parse_args(["--tp", "1", "--model", "m"]) == ServerArgs(model_path="m")
 
@@ -53,6 +63,7 @@ def test_prefixes_are_flags() -> None:
         (["--port", "abc"], "argument --port: Expected `int`, got 'abc'"),
         (["--port", "70000"], "argument --port: Expected `int` <= 65535, got '70000'"),
         (["--mem-fraction-static", "1.5"], "argument --mem-fraction-static: Expected `float` < 1.0, got '1.5'"),
+        (["--drain-timeout", "inf"], "argument --drain-timeout: Expected `float` <= 86400.0, got 'inf'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--tp-size", "0"], "argument --tp-size: Expected `int` >= 1, got '0'"),
         (["--tp-size", "3", "--nnodes", "2"], "tp_size 3 cannot be divided over nnodes 2"),
@@ -61,6 +72,11 @@ def test_prefixes_are_flags() -> None:
         (["--dp", "4"], "dp_size is 4, but this version supports only 1"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["model"], "unrecognized arguments: model"),
+        (["--max-model-len=100"], "--max-model-len is --context-length here"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype is not supported by this version"),
+        (["--api-key", "a", ""], "api_key must not be empty"),
+        (["--served-model-name", " "], "served_model_name must not be empty"),
+        (["--reasoning-parser", "thoughts"], "invalid choice: 'thoughts' (choose from 'auto', 'deepseek-r1'"),
         (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
         (["--log-requests", "all"], "--log-requests: invalid choice: 'all'"),
         (
@@ -142,9 +158,10 @@ def test_the_commands_are_the_same() -> None:
     }
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [cli.main, cli.launch_server])
+def test_version(capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], None]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["--version"])
+        command(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"ramet {ramet.__version__}\n"
 

@@ -25,25 +25,36 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("llama")
 
 
-def test_a_death_is_raised_and_mended_and_one_beyond_the_budget_ends_the_engine(model: Path) -> None:
+def test_a_death_is_survived_and_one_beyond_the_budget_ends_the_engine(model: Path) -> None:
+    seeded = SamplingParams(max_tokens=300, ignore_eos=True, seed=3)
+    prompts = [f"{PROMPT} {number}" for number in range(20)]
     with nothing_left(), Engine(model, **SMALL, max_restarts=1) as engine:
-        threading.Timer(0.5, os.kill, [children()["scheduler-0"].pid, signal.SIGKILL]).start()
-        with pytest.raises(RequestError, match="the engine is down: scheduler-0 was killed by SIGKILL"):
-            engine.generate([PROMPT] * 20, ENDLESS)
+        texts = [output.text for output in engine.generate(prompts, seeded)]
+        stream = engine.stream(PROMPT, seeded)
+        pieces = [next(stream)]
+        os.kill(children()["scheduler-0"].pid, signal.SIGKILL)
+        until(lambda: engine._host.client.down is not None, 20, lambda: "down")
+        # Some of these are sent now, and the others when their turn has come; none is refused.
+        assert [output.text for output in engine.generate(prompts, seeded)] == texts
+        assert "".join([*pieces, *stream]) == engine.generate(PROMPT, seeded).text
 
-        def works() -> bool:
-            try:
-                return bool(engine.generate(PROMPT, SamplingParams(max_tokens=2)).finish_reason)
-            except RequestError:
-                return False
-
-        until(works, 60, lambda: f"again: {children()}")
         threading.Timer(0.5, os.kill, [children()["detokenizer"].pid, signal.SIGKILL]).start()
         with pytest.raises(RequestError, match="the engine is down: detokenizer was killed by SIGKILL"):
             engine.generate([PROMPT] * 20, ENDLESS)
         with pytest.raises(RequestError, match="the engine is down"):
             engine.generate(PROMPT)
         until(lambda: not children(), 20, lambda: f"dead: {children()}")
+
+
+def test_closing_while_the_engine_is_down_ends_what_waits_for_it(model: Path) -> None:
+    with nothing_left():
+        engine = Engine(model, **SMALL)
+        os.kill(children()["scheduler-0"].pid, signal.SIGKILL)
+        until(lambda: engine._host.client.down is not None, 20, lambda: "down")
+        threading.Timer(0.1, engine.close).start()
+        with pytest.raises(RequestError, match="the engine is down: it"):  # "was closed", or "is being stopped"
+            engine.generate([PROMPT] * 20, ENDLESS)
+        engine.close()
 
 
 def test_closing_ends_a_call_and_happens_once(model: Path) -> None:

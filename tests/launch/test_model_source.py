@@ -159,6 +159,8 @@ def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
         choose_weights(tmp_path, "auto")
     (tmp_path / "m.safetensors").touch()
     assert choose_weights(tmp_path, "auto") == (tmp_path, LoadFormat.SAFETENSORS)
+    (tmp_path / "b.gguf").unlink()
+    assert choose_weights(tmp_path, "gguf") == (tmp_path / "a.gguf", LoadFormat.GGUF)  # when asked for by name
 
 
 def test_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
@@ -279,3 +281,8 @@ def test_a_hub_model_in_the_cache_needs_no_network(folder: Path, tmp_path: Path)
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "Connection refused" in unavailable(model_path="org/model")
+
+
+def test_a_file_that_a_hub_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramet.launch.model_source.fetch_snapshot", lambda *_: tmp_path)
+    assert unavailable(model_path="org/model/q4.gguf") == "org/model has no file q4.gguf"

@@ -152,7 +152,7 @@ def test_rope_scaling() -> None:
     assert config is not None
     assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     assert config["tie_word_embeddings"] is False
-    with pytest.raises(gguf_files.GGUFError, match="rope scaling 'longrope' is not known"):
+    with pytest.raises(ModelUnavailable, match="rope scaling 'longrope' is not known"):
         gguf_files.config_json(base | {"qwen2.rope.scaling.type": "longrope"}, set())
     assert gguf_files.config_json(base | {"general.architecture": "bloom"}, set()) is None
 

@@ -223,7 +223,7 @@ def test_too_many_deaths_end_the_launcher(launch: Callable[[str], Run]) -> None:
     assert reason.startswith("tokenizer-0 was killed by SIGKILL")
     assert reason.endswith(f"after {MAX_RESTARTS} restarts in 10 minutes")
     assert words == ["the last lines of tokenizer-0:", "the words of tokenizer-0"]
-    assert [entry[4] for entry in run.notes() if entry[3] == "down"][-1] == reason
+    assert [entry[4:] for entry in run.notes() if entry[3] == "down"][-1] == [reason, True]
     run.assert_nothing_left()
     assert not run.folder.exists()
 
@@ -234,6 +234,21 @@ def test_a_failure_at_a_restart_ends_the_launcher(launch: Callable[[str], Run]) 
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
     assert run.process.wait(20) == 1
     assert run.wait_for("launcher", "failed")[4] == "scheduler-0: ValueError: no weights for scheduler-0"
+    downs = [entry[4:] for entry in run.notes() if entry[3] == "down"]
+    assert downs[0] == ["scheduler-0 was killed by SIGKILL (is the machine out of memory?)", False]
+    assert downs[-1] == ["scheduler-0: ValueError: no weights for scheduler-0", True]
+    run.assert_nothing_left()
+
+
+def test_stopping_during_a_restart_ends_what_waits(launch: Callable[[str], Run]) -> None:
+    """The frontend does not drain for a minute what nobody will compute."""
+    run = launch("stubborn")
+    run.wait_for("launcher", "ready")
+    os.kill(run.pid("detokenizer"), signal.SIGKILL)
+    until(lambda: run.count("detokenizer", "started") == 2 or run.find("frontend", "down") is not None, 20, "down")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(20) == 0
+    assert [entry[4:] for entry in run.notes() if entry[3] == "down"][-1] == ["it is being stopped", True]
     run.assert_nothing_left()
 
 
@@ -302,7 +317,7 @@ def test_a_death_while_draining_is_told_to_the_clients(launch: Callable[[str], R
     run.process.send_signal(signal.SIGTERM)
     run.wait_for("frontend", "terminating")
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
-    run.wait_for("frontend", "down")
+    assert run.wait_for("frontend", "down")[5] is True
     assert run.process.wait(20) == 0
     run.assert_nothing_left()
 

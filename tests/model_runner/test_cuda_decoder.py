@@ -1,16 +1,18 @@
 """`CudaDecoder` with the Triton backend equals its plain twin, in every variation that decoders have."""
 
+import contextlib
+
 import pytest
 import torch
 from support.engine import InlineEngine
+from support.fake_cuda import fake_cuda
+from support.fake_kernels import interpret
 from support.model_driver import ModelDriver, load
 from support.triton_device import DEVICE, kernel_test
 
 from ramet.kernels.triton.attention import Gpu
 from ramet.model_runner.attention.triton_backend import TritonBackend
-from ramet.model_runner.cuda_graph import StepGraphs
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
-from ramet.model_runner.sampler import DeviceChooser
 
 pytestmark = kernel_test
 
@@ -29,19 +31,18 @@ def test_equals_the_plain_decoder(tiny_model, arch):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
-def test_padded_steps_answer_as_the_plain_engine(tiny_model):
-    """The whole path of a step on CUDA; interpreted, what a graph would replay is run again each time. Tokens are
-    equal; logits need not be, for a tile of another height adds up in another order."""
-    folder = tiny_model("llama")
-    plain, engine = InlineEngine(folder), InlineEngine(folder, device=DEVICE.type, cuda_graph_max_bs=4)
-    if DEVICE.type == "cpu":
-        runner = engine.runner
-        runner._model, runner._backend = CudaDecoder(runner._model), TritonBackend(Gpu(64, 90))
-        runner._choose = DeviceChooser()
-        parts = (runner._model, runner._slots, runner._pool, runner._backend, runner._choose)
-        runner._graphs = StepGraphs(runner._config, *parts, capture=lambda run: run, progress=lambda text: None)
-    for made in (plain, engine):
-        for i, length in enumerate((3, 18, 1)):
-            made.add(f"r{i}", [7 * i + j for j in range(length)], 4, temperature=float(i), seed=i, top_k=5 * (i == 2))
-        made.run()
-    assert engine.tokens == plain.tokens
+def test_the_engine_answers_as_on_a_cpu(tiny_model, monkeypatch):
+    """Interpreted, on a device that does not exist, whose unwritten memory is NaN. Tokens are equal; logits need not
+    be, for a tile of another height adds up in another order."""
+    sizes = {"max_step_tokens": 32, "max_running": 4}
+    with contextlib.ExitStack() as stack:
+        engines = [InlineEngine(tiny_model("llama"), **sizes)]
+        if DEVICE.type == "cpu":
+            interpret(stack.enter_context(fake_cuda()), monkeypatch)
+        engines.append(InlineEngine(tiny_model("llama"), device="cuda", cuda_graph_max_bs=2, steps_ahead=1, **sizes))
+        for engine in engines:
+            for i, length in enumerate((3, 18, 1)):
+                prompt = [7 * i + j for j in range(length)]
+                engine.add(f"r{i}", prompt, 4, temperature=float(i), seed=i, top_k=5 * (i == 2))
+            engine.run()
+    assert engines[0].tokens == engines[1].tokens

@@ -59,4 +59,4 @@ def test_float8_is_near_bfloat16(tiny_model):
         engine.run()
         scored = engine.outputs["r"][0].admitted.prompt_logprobs[1:]
         values.append(torch.tensor([logprob.logprob for logprob in scored]))
-    assert (values[0] - values[1]).abs().mean() < 0.5
+    assert (values[0] - values[1]).abs().mean() < values[0].std() / 4

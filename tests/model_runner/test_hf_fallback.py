@@ -51,7 +51,9 @@ def make(folder: Path, kind: str, **settings: Any) -> transformers.PreTrainedMod
     config = transformers.AutoConfig.for_model(kind, **(SMALL | settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.data.normal_(std=1.3 * min(parameter.shape[-2:]) ** -0.5)

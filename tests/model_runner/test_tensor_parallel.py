@@ -32,6 +32,7 @@ def jobs(tiny_model: Callable[[str], Path], odd_model: Path) -> dict[str, Job]:
         "in lock-step": Job(folder, "every kind", steps_ahead=0),
         "ahead": Job(folder, "every kind"),
         "graphs": Job(folder, "every kind", graphs=True),
+        **({} if torch.cuda.is_available() else {"cuda": Job(folder, "every kind", cuda=True)}),
         "eventful": Job(folder, "eventful"),
         "plain": Job(folder, "plain"),
         "plain graphs": Job(folder, "plain", graphs=True),
@@ -62,6 +63,14 @@ def test_ranks_agree_on_the_tokens_of_every_kind_of_request(jobs: dict[str, Job]
     assert in_lock_step.unknown == 0 < ahead.unknown
     alone = jobs["ahead"].run(jobs["ahead"].engine())
     assert {rid: told[:2] for rid, told in ahead.told.items()} == {rid: told[:2] for rid, told in alone.items()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
+def test_ranks_on_simulated_devices_agree(results: Results) -> None:
+    """Collectives in graphs and outside of them, a step ahead; logits are added up in another order than on a CPU."""
+    cuda, cpu = results.jobs["cuda"], results.jobs["ahead"]
+    assert {rid: told[:2] for rid, told in cuda.told.items()} == {rid: told[:2] for rid, told in cpu.told.items()}
+    assert cuda.broadcasts > 0 < cuda.unknown
 
 
 def test_ranks_stay_in_step_when_a_request_fails_or_leaves(jobs: dict[str, Job], results: Results) -> None:

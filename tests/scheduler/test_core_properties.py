@@ -34,11 +34,11 @@ class FakeMatcher:
     def __init__(self) -> None:
         self.consumed: list[int] = []
 
-    def consume_token(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         self.consumed.append(token)
 
-    def is_error(self) -> bool:
-        return False
+    def failure(self) -> None:
+        return None
 
     def is_stopped(self) -> bool:
         return False

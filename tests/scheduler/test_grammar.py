@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from llguidance import LLMatcher
 from support.engine import InlineEngine
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import FinishReason, Generate
 from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import MAX_SOURCE_CHARS, matcher_failure
+from ramet.scheduler.grammar import MAX_SOURCE_CHARS, Matcher, load_tokenizer
 from ramet.scheduler.grammar_pool import GrammarPool
 from ramet.scheduler.request import Request
 
@@ -35,7 +34,7 @@ class Pool:
     """A pool, and a loop that sleeps until the pool wakes it."""
 
     def __init__(self, folder: str, vocab_size: int) -> None:
-        self.wakes = 0
+        self.folder, self.wakes = folder, 0
         self._woken = threading.Event()
         config = SchedulerConfig(
             page_size=8,
@@ -56,10 +55,10 @@ class Pool:
         for i, grammar in enumerate(grammars):
             self.pool.hold(Generate(f"r{i}", [1], SamplingParams(max_tokens=9, grammar=grammar)))
 
-    def outcomes(self, *grammars: Grammar) -> dict[str, LLMatcher | Failure]:
+    def outcomes(self, *grammars: Grammar) -> dict[str, Matcher | Failure]:
         """What becomes of these, and of what is held already."""
         self.hold(*grammars)
-        done: dict[str, LLMatcher | Failure] = {}
+        done: dict[str, Matcher | Failure] = {}
         while self.pool.held_rids:
             ready = self.pool.take_ready()
             done |= {message.rid: made for message, made in ready}
@@ -68,7 +67,7 @@ class Pool:
                 self._woken.clear()
         return done
 
-    def outcome(self, grammar: Grammar) -> LLMatcher | Failure:
+    def outcome(self, grammar: Grammar) -> Matcher | Failure:
         return self.outcomes(grammar)["r0"]
 
 
@@ -85,9 +84,9 @@ def pool(tiny_model, tokenizer) -> Iterator[Pool]:
     pool.pool.close()
 
 
-def accepts(matcher: LLMatcher | Failure, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
-    assert isinstance(matcher, LLMatcher), matcher
-    matcher, ids = matcher.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids
+def accepts(matcher: Matcher | Failure, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
+    assert isinstance(matcher, Matcher), matcher
+    matcher, ids = matcher._state.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -163,7 +162,7 @@ def test_what_would_crash_the_process_is_refused_and_the_next_grammar_compiles(p
     deep = schema({"$defs": {**links, "d4000": {}}, "$ref": "#/$defs/d0"})
     outcomes = pool.outcomes(deep, regex("after it"))
     assert "nests too deep" in outcomes["r0"].message
-    assert isinstance(outcomes["r1"], LLMatcher)
+    assert isinstance(outcomes["r1"], Matcher)
 
 
 def test_a_grammar_is_compiled_once_and_each_request_has_its_own_matcher(pool: Pool, tokenizer: tokenizers.Tokenizer):
@@ -171,7 +170,8 @@ def test_a_grammar_is_compiled_once_and_each_request_has_its_own_matcher(pool: P
     first, second = pool.outcomes(regex("once[0-9]"), regex("once[0-9]")).values()
     third = pool.outcome(regex("once[0-9]"))
     assert pool.wakes == before + 1
-    first.try_consume_tokens(tokenizer.encode("once").ids)
+    for token in tokenizer.encode("once").ids:
+        assert first.advance(token) is None
     assert all(accepts(matcher, tokenizer, "once1") for matcher in (second, third))
     assert accepts(first, tokenizer, "1")
     failures = pool.outcomes(regex("(b"), regex("(b"))
@@ -179,18 +179,9 @@ def test_a_grammar_is_compiled_once_and_each_request_has_its_own_matcher(pool: P
     assert pool.wakes == before + 2
 
 
-def test_a_grammar_is_compiled_anew_after_a_number_of_copies(pool: Pool):
-    before = pool.wakes
-    for _ in range(100):
-        pool.outcome(regex("popular[0-9]"))
-    assert pool.wakes == before + 1
-    pool.outcome(regex("popular[0-9]"))
-    assert pool.wakes == before + 2
-
-
 def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(pool: Pool):
     pool.outcomes(regex("oldest"), regex("kept"))
-    for i in range(63):
+    for i in range(15):
         pool.outcomes(regex(f"filler{i}"), regex("kept"))
     before = pool.wakes
     pool.outcome(regex("kept"))
@@ -199,16 +190,47 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(pool: Pool
     assert pool.wakes == before + 1
 
 
-def test_a_full_lexer_fails_who_filled_it_and_nobody_later(pool: Pool, tokenizer: tokenizers.Tokenizer):
-    """The copies of a grammar share it: all would fail for as long as the grammar is kept."""
-    grammar = regex(r"\p{L}{1,5000}")  # some twenty states at each position
-    message = Generate("r0", [1], SamplingParams(max_tokens=5000, grammar=grammar))
-    request = Request(message, 1, 5000, (), pool.outcome(grammar))
-    while (failure := matcher_failure(request)) is None:
-        assert request.matcher.consume_token(tokenizer.token_to_id("a"))
+COUNTED = regex(r"\p{L}{1,20000}")  # some twenty states at each position
+
+
+def write(pool: Pool, request: Request, tokens: list[int]) -> Failure | None:
+    """What makes the matcher give up, one token after the other."""
+    for token in tokens:
         pool.pool.fill([(0, request)])()
-    assert "too many states" in failure.message
-    assert accepts(pool.outcome(grammar), tokenizer, "a" * 100)
+        if failure := request.matcher.failure() or request.matcher.advance(token):
+            return failure
+        request.tokens.append(token)
+    return None
+
+
+def held(made: Matcher | Failure) -> Request:
+    assert isinstance(made, Matcher), made
+    return Request(Generate("r0", [1], SamplingParams(max_tokens=9, grammar=COUNTED)), 1, 9, (), made)
+
+
+def test_a_long_text_goes_on_when_its_lexer_is_full_and_so_do_others_that_share_it(pool: Pool, tokenizer):
+    first, second = (held(pool.outcome(COUNTED)) for _ in range(2))
+    letter = tokenizer.token_to_id("a")
+    assert write(pool, second, [letter]) is None
+    assert write(pool, first, [letter] * 8000) is None, "several times what one lexer holds"
+    assert write(pool, second, [letter] * 200) is None
+    assert second.matcher.advance(tokenizer.token_to_id("1")).param == "regex", "it still knows where it is"
+    assert write(pool, first, [letter] * 20) is None
+
+
+def test_a_grammar_that_takes_long_to_compile_is_not_compiled_again_in_a_step(pool, tokenizer, monkeypatch):
+    monkeypatch.setattr("ramet.scheduler.grammar._RENEWABLE_S", 0.0)
+    costly = load_tokenizer(pool.folder, tokenizer.get_vocab_size() + 37, [EOS_ID])
+    failure = write(pool, held(Matcher(costly, COUNTED)), [tokenizer.token_to_id("a")] * 8000)
+    assert failure is not None and "too many states" in failure.message
+
+
+def test_a_lexer_that_fills_up_at_once_ends_its_request(pool, tokenizer, monkeypatch):
+    monkeypatch.setattr("ramet.scheduler.grammar._MAX_LEXER_STATES", 250)
+    request = held(Matcher(load_tokenizer(pool.folder, tokenizer.get_vocab_size() + 37, [EOS_ID]), COUNTED))
+    failure = write(pool, request, [tokenizer.token_to_id("a")] * 8000)
+    assert failure is not None and "too many states" in failure.message
+    assert request.num_generated < 250
 
 
 def test_a_held_request_can_be_taken_back(pool: Pool):
@@ -314,7 +336,7 @@ def test_a_matcher_that_gives_up_and_bans_that_leave_nothing_fail_their_request_
         constrained = engine.core.constrained(plan)
         for _, request in constrained:
             if request.rid == "broken" and request.num_generated == 2:
-                request.matcher.consume_token(tokenizer.token_to_id("z"))
+                request.matcher.advance(tokenizer.token_to_id("z"))
         engine.core.commit(plan, engine.runner.execute(plan, engine.grammars.fill(constrained)))
         outputs |= {out.rid: out for out in engine.core.take_outputs() if out.failure or out.finish}
     assert (outputs["broken"].failure.kind, outputs["broken"].failure.param) == (FailureKind.INVALID_REQUEST, "regex")
@@ -325,11 +347,11 @@ def test_a_matcher_that_gives_up_and_bans_that_leave_nothing_fail_their_request_
 class Panicking:
     """A matcher that fails as one in Rust may: with what is no Exception."""
 
-    def unsafe_compute_mask_ptr(self, *_: int) -> None:
+    def fill(self, _: np.ndarray) -> bool:
         raise BaseException("a panic in Rust")
 
-    def is_error(self) -> bool:
-        return False
+    def failure(self) -> None:
+        return None
 
 
 def test_a_matcher_that_panics_fails_its_request_alone(make_engine, caplog):

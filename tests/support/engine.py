@@ -11,7 +11,7 @@ from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.core import SchedulerCore
-from ramet.scheduler.grammar import compile_grammar, load_tokenizer
+from ramet.scheduler.grammar import Matcher, load_tokenizer
 from ramet.scheduler.grammar_pool import GrammarPool
 from ramet.scheduler.pipeline import Pipeline
 from ramet.scheduler.ranks import Ranks
@@ -35,6 +35,7 @@ class InlineEngine:
         device: str = "cpu",
         cuda_graph_max_bs: int = 0,
         quantization: str | None = None,
+        attention_backend: str = "auto",
         **scheduler,
     ) -> None:
         defaults = {
@@ -57,6 +58,7 @@ class InlineEngine:
                 max_total_tokens=total_tokens,
                 cuda_graph_max_bs=cuda_graph_max_bs,
                 quantization=quantization,
+                attention_backend=attention_backend,
             ),
             lambda text: None,
             group,
@@ -74,7 +76,7 @@ class InlineEngine:
         matcher = None
         if sampling.grammar is not None:
             tokenizer = load_tokenizer(self.config.tokenizer_dir, self.runner.vocab_size, list(self.config.eos_ids))
-            matcher = compile_grammar(tokenizer, sampling.grammar)
+            matcher = Matcher(tokenizer, sampling.grammar)
         self.core.add(Generate(rid, prompt, sampling), matcher)
 
     def run(self, steps: int | None = None) -> None:

@@ -62,26 +62,30 @@ def broken(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
 
 
 def frontend(name: str, stubborn: bool, diary: str, addresses: Addresses) -> None:
-    """Ends on SIGTERM, or with `stubborn` never."""
+    """Ends on SIGTERM, when nothing more is told, or with `stubborn` never."""
     note(diary, name, "started")
     inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
     launcher = Outbox(addresses.launcher)
     pulse = Pulse(addresses, name)
 
+    ending = False
+
     def on_term(*_: object) -> None:
+        nonlocal ending
         note(diary, name, "terminating")
-        if not stubborn:
-            sys.exit(0)
+        ending = not stubborn
 
     signal.signal(signal.SIGTERM, on_term)
     while True:
         message = inbox.receive(BEAT_S)
+        if ending and message is None:
+            return
         pulse.beat()
         if isinstance(message, EngineUp):
             note(diary, name, "heard", sorted(message.pids), message.info)
             launcher.send(Ready(name))
         elif isinstance(message, EngineDown):
-            note(diary, name, "down", message.reason)
+            note(diary, name, "down", message.reason, message.final)
 
 
 def processes(diary: str, mode: str, addresses: Addresses) -> list[Process]:

@@ -1,7 +1,8 @@
 """A real server for end-to-end tests: `RunningServer` starts the launcher as a user would, and leaves nothing behind.
 
 The launcher gets a session of its own, by which every process of the engine is found, even one that lost its parent,
-and a temporary folder of its own, in which the engine makes the folder of its sockets.
+and a temporary folder of its own, in which the engine makes the folder of its sockets. The kernel kills it when the
+tests' process, or the thread that started it, is gone.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ from types import TracebackType
 import httpx
 import openai
 import psutil
+
+from ramet.launch.child import die_with_parent
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
 POLL_S = 0.02
@@ -76,6 +79,7 @@ class RunningServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",

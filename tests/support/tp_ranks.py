@@ -4,15 +4,17 @@ They run the jobs in FOLDER/jobs.json, one after the other; rank 0 writes what t
 """
 
 import collections
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 from support.engine import InlineEngine, runner_config
 from support.lives import live, make_engine, told, use_graphs
@@ -31,14 +33,17 @@ START_S = 120
 
 class Job(msgspec.Struct, frozen=True):
     """What requests are to do (a function of this module) in an engine for the model in `folder`. `graphs`: decodes run
-    as CUDA graphs would."""
+    as CUDA graphs would. `cuda`: on a device that does not exist."""
 
     folder: str
     life: str = "batch"
     steps_ahead: int = 1
     graphs: bool = False
+    cuda: bool = False
 
     def engine(self, **settings: Any) -> InlineEngine:
+        if self.cuda:
+            settings |= {"device": "cuda", "cuda_graph_max_bs": 4}
         engine = make_engine(Path(self.folder), steps_ahead=self.steps_ahead, **settings)
         if self.graphs:
             use_graphs(engine)
@@ -165,6 +170,22 @@ def count_calls() -> collections.Counter[str]:
     return counts
 
 
+@contextlib.contextmanager
+def device_of(job: Job) -> Iterator[Callable[[], None]]:
+    """The function runs what is left to do on the device of a rank that reads no results."""
+    if not job.cuda:
+        yield lambda: None
+        return
+    # Imported when needed: so is triton with it.
+    from support import fake_kernels
+    from support.fake_cuda import fake_cuda, run_collectives_on
+
+    with fake_cuda() as device, pytest.MonkeyPatch.context() as patch:
+        fake_kernels.install(device, patch)
+        run_collectives_on(device, patch)
+        yield device.synchronize
+
+
 def main() -> None:
     rank, size, workspace = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -174,9 +195,11 @@ def main() -> None:
     if rank:
         link, group = join(config, runner, print)
         for job in jobs.values():
-            engine = job.engine(group=group)
-            while isinstance(message := link.receive(), StepPlan):
-                engine.runner.launch(message)
+            with device_of(job) as synchronize:
+                engine = job.engine(group=group)
+                while isinstance(message := link.receive(), StepPlan):
+                    engine.runner.launch(message)
+                    synchronize()
         message = link.receive()
         assert isinstance(message, StepPlan)
         engine.runner.launch(message)  # raises
@@ -184,9 +207,10 @@ def main() -> None:
     counts = count_calls()
     results = Results({}, 0.0)
     for name, job in jobs.items():
-        engine = job.engine(group=ranks.group, followers=ranks)
-        counts.clear()
-        told = job.run(engine)
+        with device_of(job):
+            engine = job.engine(group=ranks.group, followers=ranks)
+            counts.clear()
+            told = job.run(engine)
         results.jobs[name] = JobResult(told, counts["unknown"], counts["broadcasts"])
         ranks.send(Ping())  # go on to the next
     ranks.send(StepPlan(0, [Row(99, 0, 1, sample=True)], [3]))  # there is no such slot: the others fail

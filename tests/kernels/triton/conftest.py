@@ -1,7 +1,9 @@
-"""Triton's interpreter holds bfloat16 as 16-bit integers and multiplies matrices of them as such: mended here."""
+"""Triton's interpreter, for these tests: under guard (`support/guarded_launches.py`), and mended. It holds bfloat16 as
+16-bit integers, and would multiply matrices of them as such."""
 
 import numpy as np
 import pytest
+from support.guarded_launches import guarded_launches
 from support.triton_device import INTERPRETED
 
 
@@ -24,4 +26,15 @@ def bfloat16_matrix_products():
         patch.setattr(
             InterpreterBuilder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest)
         )
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guarded():
+    """Every access of every kernel test here that is interpreted. Not of the tests of whole models, whose padding
+    tokens write over each other on the dummy page."""
+    if not INTERPRETED:
+        yield
+        return
+    with guarded_launches():
         yield

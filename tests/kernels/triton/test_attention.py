@@ -5,7 +5,7 @@ import torch
 from support.attention_cases import Case
 from support.triton_device import DEVICE, assert_near, kernel_test
 
-from ramet.kernels.triton.attention import Gpu, choose_splits, paged_attention, tile_rows
+from ramet.kernels.triton.attention import Gpu, choose_splits, choose_tiling, paged_attention
 from ramet.model_runner.attention.torch_backend import TorchBackend
 from ramet.model_runner.attention.triton_backend import TritonBackend
 from ramet.model_runner.context import AttentionSpec
@@ -103,14 +103,9 @@ def test_nan_beyond_a_row_does_not_spread_and_its_own_does(num_sms):
 
 
 def test_tiles_and_splits_depend_on_shapes_alone():
-    assert [tile_rows(*case) for case in ((1, 4, 128), (1, 24, 128), (9, 4, 128), (512, 4, 128), (512, 4, 256))] == [
-        16,
-        32,
-        64,
-        128,
-        64,
-    ]
-    assert choose_splits(8, capacity=8192, num_sms=132) == 32  # one row, eight KV heads
+    cases = ((1, 4, 128), (1, 24, 128), (9, 4, 128), (512, 4, 128), (512, 4, 256))
+    assert [choose_tiling(*case, itemsize=2, capability=90).block_m for case in cases] == [16, 32, 64, 128, 64]
+    assert choose_splits(8, capacity=8192, num_sms=132) == 64  # one row, eight KV heads
     assert choose_splits(2048, capacity=8192, num_sms=132) == 1
     assert choose_splits(1, capacity=100, num_sms=132) == 1
 
