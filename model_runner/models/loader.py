@@ -126,8 +126,7 @@ def _load_native(
         stored: dict[int, Grid] = {}
         if headless and not any(name.startswith(("model.", "token_embd.")) for name in source.names()):
             parts = [dataclasses.replace(part, name=part.name.removeprefix("model.")) for part in parts]
-        # Some checkpoints store the head although it is the embedding; its second name is that of GGUF files.
-        unused = {ROPE_FACTORS, "lm_head.weight", "output.weight"}
+        unused = {ROPE_FACTORS, "lm_head.weight"}  # some checkpoints store the head although it is the embedding
         if isinstance(source, GGUFSource) and config.quantization == "int4" and not headless:
             stored = _read_grids(parts, source)
             unused |= {part.name for part in parts if part.target.data_ptr() in stored}
