@@ -273,7 +273,9 @@ def test_engine_down(caller: Caller) -> None:
             engine.deltas(told(streamed, 1, "some"))
             read_until(connection, b"some")
             engine.send(EngineDown("scheduler died"))
-            for path, status in (("/health", 503), ("/ready", 503), ("/metrics", 200)):
+            while httpx.get(f"{engine.url}/health").status_code != 503:  # until it has heard of it
+                time.sleep(0.01)
+            for path, status in (("/ready", 503), ("/metrics", 200)):
                 assert httpx.get(engine.url + path).status_code == status
             response = caller.post(engine, CHAT).result()
             assert (response.status_code, response.headers["retry-after"]) == (503, "5")
