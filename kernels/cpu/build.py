@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -36,8 +35,9 @@ def load_kernel(name: str) -> ctypes.CDLL:
     compiler = os.environ.get("CC") or "cc"
     # All of the folder's sources, for they include one another.
     sources = [path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))]
-    key = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()])).hexdigest()[:16]
     try:
+        made_of = [*sources, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()]
+        key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramet" / "kernels"
         kept = cache / f"{name}-{key}.so"
         with contextlib.suppress(OSError):  # not there yet, or cut short by a full disk
@@ -67,8 +67,5 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
 
 def _cpu() -> bytes:
     """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
