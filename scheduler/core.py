@@ -13,7 +13,9 @@ Invariants: each request that was added ends in exactly one `TokenOut` with `fin
 of `KVManager`; a request that fits the pool alone is never failed for lack of pages.
 """
 
+import bisect
 import dataclasses
+import itertools
 
 import msgspec
 
@@ -133,9 +135,9 @@ class SchedulerCore:
         return StepPlan(
             step=self.counters.steps,
             rows=[row for _, row in planned],
-            token_ids=[token for request, row in planned for token in request.inputs(row)],
+            token_ids=list(itertools.chain.from_iterable(request.inputs(row) for request, row in planned)),
             admissions=[self._announce(request) for request, _ in planned if not request.announced],
-            grants=[grant for request, _ in planned if (grant := request.take_grant())],
+            grants=[request.take_grant() for request, _ in planned if request.num_granted < len(request.pages)],
             released=released,
         )
 
@@ -165,7 +167,7 @@ class SchedulerCore:
                 self.kv.publish(request)
             if row.sample:
                 self._take_token(request, got)
-            elif request.num_stored == len(request.tokens):  # max_tokens is 0: the prompt was all that was asked
+            elif request.num_stored == request.num_tokens:  # max_tokens is 0: the prompt was all that was asked
                 self._tell(request, [], got, Finish(FinishReason.LENGTH))
 
     def fail_step(self, plan: StepPlan, failure: Failure) -> None:
@@ -238,17 +240,20 @@ class SchedulerCore:
         if not self._free_slots and self._waiting.best_priority >= self._running[-1].priority:
             return  # nobody gives way: do not look for cached prefixes in every step
         promised = sum(self._expected_pages(r) for r in self._running)
+        priority: int | None = None
         for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
-            ahead = [r for r in self._running if r.priority <= request.priority]
-            owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
-            if owed >= self._prompt_budget(request.priority, sum(r.num_remaining == 1 for r in ahead)):
+            if request.priority != priority:
+                priority = request.priority
+                ahead = [r.num_remaining for r in self._running if r.priority <= priority]
+                owed, decoding = sum(n for n in ahead if n > 1), ahead.count(1)
+            if owed >= self._prompt_budget(request.priority, decoding):
                 return  # it would not get a token
             if self.kv.awaits_prefix(request):
                 continue
             if not self._free_slots and not self._displace(request):
                 return
             self.kv.open(request)
-            needed = self.kv.pages_for(len(request.tokens) + 1) - len(request.pages)
+            needed = self.kv.pages_for(request.num_tokens + 1) - len(request.pages)
             while self._running and needed + promised > self.kv.num_available:
                 if not self._displace(request):
                     self.kv.close(request, publish=False)
@@ -256,6 +261,10 @@ class SchedulerCore:
                 promised = sum(self._expected_pages(r) for r in self._running)
             self._admit(request)
             promised += self._expected_pages(request)
+            if request.num_remaining > 1:
+                owed += request.num_remaining
+            else:
+                decoding += 1
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the newest of the worst priority for a request of a better one; False if there is none."""
@@ -269,8 +278,7 @@ class SchedulerCore:
         self._waiting.remove(request)
         request.slot = self._free_slots.pop()
         request.announced = False
-        self._running.append(request)
-        self._running.sort(key=lambda r: r.order)
+        bisect.insort(self._running, request, key=lambda r: r.order)
         if not request.info.prompt_tokens:  # the first time
             request.info = msgspec.structs.replace(
                 request.info,
@@ -285,12 +293,12 @@ class SchedulerCore:
         assert request.slot is not None
         request.announced = True
         banned = sorted(request.stop_ids) if request.params.min_tokens else []
-        return Admission(request.slot, list(request.tokens), request.prompt_len, request.params, banned)
+        return Admission(request.slot, request.tokens, request.prompt_len, request.params, banned)
 
     def _expected_pages(self, request: Request) -> int:
         """Pages that a running request will probably still ask for."""
-        growth = self._growth * (request.max_tokens - request.num_generated)
-        return max(0, self.kv.pages_for(int(len(request.tokens) + growth)) - len(request.pages))
+        growth = self._growth * (request.max_tokens - len(request.generated))
+        return max(0, self.kv.pages_for(int(request.num_tokens + growth)) - len(request.pages))
 
     def _preempt(self, request: Request) -> None:
         """Pages have run out: the estimate was too low, and a request gives way."""
@@ -311,20 +319,20 @@ class SchedulerCore:
         if request.matcher is not None and (failure := request.matcher.advance(token)):
             self._fail(request, failure)
             return
-        request.tokens.append(token)
+        request.generated.append(token)
         self.counters.generated_tokens += 1
         finish = None
-        if token in request.stop_ids and request.num_generated >= request.params.min_tokens:
+        if token in request.stop_ids and len(request.generated) >= request.params.min_tokens:
             finish = Finish(FinishReason.STOP, matched=token)
         elif request.matcher is not None and request.matcher.is_stopped():
             finish = Finish(FinishReason.STOP)
-        elif request.num_generated >= request.max_tokens:
+        elif len(request.generated) >= request.max_tokens:
             finish = Finish(FinishReason.LENGTH)
         self._tell(request, [token], got, finish)
 
     def _tell(self, request: Request, tokens: list[int], got: RowResult, finish: Finish | None) -> None:
         """The news of a request, which end it with `finish`."""
-        admitted = self._describe(request) if request.num_generated <= 1 else None  # with the first of them
+        admitted = self._describe(request) if len(request.generated) <= 1 else None  # with the first of them
         output = TokenOut(request.rid, tokens, admitted, [got.logprob] if got.logprob is not None else None, finish)
         if finish is None:
             self._outputs.append(output)
@@ -338,7 +346,7 @@ class SchedulerCore:
             request.info,
             request.params,
             request.stream,
-            prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
+            prompt_ids=request.prompt_ids if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
         )
 

@@ -287,7 +287,7 @@ class CoreMachine(RuleBasedStateMachine):
             nodes.append(node)
         assert sum(len(n.pages) for n in nodes) == kv.cache.num_pages
         assert sum(len(n.pages) for n in nodes if not n.locks) == kv.cache.evictable_pages
-        assert all(len(n.key) == len(n.pages) * kv.page_size for n in nodes)
+        assert all(len(n.key) == len(n.pages) * kv.cache.page_bytes for n in nodes)
         every = [p for n in nodes for p in n.pages] + [p for r in requests for p in r.pages[r.num_shared :]]
         assert len(set(every)) == len(every), "a page has two owners"
         assert len(requests) + len(core._waiting) == len(self.live)
