@@ -292,8 +292,10 @@ class SchedulerCore:
     def _announce(self, request: Request) -> Admission:
         assert request.slot is not None
         request.announced = True
-        banned = sorted(request.stop_ids) if request.params.min_tokens else []
-        return Admission(request.slot, request.tokens, request.prompt_len, request.params, banned)
+        params = request.params
+        banned = sorted(request.stop_ids) if params.min_tokens else []
+        tokens = request.tokens(0, request.num_tokens) if params.reads_tokens else []
+        return Admission(request.slot, tokens, request.prompt_len, params, banned)
 
     def _expected_pages(self, request: Request) -> int:
         """Pages that a running request will probably still ask for."""
@@ -346,7 +348,7 @@ class SchedulerCore:
             request.info,
             request.params,
             request.stream,
-            prompt_ids=request.prompt_ids if request.echo or wants_logprobs else None,
+            prompt_ids=request.tokens(0, request.prompt_len) if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
         )
 

@@ -31,7 +31,6 @@ class Request:
     ) -> None:
         params = message.params
         self.rid = message.rid
-        self.prompt_ids = message.prompt_ids
         self.generated: list[int] = []
         self.prompt_len = len(message.prompt_ids)
         self.params: SamplingParams = params
@@ -55,19 +54,18 @@ class Request:
         self.node: Node | None = None
         # Who computes the next pages of this one's prompt, and up to which page the two have them in common.
         self.awaits: tuple[Request, int] | None = None
+        # A list of so many ints would cost every collection of garbage more than the bytes ever do.
         self._key = array("I", message.prompt_ids).tobytes()
 
     @property
     def key(self) -> bytes:
-        """The tokens as the radix tree compares them."""
+        """The tokens, prompt and then generated, as the radix tree compares them."""
         if missing := self.generated[len(self._key) // TOKEN_BYTES - self.prompt_len :]:
             self._key += array("I", missing).tobytes()
         return self._key
 
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt, then generated; not to be changed."""
-        return self.prompt_ids + self.generated if self.generated else self.prompt_ids
+    def tokens(self, start: int, end: int) -> list[int]:
+        return array("I", self.key[start * TOKEN_BYTES : end * TOKEN_BYTES]).tolist()
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +106,7 @@ class Request:
     def inputs(self, row: Row) -> list[int]:
         """The tokens of a planned row; what only the device knows is a row of its own."""
         if (first := row.start - self.prompt_len) < 0:
-            return self.tokens[row.start : row.start + row.length]
+            return self.tokens(row.start, row.start + row.length)
         return self.generated[first : first + row.length] or [UNKNOWN_TOKEN]
 
     def take_grant(self) -> PageGrant:
