@@ -11,7 +11,7 @@ import openai
 import pytest
 from support.scripted_engine import MODEL, WAIT_S, ScriptedEngine, says
 
-from ramet.ipc.messages import Stats, Step
+from ramet.ipc.messages import Counters, Stats, Step
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -149,7 +149,7 @@ def test_connections_are_kept(engine: ScriptedEngine) -> None:
 
 
 def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
-    numbers = dict.fromkeys(Stats.__struct_fields__, 7)
+    numbers = dict.fromkeys(Stats.__struct_fields__, 7) | {"news": Counters(*[7] * len(Counters.__struct_fields__))}
     steps = [Step(0.001, 0.02, 0.003, 5), Step(0.001, 0.2, 0.003, 300)]
     for _ in range(2):  # what is told is added up
         engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2, "steps": steps}))
