@@ -108,7 +108,7 @@ def test_shards() -> None:
 
 
 def test_fewer_devices_than_ranks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no CUDA device 99: \d+ are visible, counted from 0"):
+    with pytest.raises(ValueError, match=r"there is no CUDA device 99: \d+ are visible, counted from 0.*--device cpu"):
         use_device(runner_config(tmp_path, device="cuda", device_index=99))
 
 
