@@ -89,6 +89,7 @@ def _standing_in(device: FakeCuda, wrapper: Callable[..., Any], compute: Callabl
 def _paged_attention(
     _: None, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, cu_q: Tensor,
     seq_lens: Tensor, *, max_query_len: int, scale: float, gpu: Any, window: int | None, softcap: float | None,
+    splits: int | None = None,
 ) -> None:  # fmt: skip
     spec, page_size = AttentionSpec(0, scale, window, softcap), keys.shape[1]
     assert len(query) == len(out) and len(cu_q) == len(seq_lens) + 1 == len(block_table) + 1

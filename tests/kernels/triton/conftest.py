@@ -29,6 +29,15 @@ def bfloat16_matrix_products():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_ahead():
+    """Interpreted kernels are not compiled, so that the backend need not launch all of them first, at seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr("ramet.model_runner.attention.triton_backend.EVERY_KIND", ())
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def guarded():
     """Every access of every kernel test here that is interpreted. Not of the tests of whole models, whose padding
