@@ -1,6 +1,6 @@
-"""No kernel is compiled while requests are served, which would hold up a step for a second: whatever they launch has been
-launched before, as the server started. On the simulated device; the keys are those by which Triton itself would look up
-its compiled kernels."""
+"""No kernel is compiled while requests are served, which would hold up a step for a second: what is launched then has
+been launched before, as the server started. On the simulated device; the keys are those by which Triton itself would
+look up its compiled kernels."""
 
 import functools
 from collections.abc import Iterator
