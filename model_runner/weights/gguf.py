@@ -75,7 +75,7 @@ class GGUFSource(WeightSource):
         # In Q4_0 a weight is scale * (number - 8); the product is exact.
         minima = floats[..., 1] if info.ggml_type == _Q4_1 else -8 * scales
         if not (scales.float() + minima.float()).sum().isfinite():
-            raise WeightsError(f"{part.name} in {self.path} has numbers that are infinite or none (NaN)")
+            raise WeightsError(f"{part.name} in {self.path} has numbers that are NaN or infinite")
         numbers = torch.cat([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
         return Grid(*(self._undo_conversion(part.name, tensor) for tensor in (numbers, scales, minima)))
 

@@ -86,8 +86,16 @@ def test_numbers_that_are_none_are_refused(folder: Path, value: float) -> None:
     weight = load_file(folder / "model.safetensors")[name]
     weight[7, 3] = value
     rewrite(folder, {name: weight})
-    with pytest.raises(WeightsError, match=f"{name} in .*/model has numbers that are infinite or none"):
+    with pytest.raises(WeightsError, match=f"{name} in .*/model has numbers that are NaN or infinite"):
         load(folder)
+
+
+def test_numbers_beyond_the_type_to_compute_in_are_refused(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, {name: load_file(folder / "model.safetensors")[name] + 1e5})
+    load(folder)
+    with pytest.raises(WeightsError, match=f"{name} .* infinite in float16"):
+        load(folder, dtype="float16")
 
 
 def test_tensors_that_are_computed_may_be_left_over(folder: Path) -> None:
