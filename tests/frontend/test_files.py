@@ -120,6 +120,8 @@ def test_wrong_queries(engine: ScriptedEngine, query: str, param: str) -> None:
     message = check_error(httpx.get(f"{engine.url}/v1/files?{query}"), 400, "invalid_type", param)
     assert message.endswith(f"got {query.partition('=')[2]!r}")
     check_error(httpx.get(f"{engine.url}/v1/files?zap=1"), 400, "unknown_parameter", "zap")
+    twice = check_error(httpx.get(f"{engine.url}/v1/files?limit=1&limit=2"), 400, "invalid_value")
+    assert "limit=1&limit=2" in twice
 
 
 @pytest.mark.parametrize(
