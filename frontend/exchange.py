@@ -152,7 +152,9 @@ def json_response(value: Any) -> Response:
 
 
 def read_query(request: Request, kind: type[T]) -> T:
-    """The query string as a struct. Raises `RequestError` for what is unknown or out of range."""
+    """The query string as a struct. Raises `RequestError` for what is unknown, out of range or given twice."""
+    if len(request.query_params.multi_items()) > len(request.query_params):
+        raise invalid(f"a parameter is given more than once: {request.url.query!r}")
     try:
         return msgspec.convert(dict(request.query_params), kind, strict=False)
     except msgspec.ValidationError as error:

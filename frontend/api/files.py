@@ -25,7 +25,7 @@ PURPOSES: tuple[str, ...] = get_args(Purpose)
 MAX_BATCH_INPUT_BYTES = 200 * 2**20
 
 _MAX_FIELD_BYTES = 1024
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16  # what each of many slow uploads may hold in memory
 # What the form adds to the file: fields, headers, boundaries.
 _FORM_BYTES = 1 << 20
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}

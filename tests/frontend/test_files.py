@@ -5,6 +5,7 @@ import http.client
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -119,6 +120,8 @@ def test_wrong_queries(engine: ScriptedEngine, query: str, param: str) -> None:
     message = check_error(httpx.get(f"{engine.url}/v1/files?{query}"), 400, "invalid_type", param)
     assert message.endswith(f"got {query.partition('=')[2]!r}")
     check_error(httpx.get(f"{engine.url}/v1/files?zap=1"), 400, "unknown_parameter", "zap")
+    twice = check_error(httpx.get(f"{engine.url}/v1/files?limit=1&limit=2"), 400, "invalid_value")
+    assert "limit=1&limit=2" in twice
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,18 @@ def test_wrong_queries(engine: ScriptedEngine, query: str, param: str) -> None:
 def test_malformed_forms(engine: ScriptedEngine, body: bytes, code: str, param: str | None) -> None:
     check_error(post(engine, body), 400, code, param)
     assert os.listdir(f"{engine.config.file_storage_path}/tmp") == []
+
+
+def test_what_has_come_of_a_slow_upload_is_on_disk(engine: ScriptedEngine) -> None:
+    """Many of them must not hold much in memory."""
+    host, port = engine.url.removeprefix("http://").split(":")
+    folder = Path(engine.config.file_storage_path, "tmp")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        head = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+        body = form(PURPOSE, part("file", b"x" * 400_000))
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[:300_000])
+        until(lambda: sum(path.stat().st_size for path in folder.glob("*")) > 150_000, WAIT_S, lambda: "on disk")
+    until(lambda: not list(folder.glob("*")), WAIT_S, lambda: "gone with its client")
 
 
 def test_other_content_types(engine: ScriptedEngine) -> None:
