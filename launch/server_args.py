@@ -80,10 +80,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enable_metrics: Annotated[bool, _server("accepted, without effect: /metrics is always served")] = False
     log_level: Annotated[LogLevel, _server("least severe messages shown")] = "info"
     log_format: Annotated[LogFormat, _server("form of log lines")] = "text"
-    log_requests: Annotated[
-        bool | RequestLogLevel,
-        _server("log each request: a summary; with its parameters; with prompt and answer (off; alone: summary)"),
-    ] = False
+    log_requests: Annotated[bool | RequestLogLevel, _server("log requests; alone, a summary (docs/metrics.md)")] = False
     metrics_buckets: Annotated[
         tuple[str, ...], _server("bounds of a histogram, as request_queue_seconds=0.1,1,10")
     ] = ()
