@@ -35,7 +35,7 @@ from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.port import bind
 from ramet.frontend.store import Store
-from ramet.ipc.channel import Addresses, AsyncInbox
+from ramet.ipc.channel import Addresses, Inbox
 from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
@@ -108,7 +108,7 @@ async def _run(
     stopping = asyncio.create_task(stop.wait())
     metrics = Metrics(config.metrics_buckets, config.served_names[0])
     client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
-    inbox: AsyncInbox[ToFrontend] = AsyncInbox(addresses.frontend, ToFrontend)
+    inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
     beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
     up = asyncio.create_task(client.up.wait())

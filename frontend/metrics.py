@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 THROUGHPUT_INTERVAL_S = 10.0
 
-# Fields of `Stats` that are counted up: name, help.
+# Fields of `Counters`: name, help.
 _COUNTERS = {
     "prompt_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache, for each choice"),
     "cached_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
@@ -100,7 +100,7 @@ class EngineMetrics:
     def update(self, stats: Stats) -> None:
         self.stats = stats
         for field, counter in self._counters.items():
-            counter.inc(getattr(stats, field))
+            counter.inc(getattr(stats.news, field))
         in_use = stats.pages_total - stats.pages_free - stats.pages_cached
         self._requests.labels("running").set(stats.running)
         self._requests.labels("waiting").set(stats.waiting)
@@ -128,7 +128,7 @@ class EngineMetrics:
         if silence_s > THROUGHPUT_INTERVAL_S:
             self._since = now
             total.clear()
-        total.update({name: getattr(stats, name) for name in ("prompt_tokens", "cached_tokens", "generated_tokens")})
+        total.update({name: getattr(stats.news, name) for name in _COUNTERS})
         if (took_s := now - self._since) >= THROUGHPUT_INTERVAL_S:
             fields = {
                 "running": stats.running,

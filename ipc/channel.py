@@ -82,7 +82,8 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 class Inbox(Generic[T]):
-    """The receiving end of a channel, for a process with a loop of its own. `union` is the type of its messages."""
+    """The receiving end of a channel. `union` is the type of its messages. A process with a loop of its own calls
+    `receive`; one that lives in asyncio awaits `deliver`."""
 
     def __init__(self, address: str, union: object) -> None:
         self._socket = _bind(address)
@@ -109,20 +110,11 @@ class Inbox(Generic[T]):
         self._was_empty = message is None
         return message
 
-    def close(self) -> None:
-        self._socket.close(linger=0)
-
-
-class AsyncInbox(Generic[T]):
-    """The receiving end of a channel inside an asyncio loop. The loop watches the socket's descriptor for as long as it
-    is read: `zmq.asyncio`, and a task that waits anew for each message, cost several callbacks and system calls."""
-
-    def __init__(self, address: str, union: object) -> None:
-        self._socket = _bind(address)
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
-
     async def deliver(self, handle: Callable[[T], None]) -> None:
-        """Give each message to `handle` as it comes, for ever. Raises what that raises."""
+        """Give each message to `handle` as it comes, for ever. Raises what that raises.
+
+        The loop watches the socket's descriptor all the while: `zmq.asyncio`, and a task that waits anew for each
+        message, cost several callbacks and system calls."""
         loop, descriptor = asyncio.get_running_loop(), self._socket.fileno()  # `close` may come before a cancellation
         broken: asyncio.Future[None] = loop.create_future()
 
@@ -297,6 +289,3 @@ def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T | None:
     except (msgspec.MsgspecError, RecursionError) as error:
         log.error("dropped a message of %d bytes that is not of the expected type: %s", len(data), error)
         return None
-
-
-__all__ = ["Addresses", "AsyncInbox", "ChannelError", "Inbox", "Outbox", "PeerLost", "RankClient", "RankServer"]

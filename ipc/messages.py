@@ -280,9 +280,22 @@ class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
     rows: int
 
 
+class Counters(msgspec.Struct, array_like=True):
+    """What the scheduler has done: in all, or since it last told."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    preemptions: int = 0
+
+
 class Stats(Message, frozen=True):
     """How the scheduler stands; sent at most once a second, and only while there is work or when the last of it ends.
-    `steps` and the counters that follow are what came since the last one: a restart loses nothing that was told.
+    `steps` and `news` are what came since the last one: a restart loses nothing that was told.
     Pages are in units of `page_size` tokens."""
 
     running: int
@@ -291,14 +304,7 @@ class Stats(Message, frozen=True):
     pages_free: int
     pages_cached: int
     steps: list[Step]
-    prompt_tokens: int
-    cached_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    finished: int
-    aborted: int
-    failed: int
-    preemptions: int
+    news: Counters
 
 
 class EngineUp(Message, frozen=True):

@@ -76,6 +76,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """The most likely token always: temperature 0, or filters that leave only one token."""
         return self.temperature == 0.0 or self.top_k == 1 or self.top_p == 0.0
 
+    @property
+    def processed(self) -> bool:
+        """Whether a logits processor would change the logits at some step: a bias, bans or penalties."""
+        return bool(self.logit_bias or self.min_tokens) or self.penalised
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether to compute this request the model runner must know tokens that it does not compute itself."""
+        return self.processed or self.prompt_logprobs is not None
+
     def validate(self) -> None:
         """Raise `RequestError` naming the first parameter out of its range."""
         _between("temperature", self.temperature, 0.0, 2.0)

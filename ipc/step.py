@@ -25,8 +25,8 @@ UNKNOWN_TOKEN = -1
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A request takes a slot with this step (first time, or again after a preemption).
 
-    `token_ids`: all tokens known of it, prompt then generated. `eos_ids`: tokens that end it, banned until
-    `params.min_tokens` are generated (empty with `ignore_eos`; stop tokens included).
+    `token_ids`: all tokens known of it, prompt then generated; none unless `params.reads_tokens`. `eos_ids`: tokens
+    that end it, banned until `params.min_tokens` are generated (empty with `ignore_eos`; stop tokens included).
     """
 
     slot: int

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import AsyncInbox
+from ramet.ipc.channel import Inbox
 from ramet.ipc.messages import EngineDown, ToFrontend
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig
@@ -124,7 +124,7 @@ class EngineHost:
 
     async def _open(self) -> None:
         addresses = self._supervisor.addresses
-        self._inbox: AsyncInbox[ToFrontend] = AsyncInbox(addresses.frontend, ToFrontend)
+        self._inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
         self.client = EngineClient(addresses, self._max_live, Metrics())
         self._receiving = asyncio.create_task(self._receive())
 

@@ -17,7 +17,7 @@ from ramet.ipc.step import UNKNOWN_TOKEN, Admission, PageGrant, StepPlan
 from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.context import ForwardContext
 from ramet.model_runner.kv_pool import KVPool
-from ramet.model_runner.logits import LogitsProcessor, needs_processing
+from ramet.model_runner.logits import LogitsProcessor
 from ramet.model_runner.sampler import CHOOSING, Choices, SampledRow, choice_arrays, choosing
 
 Arrays = Mapping[str, np.ndarray]
@@ -85,7 +85,7 @@ class SlotTable:
         self.choosing[slot] = choosing(admission.params)
         if admission.params.prompt_logprobs is not None:
             self.prompts[slot] = admission.token_ids[: admission.prompt_len]
-        if needs_processing(admission):
+        if admission.params.processed:
             self.processors[slot] = LogitsProcessor(admission, self._vocab_size, self.device)
 
     def _grant_on_device(self, grants: list[PageGrant]) -> None:

@@ -15,20 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import Admission, TokenMasks
 
 BAN_BIAS = -100.0
-
-
-def needs_processing(admission: Admission) -> bool:
-    """Whether anything here would change this request's logits at some step."""
-    params = admission.params
-    return bool(params.logit_bias or params.min_tokens or _has_penalties(params))
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
 def apply_masks(logits: Tensor, masks: TokenMasks) -> None:
@@ -55,7 +44,7 @@ class LogitsProcessor:
         self._bias = send(torch.tensor([float("-inf") if b <= BAN_BIAS else b for b in bias.values()]), device)
         self._banned = send(torch.tensor([i for i in admission.eos_ids if i < vocab_size], dtype=torch.long), device)
         self._counts: Tensor | None = None
-        if _has_penalties(admission.params):
+        if admission.params.penalised:
             tokens = torch.tensor(admission.token_ids, dtype=torch.long)
             generated = torch.bincount(tokens[admission.prompt_len :], minlength=vocab_size)
             self._counts = send(generated.float(), device)

@@ -13,12 +13,13 @@ Invariants: each request that was added ends in exactly one `TokenOut` with `fin
 of `KVManager`; a request that fits the pool alone is never failed for lack of pages.
 """
 
-import dataclasses
+import bisect
+import itertools
 
 import msgspec
 
 from ramet.ipc.errors import Failure, FailureKind, RequestError
-from ramet.ipc.messages import Admitted, Finish, FinishReason, Generate, TokenOut
+from ramet.ipc.messages import Admitted, Counters, Finish, FinishReason, Generate, TokenOut
 from ramet.ipc.step import Admission, Row, RowResult, StepPlan, StepResult
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.grammar import Matcher
@@ -33,21 +34,6 @@ _GROWTH_START, _GROWTH_MIN, _GROWTH_PENALTY, _GROWTH_DECAY = 0.5, 0.1, 0.25, 0.0
 # Prompts of a worse priority than the default get this fraction of what others get beside decodes: a better one that
 # arrives has to wait for the step under way.
 _YIELDING_SHARE = 0.75
-
-
-@dataclasses.dataclass
-class Counters:
-    """Totals since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    aborted: int = 0
-    failed: int = 0
-    preemptions: int = 0
 
 
 class SchedulerCore:
@@ -70,6 +56,7 @@ class SchedulerCore:
         # By step in flight: the request of each row, by its slot. One that leaves its slot leaves these too.
         self._flights: dict[int, dict[int, Request]] = {}
         self._growth = _GROWTH_START
+        self._steps = 0
         self._arrivals = 0
         self._now = 0.0
 
@@ -126,16 +113,16 @@ class SchedulerCore:
                 return None
             # Prompts hold all the pages and none can go on: the last comer gives way.
             self._preempt(self._running[-1])
-        self.counters.steps += 1
-        self._flights[self.counters.steps] = {row.slot: request for request, row in planned}
+        self._steps += 1
+        self._flights[self._steps] = {row.slot: request for request, row in planned}
         self._growth = max(_GROWTH_MIN, self._growth - _GROWTH_DECAY)
         released, self._released = self._released, []
         return StepPlan(
-            step=self.counters.steps,
+            step=self._steps,
             rows=[row for _, row in planned],
-            token_ids=[token for request, row in planned for token in request.inputs(row)],
+            token_ids=list(itertools.chain.from_iterable(request.inputs(row) for request, row in planned)),
             admissions=[self._announce(request) for request, _ in planned if not request.announced],
-            grants=[grant for request, _ in planned if (grant := request.take_grant())],
+            grants=[request.take_grant() for request, _ in planned if request.num_granted < len(request.pages)],
             released=released,
         )
 
@@ -165,7 +152,7 @@ class SchedulerCore:
                 self.kv.publish(request)
             if row.sample:
                 self._take_token(request, got)
-            elif request.num_stored == len(request.tokens):  # max_tokens is 0: the prompt was all that was asked
+            elif request.num_stored == request.num_tokens:  # max_tokens is 0: the prompt was all that was asked
                 self._tell(request, [], got, Finish(FinishReason.LENGTH))
 
     def fail_step(self, plan: StepPlan, failure: Failure) -> None:
@@ -238,17 +225,20 @@ class SchedulerCore:
         if not self._free_slots and self._waiting.best_priority >= self._running[-1].priority:
             return  # nobody gives way: do not look for cached prefixes in every step
         promised = sum(self._expected_pages(r) for r in self._running)
+        priority: int | None = None
         for request in self._waiting.candidates(self.kv, 2 * self.config.max_running):
-            ahead = [r for r in self._running if r.priority <= request.priority]
-            owed = sum(r.num_remaining for r in ahead if r.num_remaining > 1)
-            if owed >= self._prompt_budget(request.priority, sum(r.num_remaining == 1 for r in ahead)):
+            if request.priority != priority:
+                priority = request.priority
+                ahead = [r.num_remaining for r in self._running if r.priority <= priority]
+                owed, decoding = sum(n for n in ahead if n > 1), ahead.count(1)
+            if owed >= self._prompt_budget(request.priority, decoding):
                 return  # it would not get a token
             if self.kv.awaits_prefix(request):
                 continue
             if not self._free_slots and not self._displace(request):
                 return
             self.kv.open(request)
-            needed = self.kv.pages_for(len(request.tokens) + 1) - len(request.pages)
+            needed = self.kv.pages_for(request.num_tokens + 1) - len(request.pages)
             while self._running and needed + promised > self.kv.num_available:
                 if not self._displace(request):
                     self.kv.close(request, publish=False)
@@ -256,6 +246,8 @@ class SchedulerCore:
                 promised = sum(self._expected_pages(r) for r in self._running)
             self._admit(request)
             promised += self._expected_pages(request)
+            owed += request.num_remaining if request.num_remaining > 1 else 0
+            decoding += request.num_remaining == 1
 
     def _displace(self, newcomer: Request) -> bool:
         """Preempt the newest of the worst priority for a request of a better one; False if there is none."""
@@ -269,8 +261,7 @@ class SchedulerCore:
         self._waiting.remove(request)
         request.slot = self._free_slots.pop()
         request.announced = False
-        self._running.append(request)
-        self._running.sort(key=lambda r: r.order)
+        bisect.insort(self._running, request, key=lambda r: r.order)
         if not request.info.prompt_tokens:  # the first time
             request.info = msgspec.structs.replace(
                 request.info,
@@ -284,13 +275,15 @@ class SchedulerCore:
     def _announce(self, request: Request) -> Admission:
         assert request.slot is not None
         request.announced = True
-        banned = sorted(request.stop_ids) if request.params.min_tokens else []
-        return Admission(request.slot, list(request.tokens), request.prompt_len, request.params, banned)
+        params = request.params
+        banned = sorted(request.stop_ids) if params.min_tokens else []
+        tokens = request.tokens(0, request.num_tokens) if params.reads_tokens else []
+        return Admission(request.slot, tokens, request.prompt_len, params, banned)
 
     def _expected_pages(self, request: Request) -> int:
         """Pages that a running request will probably still ask for."""
-        growth = self._growth * (request.max_tokens - request.num_generated)
-        return max(0, self.kv.pages_for(int(len(request.tokens) + growth)) - len(request.pages))
+        growth = self._growth * (request.max_tokens - len(request.generated))
+        return max(0, self.kv.pages_for(int(request.num_tokens + growth)) - len(request.pages))
 
     def _preempt(self, request: Request) -> None:
         """Pages have run out: the estimate was too low, and a request gives way."""
@@ -311,20 +304,20 @@ class SchedulerCore:
         if request.matcher is not None and (failure := request.matcher.advance(token)):
             self._fail(request, failure)
             return
-        request.tokens.append(token)
+        request.generated.append(token)
         self.counters.generated_tokens += 1
         finish = None
-        if token in request.stop_ids and request.num_generated >= request.params.min_tokens:
+        if token in request.stop_ids and len(request.generated) >= request.params.min_tokens:
             finish = Finish(FinishReason.STOP, matched=token)
         elif request.matcher is not None and request.matcher.is_stopped():
             finish = Finish(FinishReason.STOP)
-        elif request.num_generated >= request.max_tokens:
+        elif len(request.generated) >= request.max_tokens:
             finish = Finish(FinishReason.LENGTH)
         self._tell(request, [token], got, finish)
 
     def _tell(self, request: Request, tokens: list[int], got: RowResult, finish: Finish | None) -> None:
         """The news of a request, which end it with `finish`."""
-        admitted = self._describe(request) if request.num_generated <= 1 else None  # with the first of them
+        admitted = self._describe(request) if len(request.generated) <= 1 else None  # with the first of them
         output = TokenOut(request.rid, tokens, admitted, [got.logprob] if got.logprob is not None else None, finish)
         if finish is None:
             self._outputs.append(output)
@@ -338,7 +331,7 @@ class SchedulerCore:
             request.info,
             request.params,
             request.stream,
-            prompt_ids=request.tokens[: request.prompt_len] if request.echo or wants_logprobs else None,
+            prompt_ids=request.tokens(0, request.prompt_len) if request.echo or wants_logprobs else None,
             prompt_logprobs=[None, *request.prompt_logprobs] if wants_logprobs else None,
         )
 

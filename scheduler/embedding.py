@@ -6,8 +6,7 @@ Invariant: what was added ends once, by `finish`, `fail` or `abort`; a step is o
 
 import bisect
 
-from ramet.ipc.messages import Embed
-from ramet.scheduler.core import Counters
+from ramet.ipc.messages import Counters, Embed
 
 
 class EmbeddingQueue:

@@ -1,7 +1,6 @@
 """The order in which waiting requests are considered."""
 
 import bisect
-from collections.abc import Iterator
 
 from ramet.scheduler.config import Policy
 from ramet.scheduler.kv_manager import KVManager
@@ -20,9 +19,6 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests)
 
     @property
     def best_priority(self) -> int:

@@ -6,15 +6,19 @@ whose result is not here yet may have sampled a token that only the device knows
 behind by what such steps compute.
 """
 
+from array import array
+
 from ramet.ipc.messages import Generate, Logprob, PromptInfo
 from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import UNKNOWN_TOKEN, PageGrant, Row
 from ramet.scheduler.grammar import Matcher
 from ramet.scheduler.radix_cache import Node
 
+TOKEN_BYTES = 4  # of a key of the radix tree
+
 
 class Request:
-    """`tokens`: prompt, then generated. `pages[:num_shared]` belong to the radix tree (locked at `node`), the rest to
+    """`pages[:num_shared]` belong to the radix tree (locked at `node`), the rest to
     this request. `slot`: its place in the model runner while it runs, else None."""
 
     def __init__(
@@ -27,7 +31,7 @@ class Request:
     ) -> None:
         params = message.params
         self.rid = message.rid
-        self.tokens = list(message.prompt_ids)
+        self.generated: list[int] = []
         self.prompt_len = len(message.prompt_ids)
         self.params: SamplingParams = params
         self.max_tokens = max_tokens
@@ -48,24 +52,37 @@ class Request:
         self.num_shared = 0
         self.num_granted = 0  # pages that the runner has been told of
         self.node: Node | None = None
-        self.page_hashes: list[int] = []
+        # Who computes the next pages of this one's prompt, and up to which page the two have them in common.
+        self.awaits: tuple[Request, int] | None = None
+        # A list of so many ints would cost every collection of garbage more than the bytes ever do.
+        self._key = array("I", message.prompt_ids).tobytes()
 
     @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
+    def key(self) -> bytes:
+        """The tokens, prompt and then generated, as the radix tree compares them."""
+        if missing := self.generated[len(self._key) // TOKEN_BYTES - self.prompt_len :]:
+            self._key += array("I", missing).tobytes()
+        return self._key
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        return array("I", self.key[start * TOKEN_BYTES : end * TOKEN_BYTES]).tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + len(self.generated)
 
     @property
     def num_remaining(self) -> int:
         """Tokens that could be computed now: 1 while decoding. 0 while the host must first see the token in flight:
         the grammar needs it, or it is the last."""
-        if self.num_in_flight and (self.matcher or self.num_generated + self.num_in_flight >= self.max_tokens):
+        if self.num_in_flight and (self.matcher or len(self.generated) + self.num_in_flight >= self.max_tokens):
             return 0
-        return len(self.tokens) + self.num_in_flight - self.num_computed
+        return self.prompt_len + len(self.generated) + self.num_in_flight - self.num_computed
 
     @property
     def awaits_first_token(self) -> bool:
         """Whether somebody waits for its prompt to be computed (again, after a preemption)."""
-        return self.num_generated + self.num_in_flight == 0 or self.num_remaining > 1
+        return not (self.generated or self.num_in_flight) or self.num_remaining > 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -88,9 +105,12 @@ class Request:
 
     def inputs(self, row: Row) -> list[int]:
         """The tokens of a planned row; what only the device knows is a row of its own."""
-        return self.tokens[row.start : row.start + row.length] or [UNKNOWN_TOKEN]
+        if (first := row.start - self.prompt_len) < 0:
+            return self.tokens(row.start, row.start + row.length)
+        return self.generated[first : first + row.length] or [UNKNOWN_TOKEN]
 
-    def take_grant(self) -> PageGrant | None:
+    def take_grant(self) -> PageGrant:
         """Pages that the runner has not been told of; from now on it has."""
+        assert self.slot is not None
         first, self.num_granted = self.num_granted, len(self.pages)
-        return PageGrant(self.slot, first, self.pages[first:]) if self.slot is not None and self.pages[first:] else None
+        return PageGrant(self.slot, first, self.pages[first:])

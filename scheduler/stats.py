@@ -4,21 +4,22 @@ Once a second under load, and when the last of the work has ended; steps are sen
 put them into histograms of any buckets. Knows no sockets.
 """
 
+import operator
 import time
 from collections.abc import Callable
 
-from ramet.ipc.messages import Stats, Step
-from ramet.scheduler.core import Counters
+import msgspec
+
+from ramet.ipc.messages import Counters, Stats, Step
 
 STATS_INTERVAL_S = 1.0
-_COUNTERS = sorted(Counters.__dataclass_fields__.keys() & set(Stats.__struct_fields__) - {"steps"})
 
 
 class StatsReporter:
     def __init__(self, send: Callable[[Stats], None], counters: Counters) -> None:
         self._send = send
         self._counters = counters
-        self._told = dict.fromkeys(_COUNTERS, 0)
+        self._told = msgspec.structs.astuple(Counters())
         self._steps: list[Step] = []
         self._sent_at = 0.0
 
@@ -32,8 +33,8 @@ class StatsReporter:
     def send(
         self, running: int, waiting: int, *, pages_total: int = 0, pages_free: int = 0, pages_cached: int = 0
     ) -> None:
-        totals = {name: getattr(self._counters, name) for name in _COUNTERS}
-        news = {name: total - self._told[name] for name, total in totals.items()}
+        totals = msgspec.structs.astuple(self._counters)
+        news = Counters(*map(operator.sub, totals, self._told))
         steps, self._steps, self._told = self._steps, [], totals
-        self._send(Stats(running, waiting, pages_total, pages_free, pages_cached, steps, **news))
+        self._send(Stats(running, waiting, pages_total, pages_free, pages_cached, steps, news))
         self._sent_at = time.monotonic()

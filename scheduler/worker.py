@@ -116,7 +116,7 @@ class Worker:
             self._stats.send(
                 core.num_running,
                 core.num_waiting + len(self._grammars.held_rids),
-                pages_total=kv.num_pages,
+                pages_total=kv.allocator.num_pages,
                 pages_free=kv.allocator.num_free,
                 pages_cached=kv.cache.num_pages,
             )

@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ramet.ipc.errors import invalid
+from ramet.ipc.messages import Chat
 from ramet.tokenizer_worker.tool_prompt import as_plain_messages
 
 # Of one conversation, where a thousand times less is usual: some templates go over all messages for each message.
@@ -42,36 +43,30 @@ class ChatTemplate:
         self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         self._special_tokens = special_tokens
 
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        kwargs: dict[str, Any],
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-    ) -> str:
+    def render(self, chat: Chat) -> str:
         """The prompt. Raises `RequestError` with the template's own words if it refuses the conversation.
 
         For a template that does not know tools, they and their calls are put into words (`tool_prompt.py`).
         """
+        messages = chat.messages
         try:
             with _cpu_limit(MAX_RENDER_S):
                 if "tools" not in self.variables:
-                    messages = as_plain_messages(messages, tools)
+                    messages = as_plain_messages(messages, chat.tools)
                 text = self._template.render(
                     **{
                         **self._special_tokens,
-                        **kwargs,
+                        **chat.template_kwargs,
                         "messages": messages,
-                        "tools": tools,
+                        "tools": chat.tools,
                         "documents": None,
-                        "add_generation_prompt": add_generation_prompt,
+                        "add_generation_prompt": chat.add_generation_prompt,
                     }
                 )
         # A template may fail in any way that a program can.
         except Exception as error:
             raise invalid(f"the chat template cannot render these messages: {error}", "messages") from error
-        return _cut_after(text, messages[-1]) if continue_final_message else text
+        return _cut_after(text, messages[-1]) if chat.continue_final_message else text
 
 
 def load_chat_template(folder: str, override: str | None) -> ChatTemplate | None:

@@ -41,7 +41,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """`add_special_tokens`: also what the model expects around a plain text (a BOS token, mostly)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # For one text; the only form that leaves out the offsets, which take a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

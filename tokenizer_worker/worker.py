@@ -169,9 +169,7 @@ class Encoder:
     def _render(self, chat: Chat) -> str:
         if self._template is None:
             raise invalid("this model has no chat template: use --chat-template or /v1/completions", "messages")
-        return self._template.render(
-            chat.messages, chat.tools, chat.template_kwargs, chat.add_generation_prompt, chat.continue_final_message
-        )
+        return self._template.render(chat)
 
     def _check_lengths(self, ids: list[int], job: Job) -> int:
         """The request's max_tokens: what was asked, or the rest of the context."""

@@ -11,7 +11,7 @@ import openai
 import pytest
 from support.scripted_engine import MODEL, WAIT_S, ScriptedEngine, says
 
-from ramet.ipc.messages import Stats, Step
+from ramet.ipc.messages import Counters, Stats, Step
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -106,6 +106,13 @@ def test_unknown_paths_methods_and_models(client: httpx.Client) -> None:
     body = {"model": "gpt", "prompt": "x"}
     check_error(client.post("/v1/completions", json=body), 404, "model_not_found", "model")
     check_error(client.get("/v1/models/gpt"), 404, "model_not_found", "model")
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
+def test_parameters_of_other_servers(client: httpx.Client) -> None:
+    for name, hint in {"guided_json": "is response_format", "guided_choice": "is regex", "n_predict": "max_to"}.items():
+        response = client.post("/v1/chat/completions", json={**CHAT, name: 1})
+        assert hint in check_error(response, 400, "unknown_parameter", name)["message"]
 
 
 def test_models(engine: ScriptedEngine) -> None:
@@ -149,7 +156,7 @@ def test_connections_are_kept(engine: ScriptedEngine) -> None:
 
 
 def test_metrics(engine: ScriptedEngine, client: httpx.Client) -> None:
-    numbers = dict.fromkeys(Stats.__struct_fields__, 7)
+    numbers = dict.fromkeys(Stats.__struct_fields__, 7) | {"news": Counters(*[7] * len(Counters.__struct_fields__))}
     steps = [Step(0.001, 0.02, 0.003, 5), Step(0.001, 0.2, 0.003, 300)]
     for _ in range(2):  # what is told is added up
         engine.send(Stats(**{**numbers, "pages_total": 20, "running": 2, "steps": steps}))

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ramet.frontend import metrics as metrics_module
 from ramet.frontend.config import BUCKETS
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.messages import Stats, Step
+from ramet.ipc.messages import Counters, Stats, Step
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROW = re.compile(r"^\| `(\w+)` \| (counter|gauge|histogram|info) \|([^|]*)\|", re.MULTILINE)
@@ -31,7 +31,8 @@ def listed(metrics: Metrics) -> dict[str, str]:
 
 def stats(**counts: int) -> Stats:
     zeros = dict.fromkeys(Stats.__struct_fields__, 0) | {"steps": []}
-    return Stats(**{**zeros, **counts})
+    news = {name: counts.pop(name) for name in Counters.__struct_fields__ if name in counts}
+    return Stats(**{**zeros, **counts, "news": Counters(**news)})
 
 
 def samples(metrics: Metrics) -> dict[str, float]:

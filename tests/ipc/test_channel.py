@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import uvloop
 
-from ramet.ipc.channel import Addresses, AsyncInbox, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
 from ramet.ipc.messages import Abort, Chat, Completion, Generate, Job, Ready, ToLauncher, ToScheduler, ToTokenizer
 from ramet.ipc.sampling import SamplingParams
 
@@ -82,7 +82,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
             if len(got) == 3_000:
                 raise EOFError
 
-        inbox = AsyncInbox(addresses.scheduler, ToScheduler)
+        inbox = Inbox(addresses.scheduler, ToScheduler)
         try:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
@@ -107,7 +107,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_reader_may_be_cancelled_after_the_inbox_was_closed(addresses, loop_factory):
     async def close() -> None:
-        inbox = AsyncInbox(addresses.scheduler, ToScheduler)
+        inbox = Inbox(addresses.scheduler, ToScheduler)
         reading = asyncio.create_task(inbox.deliver(print))
         await asyncio.sleep(0.05)
         reading.cancel()

@@ -183,6 +183,7 @@ class CoreMachine(RuleBasedStateMachine):
             min_tokens=min(min_tokens, max_tokens),
             prompt_logprobs=prompt_logprobs,
             ignore_eos=ignore_eos,
+            repetition_penalty=1.1,  # so that admissions tell the tokens, to compare with what rows read
             seed=1,
         )
         message = Generate(rid, prompt, params, given_max, priority)
@@ -219,8 +220,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def launch(self, plan):
         for _, request in self.core.constrained(plan):
-            assert request.matcher.consumed == request.tokens[request.prompt_len :]
-            assert request.num_computed == len(request.tokens), "a mask for a token that is not the next"
+            assert request.matcher.consumed == request.generated
+            assert request.num_computed == request.num_tokens, "a mask for a token that is not the next"
         self.flying.append((plan, self.memory.execute(plan)))
 
     @rule(late=st.booleans())
@@ -287,7 +288,7 @@ class CoreMachine(RuleBasedStateMachine):
             nodes.append(node)
         assert sum(len(n.pages) for n in nodes) == kv.cache.num_pages
         assert sum(len(n.pages) for n in nodes if not n.locks) == kv.cache.evictable_pages
-        assert all(len(n.key) == len(n.pages) * kv.page_size for n in nodes)
+        assert all(len(n.key) == len(n.pages) * kv.cache.page_bytes for n in nodes)
         every = [p for n in nodes for p in n.pages] + [p for r in requests for p in r.pages[r.num_shared :]]
         assert len(set(every)) == len(every), "a page has two owners"
         assert len(requests) + len(core._waiting) == len(self.live)

@@ -140,7 +140,7 @@ def test_a_prompt_that_breaks_a_step_fails_alone(harness: Harness) -> None:
     assert (first.running, first.waiting) == (4, 0)
     told = [message for message in news if isinstance(message, Stats)]
     assert (last.running, last.waiting) == (0, 0)
-    totals = {name: sum(getattr(stats, name) for stats in told) for name in ("finished", "failed", "aborted")}
+    totals = {name: sum(getattr(stats.news, name) for stats in told) for name in ("finished", "failed", "aborted")}
     assert totals == {"finished": 2, "failed": 2, "aborted": 1}
-    assert sum(stats.computed_tokens for stats in told) == 3
+    assert sum(stats.news.computed_tokens for stats in told) == 3
     assert [step.rows for stats in told for step in stats.steps] == [4]

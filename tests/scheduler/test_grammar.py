@@ -199,7 +199,7 @@ def write(pool: Pool, request: Request, tokens: list[int]) -> Failure | None:
         pool.pool.fill([(0, request)])()
         if failure := request.matcher.failure() or request.matcher.advance(token):
             return failure
-        request.tokens.append(token)
+        request.generated.append(token)
     return None
 
 
@@ -230,7 +230,7 @@ def test_a_lexer_that_fills_up_at_once_ends_its_request(pool, tokenizer, monkeyp
     request = held(Matcher(load_tokenizer(pool.folder, tokenizer.get_vocab_size() + 37, [EOS_ID]), COUNTED))
     failure = write(pool, request, [tokenizer.token_to_id("a")] * 8000)
     assert failure is not None and "too many states" in failure.message
-    assert request.num_generated < 250
+    assert len(request.generated) < 250
 
 
 def test_a_held_request_can_be_taken_back(pool: Pool):
@@ -335,7 +335,7 @@ def test_a_matcher_that_gives_up_and_bans_that_leave_nothing_fail_their_request_
     while (plan := engine.core.schedule()) is not None:
         constrained = engine.core.constrained(plan)
         for _, request in constrained:
-            if request.rid == "broken" and request.num_generated == 2:
+            if request.rid == "broken" and len(request.generated) == 2:
                 request.matcher.advance(tokenizer.token_to_id("z"))
         engine.core.commit(plan, engine.runner.execute(plan, engine.grammars.fill(constrained)))
         outputs |= {out.rid: out for out in engine.core.take_outputs() if out.failure or out.finish}
@@ -363,7 +363,7 @@ def test_a_matcher_that_panics_fails_its_request_alone(make_engine, caplog):
     while (plan := engine.core.schedule()) is not None:
         constrained = engine.core.constrained(plan)
         for _, request in constrained:
-            if request.rid == "panics" and request.num_generated == 2:
+            if request.rid == "panics" and len(request.generated) == 2:
                 request.matcher = Panicking()
         masks = engine.grammars.fill(constrained) if constrained else None
         engine.core.commit(plan, engine.runner.execute(plan, masks))

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from ramet.ipc.messages import Chat, Job
+from ramet.ipc.sampling import SamplingParams
 from ramet.tokenizer_worker.chat_template import ChatTemplate
 from ramet.tokenizer_worker.tool_prompt import as_plain_messages
 
@@ -50,7 +52,7 @@ CHATML = """{% for message in messages %}<{{ message.role }}>{{ message.content 
 
 
 def render(source: str, messages: list[dict[str, Any]], tools: Any = TOOLS) -> str:
-    return ChatTemplate(source, {"bos_token": "<s>"}).render(messages, tools, {}, True, False)
+    return ChatTemplate(source, {"bos_token": "<s>"}).render(Chat(Job([], SamplingParams()), messages, tools))
 
 
 @pytest.mark.parametrize("source", [HERMES, LLAMA3, MISTRAL])
