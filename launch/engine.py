@@ -257,6 +257,3 @@ def _output(delta: TextDelta) -> Output:
 
 async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
     return await anext(pieces, None)
-
-
-__all__ = ["Engine", "Output"]

@@ -80,17 +80,11 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enable_metrics: Annotated[bool, _server("accepted, without effect: /metrics is always served")] = False
     log_level: Annotated[LogLevel, _server("least severe messages shown")] = "info"
     log_format: Annotated[LogFormat, _server("form of log lines")] = "text"
-    log_requests: Annotated[
-        bool | RequestLogLevel,
-        _server("log each request: a summary; with its parameters; with prompt and answer (off; alone: summary)"),
-    ] = False
+    log_requests: Annotated[bool | RequestLogLevel, _server("log requests; alone, a summary (docs/metrics.md)")] = False
     metrics_buckets: Annotated[
-        tuple[str, ...],
-        _server("upper bounds of a histogram of /metrics, as request_queue_seconds=0.1,1,10 (docs/metrics.md)"),
+        tuple[str, ...], _server("bounds of a histogram, as request_queue_seconds=0.1,1,10")
     ] = ()
-    otlp_traces_endpoint: Annotated[
-        str | None, _server("send OpenTelemetry traces here, as http://localhost:4318/v1/traces; needs ramet[otel]")
-    ] = None
+    otlp_traces_endpoint: Annotated[str | None, _server("URL for OpenTelemetry traces (docs/metrics.md)")] = None
     drain_timeout: Annotated[Wait, _server("seconds for running requests to finish on SIGTERM or SIGINT", ge=0)] = 30.0
     file_storage_path: Annotated[str | None, _server("folder of files and batches (~/.local/share/ramet/PORT)")] = None
     max_file_size: Annotated[str | int, _server("largest upload; one for a batch has at most 200MiB")] = "512MiB"
@@ -130,9 +124,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     node_rank: Annotated[int, _parallel("number of this machine; 0 serves, the others only compute", ge=0)] = 0
     dist_init_addr: Annotated[str | None, _parallel("HOST:PORT on machine 0 where the others connect")] = None
     dist_timeout: Annotated[Seconds, _parallel("seconds that ranks wait for each other to come")] = 90.0
-    dist_secret_file: Annotated[str | None, _parallel("file with the secret of all machines (RAMET_DIST_SECRET)")] = (
-        None
-    )
+    dist_secret_file: Annotated[str | None, _parallel("file with all machines' secret (RAMET_DIST_SECRET)")] = None
 
     def __post_init__(self) -> None:
         if self.dp_size != 1:
@@ -163,7 +155,7 @@ def _check_otlp(endpoint: str) -> None:
     try:
         importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError as error:
-        raise ValueError(f"otlp_traces_endpoint needs OpenTelemetry, pip install 'ramet[otel]': {error}") from error
+        raise ValueError(f"otlp_traces_endpoint needs Ramet's extra otel, pip install '.[otel]': {error}") from error
 
 
 def parse_buckets(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:

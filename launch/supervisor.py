@@ -205,7 +205,8 @@ class Supervisor:
             reasons = {name: self._death(name) for name in dead}
             if dead != [FRONTEND]:
                 self._to_frontend.send(EngineDown("; ".join(reasons.values())))
-            pause_s = max(self._take_from_budget(name, reason) for name, reason in reasons.items())
+            now = time.monotonic()
+            pause_s = max(self._take_from_budget(name, reason, now) for name, reason in reasons.items())
             groups = {self._group(name) for name in dead}
             members = [name for name in self._children if self._group(name) in groups]
             for name in members:
@@ -217,13 +218,15 @@ class Supervisor:
             dead = dead or self._bring_up()
         logger.info("all processes are ready again after %.1f s", time.monotonic() - died_at)
 
-    def _take_from_budget(self, name: str, reason: str) -> float:
+    def _take_from_budget(self, name: str, reason: str, now: float) -> float:
         """Seconds to wait before the restart. Raises EngineFailed if there is to be none."""
-        now, group = time.monotonic(), self._group(name)
+        group = self._group(name)
         if self._children[name].exit_code is None:
             self._give_up(name, f"{reason}, and it cannot be killed")
         if name in self._fatal and name not in self._ready:
             self._give_up(name, reason)
+        if (now, group) in self._restarts:  # another of the group is down as well, and all are started again at once
+            return 0.0
         while self._restarts and self._restarts[0][0] < now - _BUDGET_S:
             self._restarts.popleft()
         if (count := len(self._restarts)) >= self._args.max_restarts:

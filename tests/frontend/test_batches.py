@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,10 +325,19 @@ def test_expiry(storage: str) -> None:
 
 
 def test_one_after_another_and_lists(engine: ScriptedEngine, client: openai.OpenAI) -> None:
-    made = [create(client, lines(3)) for _ in range(3)]
-    ended = [wait(client, batch.id) for batch in made]
-    assert [batch.status for batch in ended] == ["completed"] * 3
-    assert ended[0].completed_at <= ended[1].completed_at <= ended[2].completed_at
+    asked: list[str] = []
+    all_are_made = threading.Event()
+
+    def script(engine: ScriptedEngine, request: Request) -> None:
+        assert all_are_made.wait(WAIT_S)
+        asked.append(question(request))
+        says("a", "b")(engine, request)
+
+    engine.script = script
+    made = [create(client, [line(f"id-{i}", MODEL, f"of batch {n}") for i in range(3)]) for n in range(3)]
+    all_are_made.set()
+    assert [wait(client, batch.id).status for batch in made] == ["completed"] * 3
+    assert asked == sorted(asked) and len(asked) == 9
     assert [batch.id for batch in client.batches.list(limit=2)] == [batch.id for batch in made[::-1]]
     page = httpx.get(f"{engine.url}/v1/batches?limit=2").json()
     assert (page["object"], page["has_more"]) == ("list", True)

@@ -106,7 +106,7 @@ def test_log_requests_is_a_switch_that_may_have_a_word(argv: list[str], level: s
 def test_traces_without_the_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     words = usage_error(capsys, "--otlp-traces-endpoint", "http://localhost:4318/v1/traces")
-    assert "pip install 'ramet[otel]'" in words
+    assert "pip install '.[otel]'" in words
 
 
 @pytest.mark.parametrize(

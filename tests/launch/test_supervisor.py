@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -191,6 +192,24 @@ def test_a_group_is_started_again_together(launch: Callable[[str], Run]) -> None
     after = run.pids()
     assert {name for name in after if after[name] != before[name]} == {"scheduler-0", "scheduler-1"}
     assert not is_alive(before["scheduler-0"])
+
+
+def test_a_group_that_dies_at_once_takes_one_restart_from_the_budget(launch: Callable[[str], Run]) -> None:
+    run = launch("ranks")
+    run.wait_for("launcher", "ready")
+    before = run.pids()
+    run.process.send_signal(signal.SIGSTOP)  # so that it sees both at the same look
+    until(lambda: psutil.Process(run.process.pid).status() == psutil.STATUS_STOPPED, 20, "stopped")
+    for name in ("scheduler-0", "scheduler-1"):
+        ended = os.pidfd_open(before[name])
+        os.kill(before[name], signal.SIGKILL)
+        assert select.select([ended], [], [], 20)[0]
+        os.close(ended)
+    run.process.send_signal(signal.SIGCONT)
+    run.wait_until_up(2)
+    down = run.wait_for("frontend", "down")[4]
+    assert "scheduler-0 was killed" in down and "scheduler-1 was killed" in down
+    assert run.log().count("(restart ") == 1
 
 
 def test_several_deaths_at_once(launch: Callable[[str], Run]) -> None:
