@@ -27,7 +27,7 @@ from ramet.frontend.api.batches import BatchesApi
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
 from ramet.frontend.api.embeddings import Embeddings
-from ramet.frontend.api.files import BINARY, Files, UploadForm
+from ramet.frontend.api.files import BINARY, FORM, Files, UploadForm
 from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.server import AbortRequest, Server
 from ramet.frontend.api.tokenize import Tokens
@@ -40,13 +40,13 @@ from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import Endpoint, Handler, document
 from ramet.frontend.request_log import RequestLog, RequestRecord
-from ramet.frontend.schemas.batches import BatchRequest
+from ramet.frontend.schemas.batches import Batch, BatchRequest
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.frontend.schemas.generate import GenerateRequest
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from ramet.frontend.store import Store
+from ramet.frontend.store import File, Store
 from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError
 
@@ -120,15 +120,15 @@ def endpoints(
         Endpoint("Documents by likeness to a query", post, ("/v1/rerank",), vectors.rerank, RerankRequest),
         Endpoint("The models served", get, ("/v1/models",), server.models),
         Endpoint("One model", get, ("/v1/models/{model:path}",), server.model),
-        Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media="multipart/form-data"),
+        Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media=FORM, answer=File),
         Endpoint("The files", get, ("/v1/files",), files.list),
-        Endpoint("One file", get, ("/v1/files/{file_id}",), files.retrieve),
+        Endpoint("One file", get, ("/v1/files/{file_id}",), files.retrieve, answer=File),
         Endpoint("A file deleted", ("DELETE",), ("/v1/files/{file_id}",), files.delete),
         Endpoint("The content of a file", get, ("/v1/files/{file_id}/content",), files.content, None, (BINARY,)),
-        Endpoint("A batch of requests", post, ("/v1/batches",), batches.create, BatchRequest),
+        Endpoint("A batch of requests", post, ("/v1/batches",), batches.create, BatchRequest, answer=Batch),
         Endpoint("The batches", get, ("/v1/batches",), batches.list),
-        Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve),
-        Endpoint("A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel),
+        Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve, answer=Batch),
+        Endpoint("A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel, answer=Batch),
         Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, events),
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),

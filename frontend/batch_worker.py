@@ -28,6 +28,7 @@ from ramet.frontend.exchange import BATCH_SERVER
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.schemas.batches import Batch, RequestCounts
 from ramet.frontend.store import Store
+from ramet.ipc.errors import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class BatchWorker:
         """A fault that is not the disk's fails this batch, and does not stop those behind it."""
         try:
             await work(batch)
-        except (OSError, sqlite3.Error):
+        except (OSError, sqlite3.Error, RequestError):
             raise
         except Exception:
             log.exception("batch %s: failed", batch.id)

@@ -12,6 +12,7 @@ import asyncio
 import functools
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -54,7 +55,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         # The parser gathers a header until it is whole, and skips extensions of chunks without a word.
         self._unparsed_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError as error:  # also of what the methods below raise
+            self._refuse(400, f"this is not a request of HTTP/1.1: {error}")
         if self._unparsed_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse_head()
 
@@ -88,9 +95,20 @@ class Connection(HttpToolsProtocol):
         self._unparsed_bytes = 0
         self._stop_waiting()
 
-    def send_400_response(self, msg: str) -> None:
-        """uvicorn calls it for whatever the parser raises, also out of the methods above."""
-        self._refuse(400, f"this is not a request of HTTP/1.1: {msg}")
+    def _should_upgrade(self) -> bool:
+        """Keeps uvicorn from answering before `_decline` has put a message with an offer right."""
+        return True
+
+    def _decline(self, rest: bytes) -> None:
+        """Read a message again without its offer of another protocol, at which the parser ended it; `rest` is what
+        follows its head. Java's client makes such an offer, of HTTP/2, with a body behind it."""
+        method, version = self.scope["method"].encode(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse(405, "this is not a proxy: CONNECT is not served")
+            return
+        head = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        self.parser = httptools.HttpRequestParser(self)  # the other one may take the connection for closed
+        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, head, rest))
 
     def _count(self, num_bytes: int) -> None:
         self._unparsed_bytes = 0
@@ -107,11 +125,15 @@ class Connection(HttpToolsProtocol):
         )
 
     def _refuse(self, status: int, message: str) -> None:
-        """Close, with an answer first if one is still owed for what is being read, and for nothing before it."""
+        """Close, with an answer first if one is still owed for what is being read. If the one for what was read before
+        it is, that one is the last."""
         if self.transport.is_closing():
             return
         cycle = self.cycle
-        if cycle is None or (not cycle.response_started if cycle.more_body else cycle.response_complete):
+        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+            cycle.keep_alive = False
+            return
+        if cycle is None or (not cycle.more_body or not cycle.response_started):
             response = http_error(status, message, {"connection": "close"})
             head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
             self.transport.write(b"HTTP/1.1 %d \r\n%b\r\n%b" % (status, head, bytes(response.body)))

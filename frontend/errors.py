@@ -39,6 +39,7 @@ HTTP_CODES: dict[int, str] = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
+    411: "length_required",
     413: "request_too_large",
     415: "unsupported_media_type",
     431: "headers_too_large",
@@ -46,6 +47,18 @@ HTTP_CODES: dict[int, str] = {
 
 # Seconds a client should wait where the failure does not say: a queue moves within a second, a restart takes longer.
 RETRY_AFTER_S: dict[int, int] = {429: 1, 503: 5}
+
+# What other servers call parameters of the OpenAI endpoints, or what to say of those that are not here.
+_ELSEWHERE = {
+    **dict.fromkeys(("guided_json", "json_schema", "format"), "is response_format here"),
+    **dict.fromkeys(("guided_regex", "guided_choice"), "is regex here"),
+    **dict.fromkeys(("guided_grammar", "grammar"), "is ebnf here"),
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "is max_tokens here"),
+    **dict.fromkeys(("enable_thinking", "thinking"), "goes into chat_template_kwargs here"),
+    "structured_outputs": "is response_format, regex or ebnf here",
+    "repeat_penalty": "is repetition_penalty here",
+    "cache_prompt": "is not needed: known prefixes are always reused",
+}
 
 _FIELD = re.compile(r"^Object (contains unknown|missing required) field `(.*?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
@@ -72,7 +85,8 @@ def invalid_json(error: msgspec.MsgspecError | ValueError | RecursionError) -> R
     if found := _FIELD.match(text):
         param = f"{path}.{found[2]}" if path else found[2]
         what = "unknown" if found[1] == "contains unknown" else "missing required"
-        return invalid(f"{what} parameter: {param!r}", param, f"{what.replace(' ', '_')}_parameter")
+        hint = f", which {_ELSEWHERE[param]}" if param in _ELSEWHERE else ""
+        return invalid(f"{what} parameter: {param!r}{hint}", param, f"{what.replace(' ', '_')}_parameter")
     where = f"{path}: " if path else ""
     return invalid(where + (text[: at.start()] if at else text), path or None, "invalid_type")
 

@@ -43,12 +43,9 @@ class BodyRoom:
 async def read_json(http: Request, schema: type[T], max_bytes: int) -> T:
     """The body, decoded, and left in the scope for the log. Raises `HTTPException` 413 and 415, and `RequestError` for
     JSON that is not of the type."""
-    headers = http.headers
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPException(415, f"content-type must be application/json, got {content_type or 'none'!r}")
-    if (encoding := headers.get("content-encoding", "identity")) != "identity":
-        raise HTTPException(415, f"a body with content-encoding {encoding!r} is not supported")
     body = await _read_body(http, max_bytes)
     try:
         http.scope["ramet.request"] = request = msgspec.json.decode(body, type=schema)
@@ -59,15 +56,14 @@ async def read_json(http: Request, schema: type[T], max_bytes: int) -> T:
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     """Stops reading at a limit, whether the client announced the length or sends chunks."""
-    if int(request.headers.get("content-length", "0")) > max_bytes:
-        raise _too_large(max_bytes, request.headers["content-length"])
+    check_head(request, max_bytes)
     body, room = bytearray(), request.scope["ramet.body_room"]
     try:
         async for chunk in request.stream():
             body += chunk
             room.num_bytes += len(chunk)
             if len(body) > max_bytes:
-                raise _too_large(max_bytes, f"at least {len(body)}")
+                raise too_large("body", max_bytes, len(body))
             if len(body) > _SMALL_BODY_BYTES and room.num_bytes > (most := _MAX_BODIES * max_bytes):
                 raise RequestError(FailureKind.QUEUE_FULL, f"bodies under way: {room.num_bytes} bytes, at most {most}")
         return bytes(body)
@@ -75,8 +71,19 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         room.num_bytes -= len(body)
 
 
-def _too_large(max_bytes: int, size: str) -> HTTPException:
-    return HTTPException(413, f"the body must be at most {max_bytes} bytes, got {size}")
+def check_head(http: Request, max_bytes: int) -> None:
+    """Raises `HTTPException` 415 for an encoded body, 413 if it is said to be longer, 411 if nothing tells its end."""
+    if (encoding := http.headers.get("content-encoding", "identity")) != "identity":
+        raise HTTPException(415, f"a body with content-encoding {encoding!r} is not supported")
+    length = http.headers.get("content-length")
+    if length is None and "transfer-encoding" not in http.headers:
+        raise HTTPException(411, "a body needs a content-length, or to be sent in chunks")
+    if length is not None and int(length) > max_bytes:
+        raise HTTPException(413, f"the body must be at most {max_bytes} bytes, got {length}")
+
+
+def too_large(what: str, max_bytes: int, num_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the {what} must be at most {max_bytes} bytes, got at least {num_bytes}")
 
 
 def time_limit(scope: Scope, server_limit_s: float | None) -> float | None:

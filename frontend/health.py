@@ -57,10 +57,11 @@ class Health:
 
     async def _one_token(self) -> None:
         if self._config.is_embedding:
-            await self._client.ask(lambda rid: Embedding(rid, [0]))
+            await self._client.ask_all([lambda rid: Embedding(rid, [0])], resumes=False)
             return
         params = SamplingParams(max_tokens=1, temperature=0.0)
         with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
+            generation.resumes = False  # after a restart it would be the answer to another question
             await generation.whole()
 
 

@@ -1,7 +1,7 @@
 """`Endpoint`, a row of the table of routes, and `document`, which makes OpenAPI 3.1 of that table.
 
-The table stands in `frontend/app.py`; the schemas of the bodies are msgspec's own. Answers are described by their
-media types only. Source: https://spec.openapis.org/oas/v3.1.0
+The table stands in `frontend/app.py`; the schemas of the bodies are msgspec's own. Answers without a struct are
+described by their media types only. Source: https://spec.openapis.org/oas/v3.1.0
 """
 
 import re
@@ -18,11 +18,12 @@ from ramet.frontend.errors import ERROR_SCHEMA
 Handler = Callable[[Request], Awaitable[ASGIApp]]
 
 # What a request with a body may be answered; 404 is for a model that is not served.
-_BODY_ERRORS = (400, 413, 415, 499)
+_BODY_ERRORS = (400, 411, 413, 415, 499)
 _ERRORS = {
     400: "A parameter or the JSON is wrong; `param` names it",
     401: "Missing or wrong API key",
     404: "Not known here",
+    411: "Nothing tells where the body ends",
     413: "The body is too large",
     415: "The content type is not supported",
     429: "The queue is full; `retry-after` says when to try again",
@@ -33,8 +34,8 @@ _ERRORS = {
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """One operation under each of `paths`. `body` is the
-    struct of its body, of type `media`, `answers` the media types of a good answer. An `open` one needs no key."""
+    """One operation under each of `paths`. `body` is the struct of its body, of type `media`, `answers` the media types
+    of a good answer, `answer` its struct, if it has one. An `open` one needs no key."""
 
     summary: str
     methods: tuple[str, ...]
@@ -44,12 +45,13 @@ class Endpoint(msgspec.Struct, frozen=True):
     answers: tuple[str, ...] = ("application/json",)
     open: bool = False
     media: str = "application/json"
+    answer: type[msgspec.Struct] | None = None
 
 
 def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
     """The description of the server; `keyed` tells whether it asks for API keys."""
-    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
-    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    kinds = [kind for endpoint in endpoints for kind in (endpoint.body, endpoint.answer) if kind is not None]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
         schema.pop("description", None)  # docstrings are for readers of the code
     paths: dict[str, Any] = {}
@@ -80,14 +82,17 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
         statuses.update(_BODY_ERRORS)
         if "model" in endpoint.body.__struct_fields__:
             statuses.add(404)
-        schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
-        operation["requestBody"] = {"required": True, "content": {endpoint.media: {"schema": schema}}}
+        operation["requestBody"] = {"required": True, "content": {endpoint.media: _schema(endpoint.body)}}
     if keyed and not endpoint.open:
         statuses.add(401)
         operation["security"] = [{"key": []}]
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation["responses"] = {
-        "200": {"description": "The answer", "content": {kind: {} for kind in endpoint.answers}},
+        "200": {"description": "The answer", "content": dict.fromkeys(endpoint.answers, _schema(endpoint.answer))},
         **{str(status): {"description": _ERRORS[status], "content": error} for status in sorted(statuses)},
     }
     return operation
+
+
+def _schema(kind: type[msgspec.Struct] | None) -> dict[str, Any]:
+    return {} if kind is None else {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}

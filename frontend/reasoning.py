@@ -7,9 +7,7 @@ one block of reasoning; tags that come later are content.
 import enum
 
 TAGS = {
-    "think": ("<think>", "</think>"),
-    "deepseek-r1": ("<think>", "</think>"),
-    "qwen3": ("<think>", "</think>"),
+    **dict.fromkeys(("think", "deepseek-r1", "qwen3"), ("<think>", "</think>")),
     "mistral": ("[THINK]", "[/THINK]"),
 }
 

@@ -3,9 +3,9 @@
 Owns the folder of `--file-storage-path`: `store.db`, `files/ID` (contents), `tmp/` (uploads under way), `batches/ID/`
 (`frontend/batch_store.py`), `lock`. Names that users give are never paths. Knows nothing of HTTP.
 
-A content is published before its row (written, fsynced, renamed, folder fsynced; then the row is committed) and goes
-after it, so a crash leaves at most a content without a row, which the next opening removes. The folder is made when
-something is first asked of the store. `synchronous=FULL`: what has been answered survives a power cut.
+A content is published before its row (written, fsynced, renamed, folder fsynced; then the row is committed) and, unless
+the disk is full, goes after it, so a crash leaves at most a content without a row, which the next opening removes. The
+folder is made when something is first asked of the store. `synchronous=FULL`: what was answered survives a power cut.
 """
 
 import asyncio
@@ -13,18 +13,21 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 
 from ramet.ipc.errors import FailureKind, RequestError
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +44,8 @@ _MIGRATIONS = (
 )
 # A server that was killed may need a moment to be gone when the next one starts.
 _LOCK_TIMEOUT_S = 3.0
+# With less free on the disk, a row may not be changed before its content has made room.
+_ROW_ROOM_BYTES = 1 << 20
 
 # States of a batch in which nothing of it is left to do.
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -79,8 +84,7 @@ class Upload:
     def write(self, data: bytes) -> None:
         self._store.reserve(len(data))
         self.bytes += len(data)
-        with no_space_is_full():
-            write_all(self.file, data)
+        write_all(self.file, data)
 
     def discard(self) -> None:
         self._store.used_bytes -= self.bytes
@@ -102,11 +106,16 @@ class Store:
         self.db: sqlite3.Connection
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function` in the store's thread, with the store open. Raises what it raises, and RequestError."""
+        """Run `function` in the store's thread, with the store open. Raises what it raises, and RequestError for what
+        the disk does not do."""
 
         def opened() -> T:
             self.open()
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (OSError, sqlite3.OperationalError) as error:
+                log.warning("the file store: %s", error)
+                raise self._failure(error) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, opened)
 
@@ -137,9 +146,15 @@ class Store:
                 self._sweep()
                 undo.pop_all()
         except (OSError, sqlite3.Error) as error:
-            raise _unusable(f"the file store {self.folder} cannot be used: {error}") from error
+            raise self._failure(error) from error
         self._lock = lock
         self.expire()
+
+    def _failure(self, error: Exception) -> RequestError:
+        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return RequestError(FailureKind.STORAGE_FULL, f"the disk of the file store {self.folder} is full")
+        return _unusable(f"the file store {self.folder} cannot be used: {error}")
 
     def _sweep(self) -> None:
         """Remove contents without a row and folders of batches that have ended, and count the rest."""
@@ -179,13 +194,12 @@ class Store:
 
     def add(self, upload: Upload, filename: str, purpose: str, expires_after_s: int | None) -> File:
         """Publish what was uploaded."""
-        with no_space_is_full():
-            os.fsync(upload.file.fileno())
+        os.fsync(upload.file.fileno())
         upload.file.close()
         file = new_file(filename, purpose, upload.bytes, expires_after_s)
         upload.path.rename(self.content(file.id))
         fsync_folder(self.folder / "files")
-        with no_space_is_full(), self.db:
+        with self.db:
             self.insert(file)
         return file
 
@@ -232,9 +246,12 @@ class Store:
         return next_at
 
     def _remove(self, file: File) -> None:
+        content = self.content(file.id)
+        if shutil.disk_usage(self.folder).free < _ROW_ROOM_BYTES:
+            content.unlink(missing_ok=True)
         with self.db:
             self.db.execute("DELETE FROM files WHERE id = ?", (file.id,))
-        self.content(file.id).unlink(missing_ok=True)
+        content.unlink(missing_ok=True)
         self.used_bytes -= file.bytes
 
 
@@ -276,17 +293,6 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def no_space_is_full() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        sqlite_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        if sqlite_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise RequestError(FailureKind.STORAGE_FULL, "the disk of the file store is full") from error
-        raise
 
 
 def _unusable(message: str) -> RequestError:

@@ -5,9 +5,10 @@ error of all that looks for models.
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ramet.launch.owned_folder import LOCK, make_folder
 
 
 class ModelUnavailable(Exception):
@@ -25,12 +26,13 @@ def filling(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, and is removed when it does not.
 
     Two processes may do this at the same time: the rename is atomic, and the one that comes second keeps the first
-    one's result.
+    one's result. What killed ones left behind is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
+    temporary, lock = make_folder(".filling-", folder.parent)
     try:
         yield temporary
+        (temporary / LOCK).unlink()
         temporary.chmod(0o755)
         try:
             temporary.rename(folder)
@@ -38,4 +40,5 @@ def filling(folder: Path) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -54,13 +54,13 @@ def computing(
 
 def parse_cpus(text: str) -> tuple[int, ...]:
     """`0-2,5` is (0, 1, 2, 5). Raises ValueError for a malformed list, or CPUs this process may not use."""
-    cpus: set[int] = set()
+    spans: list[range] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"cpu_bind {text!r} is not a list of CPUs like 0-3,8")
-        cpus.update(range(int(first), int(last or first) + 1))
+        spans.append(range(int(first), int(last or first) + 1))
     allowed = os.sched_getaffinity(0)
-    if not cpus or not cpus <= allowed:
+    if not all(spans) or not all(cpu in allowed for span in spans for cpu in span):  # which ends early
         raise ValueError(f"cpu_bind {text!r} names CPUs outside those this process may use: {sorted(allowed)}")
-    return tuple(sorted(cpus))
+    return tuple(sorted({cpu for span in spans for cpu in span}))

@@ -22,15 +22,16 @@ import socket
 import time
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.launch.child import ChildSpec, Process
+from ramet.launch.owned_folder import make_folder
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.socket_folder import make_folder
 from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ class Supervisor:
     """
 
     def __init__(self, args: ServerArgs) -> None:
-        folder, lock = make_folder()
-        self.addresses = Addresses(folder, args.tokenizer_worker_num)
+        # A short name: the path of a Unix socket is limited to 107 bytes.
+        folder, lock = make_folder("ramet-")
+        self.addresses = Addresses(str(folder), args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
         self._pulse = Pulse(self.addresses, LAUNCHER)
@@ -318,7 +320,7 @@ class Supervisor:
         return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _kill_all(children: dict[str, RunningProcess], folder: str, lock: int) -> None:
+def _kill_all(children: dict[str, RunningProcess], folder: Path, lock: int) -> None:
     for child in children.values():
         child.end()
     shutil.rmtree(folder, ignore_errors=True)

@@ -43,7 +43,7 @@ def fetch_wheel(spec: str) -> Path:
     folder = wheel_folder(spec)
     if not folder.is_dir():
         sys.stderr.write(f"fetching {folder.name} from the package index; it is kept in {folder}\n")
-        with filling(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as download:
+        with filling(folder) as temporary, tempfile.TemporaryDirectory(dir=temporary) as download:
             unpack(_download(folder.name, Path(download)), temporary)
             _verify(folder.name, temporary)
     return folder

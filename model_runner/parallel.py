@@ -142,7 +142,8 @@ def use_device(config: RunnerConfig) -> torch.device:
     """The device, which for CUDA becomes the current one. Raises ValueError if there is none of that number."""
     if config.device == "cuda":
         if config.device_index >= (count := torch.cuda.device_count()):
-            raise ValueError(f"there is no CUDA device {config.device_index}: {count} are visible, counted from 0")
+            words = f"{count} are visible, counted from 0, to torch {torch.__version__}; --device cpu needs none"
+            raise ValueError(f"there is no CUDA device {config.device_index}: {words}")
         torch.cuda.set_device(config.device_index)
     return torch.device(config.device)
 

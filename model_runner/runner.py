@@ -183,8 +183,8 @@ class ModelRunner:
 
     def _run_prompts(self, lengths: list[int], **params: Any) -> None:
         """Prompts of these lengths in one step, and a decode of each, so that the first request finds kernels chosen
-        and memory mapped; on CUDA also chunks behind a prefix, short and longer, which other kernels are compiled for.
-        Their pages are free again afterwards: nobody has been told of them."""
+        and memory mapped; on CUDA also chunks of all powers of two, for which libraries have other kernels and experts
+        are compiled anew. Their pages are free again afterwards: nobody has been told of them."""
         sampling = SamplingParams(**{"max_tokens": 2, "temperature": 0.0, "seed": 0, **params})
         size, pages, slots = self._config.page_size, iter(range(self.num_pages)), range(len(lengths))
         plan = StepPlan(
@@ -195,7 +195,7 @@ class ModelRunner:
             grants=[PageGrant(slot, 0, [next(pages) for _ in range(0, n, size)]) for slot, n in enumerate(lengths)],
         )
         self.execute(plan)
-        for last in (1, 2, 128) if self.device.type == "cuda" else (1,):
+        for last in [1 << i for i in range(max(lengths).bit_length() if self.device.type == "cuda" else 1)]:
             chunks = [min(last, length) for length in lengths]
             rows = [Row(slot, lengths[slot] - chunk, chunk, sample=True) for slot, chunk in enumerate(chunks)]
             self.execute(StepPlan(step=0, rows=rows, token_ids=[0] * sum(chunks)))

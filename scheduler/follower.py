@@ -5,21 +5,26 @@ goes wrong ends the process, and with it the engine's scheduler.
 """
 
 from ramet.ipc.channel import Addresses
+from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
 from ramet.ipc.step import StepPlan
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import TpConfig
 from ramet.scheduler.ranks import SETUP_ERRORS, join
+from ramet.scheduler.worker import STEP_SLACK
 
 
 def run(config: TpConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
     """Follow until the process is told to stop. Raises PeerLost when rank 0 is gone."""
-    startup = Startup(f"scheduler-{config.rank}", addresses)
+    name = f"scheduler-{config.rank}"
+    startup = Startup(name, addresses)
     with startup.failing_with(*SETUP_ERRORS):
         link, group = join(config, runner_config, startup.progress)
         runner = ModelRunner(runner_config, startup.progress, group)
+    pulse = Pulse(addresses, name, STEP_SLACK * runner.warm_up_s)
     startup.ready()
     while True:
-        if isinstance(message := link.receive(), StepPlan):
+        pulse.beat()
+        if isinstance(message := link.receive(BEAT_S), StepPlan):
             runner.launch(message)

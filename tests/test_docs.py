@@ -15,7 +15,7 @@ PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Other programs have flags of their own.
-OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*|python -m benchmarks[^`\n]*")
+OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*|python (?:-m benchmarks|examples/)[^`\n]*")
 
 
 @pytest.mark.parametrize("page", PAGES)

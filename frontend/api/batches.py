@@ -16,7 +16,7 @@ from ramet.frontend.store import Store
 
 class BatchListQuery(msgspec.Struct, forbid_unknown_fields=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
-    after: str | None = None
+    after: Annotated[str, msgspec.Meta(pattern="^batch_[0-9a-f]{32}$")] | None = None
 
 
 class BatchesApi:

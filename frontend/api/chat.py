@@ -117,11 +117,7 @@ def whole_message(deltas: list[Delta]) -> Delta:
     """The message that the deltas of a stream add up to; its content is null only beside calls."""
     content, reasoning = ("".join([delta.get(name, "") for delta in deltas]) for name in ("content", _REASONING))
     pieces = [piece for delta in deltas for piece in delta.get("tool_calls", ())]
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": (content or None) if pieces else content,
-        "refusal": None,
-    }
+    message: Delta = {"role": "assistant", "content": (content or None) if pieces else content, "refusal": None}
     if reasoning:
         message[_REASONING] = reasoning
     if pieces:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.exchange import json_response, read_query
+from ramet.frontend.exchange import check_head, json_response, read_query, too_large
 from ramet.frontend.schemas.batches import ExpiresAfter
 from ramet.frontend.store import File, Store, Upload
 from ramet.ipc.errors import invalid
@@ -30,8 +30,7 @@ _PIECE_BYTES = 1 << 20
 _FORM_BYTES = 1 << 20
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
 
-
-BINARY = "application/octet-stream"
+BINARY, FORM = "application/octet-stream", "multipart/form-data"
 
 
 class UploadForm(msgspec.Struct):
@@ -46,7 +45,7 @@ class FileListQuery(msgspec.Struct, forbid_unknown_fields=True):
     purpose: str | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
-    after: str | None = None
+    after: Annotated[str, msgspec.Meta(pattern="^file-[0-9a-f]{32}$")] | None = None
 
 
 class Files:
@@ -57,9 +56,7 @@ class Files:
         self._changed = changed
 
     async def create(self, request: Request) -> Response:
-        largest = self._config.max_file_bytes + _FORM_BYTES
-        if int(request.headers.get("content-length", "0")) > largest:
-            raise _too_large(self._config.max_file_bytes, "a longer body")
+        check_head(request, self._config.max_file_bytes + _FORM_BYTES)
         try:
             form = Form(request.headers.get("content-type", ""))
             upload = await self._store.call(Upload, self._store)
@@ -90,7 +87,7 @@ class Files:
         if form.fields.get("purpose") == b"batch":
             largest = min(largest, MAX_BATCH_INPUT_BYTES)
         if form.file_bytes > largest:
-            raise _too_large(largest, f"at least {form.file_bytes} bytes")
+            raise too_large("file", largest, form.file_bytes)
 
     async def list(self, request: Request) -> Response:
         query = read_query(request, FileListQuery)
@@ -122,8 +119,8 @@ class Form:
 
     def __init__(self, content_type: str) -> None:
         kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data":
-            raise HTTPException(415, f"content-type must be multipart/form-data, got {kind.decode() or 'none'!r}")
+        if kind != FORM.encode():
+            raise HTTPException(415, f"content-type must be {FORM}, got {kind.decode('latin-1') or 'none'!r}")
         if not options.get(b"boundary"):
             raise invalid("the multipart body has no boundary", code="invalid_multipart")
         self.fields: dict[str, bytes] = {}  # of every part, but empty for the file
@@ -133,14 +130,10 @@ class Form:
         self._part = self._name = ""
         self._header = self._value = b""
         self._ended = False
-        callbacks: Any = {
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_end": lambda: setattr(self, "_ended", True),
-        }
+        # Methods of this class by the parser's names for them.
+        names = ("header_field", "header_value", "header_end", "headers_finished", "part_data")
+        callbacks: Any = {f"on_{name}": getattr(self, f"_on_{name}") for name in names}
+        callbacks["on_end"] = lambda: setattr(self, "_ended", True)
         self.feed = MultipartParser(options[b"boundary"], callbacks).write
 
     def finish(self) -> None:
@@ -210,7 +203,3 @@ def list_response(entries: list[Any], limit: int) -> Response:
     first, last = (page[0].id, page[-1].id) if page else (None, None)
     has_more = len(entries) > limit
     return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
-
-
-def _too_large(largest: int, got: str) -> HTTPException:
-    return HTTPException(413, f"the file must be at most {largest} bytes, got {got}")

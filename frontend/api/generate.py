@@ -81,13 +81,8 @@ class Choice:
         self._started_s = time.monotonic()
         self._with_text = bool(request.return_text_in_logprobs)
         self._start = request.start
-        self._meta: dict[str, Any] = {
-            "id": rid or uuid.uuid4().hex,
-            "finish_reason": None,
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
-            "cached_tokens": 0,
-        }
+        self._meta: dict[str, Any] = {"id": rid or uuid.uuid4().hex, "finish_reason": None}
+        self._meta |= dict.fromkeys(("prompt_tokens", "completion_tokens", "cached_tokens"), 0)
         if request.return_logprob:
             self._meta |= {"output_token_logprobs": [], "output_top_logprobs": []}
 

@@ -42,6 +42,8 @@ class Server(Api):
 
     async def model(self, http: Request) -> Response:
         name = http.path_params["model"]
+        if not name:
+            return await self.models(http)
         if not self._config.serves(name):
             raise no_such_model(name)
         return json_response(self._card(name))

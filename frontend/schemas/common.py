@@ -18,6 +18,9 @@ from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
 # What travels between processes holds 64 bits; msgspec accepts longer ones in JSON.
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
+# Each chunk of a stream begins with it.
+Rid = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
 MAX_CHOICES = 128
 
 
@@ -99,7 +102,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     stream_options: StreamOptions | None = None
     user: str | None = None
     priority: Int | None = None
-    rid: str | None = None
+    rid: Rid | None = None
     response_format: ResponseFormat | None = None
 
     def grammars(self) -> list[Grammar | None]:
@@ -111,8 +114,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
         if self.stream_options is not None and self.stream_options.include_obfuscation:
             raise _unsupported("stream_options.include_obfuscation")
-        if self.rid == "":
-            raise invalid("rid must not be empty", "rid")
 
 
 def refuse_unsupported(request: msgspec.Struct, names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.schemas.common import Int, SamplingFields, refuse_unsupported
+from ramet.frontend.schemas.common import Int, Rid, SamplingFields, refuse_unsupported
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
@@ -57,7 +57,7 @@ class GenerateRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
     text: str | list[str] | None = None
     input_ids: list[Int | list[Int]] | None = None
     sampling_params: NativeSampling | list[NativeSampling] | None = None
-    rid: str | list[str] | None = None
+    rid: Rid | list[Rid] | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
     logprob_start_len: Int | None = None

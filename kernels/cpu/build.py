@@ -4,14 +4,20 @@ Seconds with any GCC-compatible compiler; without one the caller falls back to p
 OpenMP runtime is the one that torch has loaded: a second one would compete with it for the cores.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
-import platform
+import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
+_FOLDER = Path(__file__).parent
 # Associative math stays off: the order of additions is part of the kernels' contract.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _COMPILE_TIMEOUT_S = 120
@@ -26,43 +32,40 @@ def load_kernel(name: str) -> ctypes.CDLL:
 
     The compiler is $CC or cc, the cache $XDG_CACHE_HOME/ramet/kernels. Raises KernelUnavailable.
     """
-    source = Path(__file__).with_name(f"{name}.c").read_bytes()
-    compiler = os.environ.get("CC", "cc")
+    compiler = os.environ.get("CC") or "cc"
     # All of the folder's sources, for they include one another.
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]"))]
-    key = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()])).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramet" / "kernels"
-    library = cache / f"{name}-{key}.so"
+    sources = [path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))]
     try:
-        if not library.exists():
-            _compile(compiler, source, library)
-        return ctypes.CDLL(str(library))
-    except OSError as error:
+        made_of = [*sources, " ".join(_FLAGS).encode(), compiler.encode(), _cpu()]
+        key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramet" / "kernels"
+        kept = cache / f"{name}-{key}.so"
+        with contextlib.suppress(OSError):  # not there yet, or cut short by a full disk
+            return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / kept.name
+            _compile(shlex.split(compiler), _FOLDER / f"{name}.c", library)
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                # Under another name first: several processes may build at once.
+                with tempfile.TemporaryDirectory(dir=cache) as beside:
+                    library = Path(shutil.copy(library, beside)).rename(kept)
+            except OSError as error:
+                log.warning("kernel %s will be compiled at each start, for it cannot be kept: %s", name, error)
+            return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home
         raise KernelUnavailable(f"kernel {name}: {error}") from error
 
 
-def _compile(compiler: str, source: bytes, library: Path) -> None:
-    """Into a temporary file that is renamed: several processes may build at once."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, f"-I{Path(__file__).parent}", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made)]
-        try:
-            done = subprocess.run(
-                [*command, "-lm"], input=source, capture_output=True, timeout=_COMPILE_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise KernelUnavailable(f"{compiler} did not finish in {_COMPILE_TIMEOUT_S} s") from error
-        if done.returncode:
-            words = done.stderr.decode(errors="replace").strip()
-            raise KernelUnavailable(f"{compiler} failed with status {done.returncode}: {words[-500:]}")
-        made.rename(library)
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    command = [*compiler, *_FLAGS, "-shared", "-fPIC", str(source), "-o", str(library), "-lm"]
+    done = subprocess.run(command, capture_output=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip()
+        raise KernelUnavailable(f"{compiler[0]} failed with status {done.returncode}: {words[-500:]}")
 
 
 def _cpu() -> bytes:
     """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()

@@ -273,7 +273,7 @@ static void quantize_row(const Op *op, int64_t row) {
         const int32_t sum = _mm512_reduce_add_epi32(sums);
         const float scale = top / 127.0f, scaled_sum = scale * (float)sum;
         op->row_scales[at / group] = scale;
-        if (op->bits == 8) op->group_sums[at / group] = -128 * sum;
+        if (op->bits == 8) op->group_sums[at / group] = (int32_t)(-128u * (uint32_t)sum); /* a NaN's may overflow */
         else memcpy(op->group_sums + at / group, &scaled_sum, sizeof scaled_sum);
     }
 }

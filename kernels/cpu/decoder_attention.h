@@ -312,7 +312,9 @@ static inline __attribute__((always_inline)) void add_values_wide(const Block *b
 
 static void weigh_block(const Block *b, int vectors) {
     const int64_t window = b->heads->window, last = b->start + (b->pair + b->rows - 1) / b->group;
-    const int all = b->first + b->count - 1 <= b->start + b->pair / b->group && (!window || b->first > last - window);
+    /* The last pair's second key, which may lie beyond the end, included. */
+    const int all = b->first + ((b->count - 1) | 1) <= b->start + b->pair / b->group &&
+                    (!window || b->first > last - window);
     for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
         if (all && b->heads->softcap == 0) weigh_wide(b, lane, 1);
         else weigh_wide(b, lane, 0);

@@ -4,6 +4,7 @@ Zeroed, private and mapped when it is first written, so that a reservation costs
 be shared with a child, which is what `mmap` gives unless told otherwise, gets no such pages from Linux.)
 """
 
+import contextlib
 import math
 import mmap
 
@@ -17,7 +18,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """In a mapping of its own, which lives as long as the tensor and its views."""
     num_bytes = max(math.prod(shape) * dtype.itemsize, 1)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # a system, or a kernel of it, without such pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 

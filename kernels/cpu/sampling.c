@@ -86,7 +86,6 @@ static uint32_t select_key(const uint32_t *keys, const float *weights, int64_t n
             above += bins[bin];
         }
         prefix |= found << shift, known |= field << shift;
-        if (shift == 0) break;
     }
     return prefix;
 }

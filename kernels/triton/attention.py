@@ -6,6 +6,7 @@ combined (Flash-Decoding). The grid depends on shapes alone and all lengths are 
 launch is right for any content: splits and tiles that find no work end at once. Rows without keys give zeros.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 # A split of fewer keys costs more to combine than it saves.
 _MIN_SPLIT = tl.constexpr(128)
-_MAX_SPLITS = 64
+_MAX_SPLITS, _FEW_SPLITS = 64, 8
 _LOG2E = tl.constexpr(1.4426950408889634)
+# The longest query and the number of splits of calls that launch, together, all kernels that any call for such tensors
+# may choose: what a server does before the first request, for which none is to be compiled.
+EVERY_KIND = tuple(itertools.product((1, 2, 128), (1, _FEW_SPLITS, _MAX_SPLITS)))
 
 
 class Gpu(NamedTuple):
@@ -107,7 +111,8 @@ def paged_attention(
     )
     if splits > 1:
         _combine[(num_tokens, heads)](
-            *(out, parts, logsums, *out.stride()[:2], splits, value_dim, triton.next_power_of_2(value_dim)),
+            *(out, parts, logsums, *out.stride()[:2], splits),
+            *(value_dim, triton.next_power_of_2(value_dim), _FEW_SPLITS if splits <= _FEW_SPLITS else _MAX_SPLITS),
             enable_fp_fusion=True,
         )
 
@@ -219,17 +224,17 @@ def _gather(base, offsets, there, DIM: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(base + offsets[:, None] + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
-@triton.jit
-def _combine(out, parts, logsums, out_token, out_head, SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _combine(out, parts, logsums, out_token, out_head, splits, DIM: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip # noqa: E501
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = (token * tl.num_programs(1) + head) * SPLITS
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
-    logsum = tl.load(logsums + first + splits)
+    split, dims = tl.arange(0, MOST), tl.arange(0, BLOCK)
+    place = (token * tl.num_programs(1) + head) * splits + split
+    logsum = tl.load(logsums + place, mask=split < splits, other=float("-inf"))
     used = logsum != float("-inf")
     best = tl.max(logsum, 0)
     weights = tl.where(used, tl.exp2(logsum - best), 0.0)
     part = tl.load(
-        parts + (first + splits)[:, None] * DIM + dims[None, :],
+        parts + place[:, None] * DIM + dims[None, :],
         mask=used[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )

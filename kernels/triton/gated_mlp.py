@@ -14,7 +14,7 @@ def gated(gate_up: Tensor, act: str) -> Tensor:
     """gate_up [N, 2 * width], gate first, contiguous rows -> [N, width]. `act` is a key of `ACTIVATIONS`."""
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(num_tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    grid = (num_tokens, triton.cdiv(width, _BLOCK))
+    grid = (num_tokens, -(-width // _BLOCK))
     args = (out, gate_up, width, gate_up.stride(0), out.stride(0))
     _gated[grid](*args, ACT=ACTIVATIONS[act], BLOCK=_BLOCK, enable_fp_fusion=True)
     return out

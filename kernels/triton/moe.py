@@ -40,7 +40,7 @@ def _grouped(
     num_experts, width, inner = weight.shape
     out = torch.empty(order.shape[0], width, dtype=dtype, device=inputs.device)
     block_n = 128 if half else 32
-    _grouped_linear[(tile_experts.shape[0], triton.cdiv(width, block_n))](
+    _grouped_linear[(tile_experts.shape[0], -(-width // block_n))](
         *(out, inputs, weight, *plan, scales, num_experts, width, inner),
         *(inputs.stride(0), out.stride(0), *weight.stride()[:2]),
         *(share, scales is not None, block_m, block_n, 64 if half else 32),

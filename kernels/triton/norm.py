@@ -18,7 +18,7 @@ def add_rms_norm(
     normalised first. Without a delta this is a plain norm, of a residual of any type. Rows are contiguous."""
     num_tokens, width = residual.shape
     out = torch.empty(num_tokens, width, dtype=dtype, device=residual.device)
-    block = triton.next_power_of_2(width)
+    block = 1 << (width - 1).bit_length()
     _add_rms_norm[(num_tokens,)](
         *(out, residual, delta, weight, delta_weight, eps, width),
         *(residual.stride(0), 0 if delta is None else delta.stride(0), out.stride(0)),

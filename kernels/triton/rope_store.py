@@ -27,10 +27,10 @@ def rope_and_store(
     total = qkv.shape[1] // dim
     heads = total - 2 * kv_heads
     out = torch.empty(qkv.shape[0], heads, dim, dtype=qkv.dtype, device=qkv.device)
-    _rope_and_store[(qkv.shape[0], triton.cdiv(total, _HEADS))](
+    _rope_and_store[(qkv.shape[0], -(-total // _HEADS))](
         *(out, keys, values, qkv, rope_table, positions, slot_mapping, norm_weight, eps, heads, kv_heads),
         *(qkv.stride(0), *out.stride()[:2], *keys.stride()[1:3], *values.stride()[1:3]),
-        *(norm_weight is not None, dim // 2, _HEADS, triton.next_power_of_2(dim // 2)),
+        *(norm_weight is not None, dim // 2, _HEADS, 1 << (dim // 2 - 1).bit_length()),
         num_warps=2,
         enable_fp_fusion=True,
     )

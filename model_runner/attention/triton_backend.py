@@ -1,12 +1,15 @@
 """Paged attention on CUDA by the Triton kernel: one launch for the decodes of a step, one for its prompt chunks.
 
-Reads only what is on the device, beside two host integers: `num_decodes` and the longest chunk.
+Reads only what is on the device, beside two host integers: `num_decodes` and the longest chunk. All kernels for a layer
+are launched at its first call: what is compiled later holds up a step for a second.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ramet.kernels.triton.attention import MAX_HEAD_DIM, Gpu, paged_attention
+from ramet.kernels.triton.attention import EVERY_KIND, MAX_HEAD_DIM, Gpu, paged_attention
 from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.context import AttentionSpec, ForwardContext
 
@@ -16,6 +19,7 @@ class TritonBackend(AttentionBackend):
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
+        self._seen: set[int] = set()  # layers
 
     @classmethod
     def on(cls, device: torch.device) -> "TritonBackend":
@@ -32,6 +36,14 @@ class TritonBackend(AttentionBackend):
             )
         query = query if query.stride(2) == 1 else query.contiguous()
         out = torch.empty(*query.shape[:2], values.shape[3], dtype=values.dtype, device=query.device)
+        options: dict[str, Any] = {"scale": spec.scale, "gpu": self._gpu}
+        options |= {"window": spec.sliding_window, "softcap": spec.softcap}
+        if spec.layer not in self._seen:
+            self._seen.add(spec.layer)
+            cu_q = torch.arange(2, dtype=torch.int32, device=query.device)  # a row of one token, with one key
+            for longest, splits in EVERY_KIND:
+                one = (out[:1], query[:1], keys, values, ctx.block_table[:1], cu_q, cu_q[1:])
+                paged_attention(*one, max_query_len=longest, splits=splits, **options)
         decodes, rows = ctx.num_decodes, len(ctx.query_lens)
         for first, last, longest in ((0, decodes, 1), (decodes, rows, max(ctx.query_lens))):
             if first == last:
@@ -42,9 +54,6 @@ class TritonBackend(AttentionBackend):
                 *(out[tokens], query[tokens], keys, values),
                 *(ctx.block_table[first:last], ctx.cu_q[first : last + 1], ctx.seq_lens[first:last]),
                 max_query_len=longest,
-                scale=spec.scale,
-                gpu=self._gpu,
-                window=spec.sliding_window,
-                softcap=spec.softcap,
+                **options,
             )
         return out

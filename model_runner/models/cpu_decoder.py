@@ -135,15 +135,8 @@ class CpuDecoder(CausalLM):
         self._ops, self._last_ops = (Op * len(first))(*first), (Op * len(last))(*last)
 
     def _norm(self, norm: RMSNorm, source: str = "residual", out: str = "normed", effect: int = kernel.STORE) -> Op:
-        return op(
-            kernel.NORM,
-            self._scratch[source],
-            self._scratch[out],
-            weight=norm.weight,
-            width=self.spec.hidden_size,
-            effect=effect,
-            eps=norm.eps,
-        )
+        sizes = {"width": self.spec.hidden_size, "effect": effect, "eps": norm.eps}
+        return op(kernel.NORM, self._scratch[source], self._scratch[out], weight=norm.weight, **sizes)
 
     def _matmul(self, linear: ColumnParallelLinear | RowParallelLinear, source: str, out: str, effect: int) -> list[Op]:
         weight, bias = self._weights[id(linear)], self._biases[id(linear)]
@@ -167,24 +160,12 @@ class CpuDecoder(CausalLM):
             "kv_heads": attention.kv_heads,
             "dim": attention.head_dim,
         }
-        rope = op(
-            kernel.ROPE,
-            self._scratch["qkv"],
-            self._scratch["query"],
-            weight=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            scale=spec.scale * _LOG2_E,
-            table=self._model.rope_tables[attention.rope],
-            **shape,
-        )
-        attend = op(
-            kernel.ATTENTION,
-            self._scratch["query"],
-            self._scratch["attended"],
-            window=spec.sliding_window or 0,
-            softcap=(spec.softcap or 0.0) * _LOG2_E,
-            **shape,
-        )
+        turn = {"table": self._model.rope_tables[attention.rope], "scale": spec.scale * _LOG2_E, **shape}
+        if norm is not None:
+            turn |= {"weight": norm.weight, "eps": norm.eps}
+        limits = {"window": spec.sliding_window or 0, "softcap": (spec.softcap or 0.0) * _LOG2_E}
+        rope = op(kernel.ROPE, self._scratch["qkv"], self._scratch["query"], **turn)
+        attend = op(kernel.ATTENTION, self._scratch["query"], self._scratch["attended"], **limits, **shape)
         return [*self._matmul(attention.qkv, "normed", "qkv", kernel.STORE), rope, attend]
 
 

@@ -7,12 +7,9 @@ from ramet.model_runner.layers.rope import rope_frequencies
 from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 from ramet.model_runner.models.llama import sizes
 from ramet.model_runner.models.qwen2 import windows
-from ramet.model_runner.weights.errors import WeightsError
 
 
 def gemma3(config: PretrainedConfig, context_length: int) -> DecoderSpec:
-    if config.use_bidirectional_attention:
-        raise WeightsError("this Gemma 3 checkpoint attends in both directions (an embedding model): not supported")
     kinds = config.layer_types
     return DecoderSpec(
         **sizes(config) | {"act": config.hidden_activation},

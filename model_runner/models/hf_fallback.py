@@ -159,14 +159,11 @@ def _check_config(config: PretrainedConfig, context_length: int) -> None:
     if odd := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         raise WeightsError(f"{architecture} has layers of kind {', '.join(sorted(odd))}: not supported")
     rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]
-    for kind in kinds:
+    for kind in [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]:
         # transformers changes these frequencies with the longest request of a step: wrong for the others beside it.
-        limit = None
-        if kind.get("rope_type") == "dynamic":
-            limit = text.max_position_embeddings
-        elif kind.get("rope_type") == "longrope":
-            limit = kind["original_max_position_embeddings"]
+        keys = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+        key = keys.get(kind.get("rope_type", "default"))
+        limit = None if key is None else kind.get(key) or getattr(text, key, 0)
         if limit is not None and context_length > limit:
             raise WeightsError(
                 f"{architecture} changes its rope ({kind['rope_type']}) beyond {limit} tokens, which requests in one "

@@ -32,8 +32,6 @@ from ramet.model_runner.weights.safetensors import SafetensorsSource
 
 log = logging.getLogger(__name__)
 
-__all__ = ["WeightsError", "load_embedder", "load_model"]
-
 # Classes of an encoder's checkpoint that hold the encoder, and what only their heads need.
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")
 _HEADS = ("pooler.", "cls.", "lm_head.", "vocab_", "embeddings.position_ids")
@@ -79,7 +77,7 @@ def _read_config(config: RunnerConfig) -> PretrainedConfig:
         found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             config.model_dir, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds: a config is checked by the library, and may bring code
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error}") from error
     method = getattr(found, "quantization_config", None)
     if method is not None and config.load_format is not LoadFormat.GGUF:
@@ -109,7 +107,16 @@ def _load_native(
     progress: Progress,
     headless: bool = False,
 ) -> CausalLM:
-    spec = build(hf_config, config.context_length)
+    if getattr(hf_config, "use_bidirectional_attention", False) or not getattr(hf_config, "is_causal", True):
+        raise WeightsError(
+            "the model's config asks for attention in both directions (an embedding model): not supported"
+        )
+    try:
+        spec = build(hf_config, config.context_length)
+        if spec.num_heads % spec.num_kv_heads:
+            raise ValueError(f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads evenly")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error!r}") from error
     with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
         if isinstance(source, GGUFSource):
             spec = _as_in_gguf(spec, hf_config, source)
@@ -176,18 +183,15 @@ def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> Caus
 
 def _round_to_fp8(model: Decoder, config: RunnerConfig) -> None:
     device = torch.device(config.device)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    why_not = None
-    if capability is None or capability < (8, 9):
-        found = f"{device} has {capability[0]}.{capability[1]}" if capability else f"the device is {device}"
-        why_not = f"it needs CUDA with compute capability 8.9 or newer, and {found}"
-    elif config.dtype != "bfloat16":
-        why_not = f"it needs --dtype bfloat16, not {config.dtype}"
-    elif any(layer.moe is not None for layer in model.spec.layers):
-        why_not = "experts are not rounded, and would be most of the model"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     try:
-        if why_not is not None:
-            raise ValueError(why_not)
+        if capability < (8, 9):
+            found = f"{device} has {capability[0]}.{capability[1]}" if any(capability) else f"the device is {device}"
+            raise ValueError(f"it needs CUDA with compute capability 8.9 or newer, and {found}")
+        if config.dtype != "bfloat16":
+            raise ValueError(f"it needs --dtype bfloat16, not {config.dtype}")
+        if any(layer.moe is not None for layer in model.spec.layers):
+            raise ValueError("experts are not rounded, and would be most of the model")
         model.round_to_fp8()
     except ValueError as error:
         raise WeightsError(f"quantization fp8 cannot be used: {error}") from error

@@ -16,5 +16,7 @@ def qwen2(config: PretrainedConfig, context_length: int) -> DecoderSpec:
 
 
 def windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer. `layer_types` already accounts for `max_window_layers`."""
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    """The sliding window of each layer, of all if the config has no `layer_types`, which otherwise already accounts
+    for `max_window_layers`."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]

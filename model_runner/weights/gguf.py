@@ -74,12 +74,16 @@ class GGUFSource(WeightSource):
         scales = floats[..., 0]
         # In Q4_0 a weight is scale * (number - 8); the product is exact.
         minima = floats[..., 1] if info.ggml_type == _Q4_1 else -8 * scales
+        if not (scales.float() + minima.float()).sum().isfinite():
+            raise WeightsError(f"{part.name} in {self.path} has numbers that are infinite or none (NaN)")
         numbers = torch.cat([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
         return Grid(*(self._undo_conversion(part.name, tensor) for tensor in (numbers, scales, minima)))
 
     def rope_factors(self) -> Tensor | None:
         """[head_dim / 2] float32 divisors of the rope frequencies (Llama 3.1 and later), if the file has them."""
         info = self.header.tensors.get(ROPE_FACTORS)
+        if info is not None and info.shape != (self._head_dim // 2,):
+            raise WeightsError(f"{self.path}: {ROPE_FACTORS} has shape {list(info.shape)}, not [{self._head_dim // 2}]")
         return None if info is None else self._rows(info, 0, info.shape[0])
 
     def _stored_name(self, name: str) -> str:

@@ -56,7 +56,8 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
             return _parse(data)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, OverflowError, struct.error) as error:  # what is missing, a length beyond all files, no UTF-8
+    # What is missing, a length beyond all files, no UTF-8; a type without a known size; arrays of arrays of arrays …
+    except (ValueError, OverflowError, struct.error, KeyError, RecursionError) as error:
         raise WeightsError(f"{path} is not a readable GGUF file: {error}") from error
 
 
@@ -77,6 +78,8 @@ def _parse(data: mmap.mmap) -> GGUFHeader:
         raise ValueError(f"general.alignment is {alignment!r}")
     data_start = -(-data.tell() // alignment) * alignment
     tensors = {info.name: dataclasses.replace(info, offset=info.offset + data_start) for info in infos}
+    if len(tensors) < num_tensors:
+        raise ValueError("two tensors have the same name")
     for info in tensors.values():
         if info.offset + info.nbytes > len(data):
             raise ValueError(f"tensor {info.name} ends at byte {info.offset + info.nbytes} of {len(data)}: cut short")
@@ -91,6 +94,8 @@ def _tensor_info(data: mmap.mmap) -> TensorInfo:
     kind, offset = _unpack(data, "<IQ")
     ggml_type = GGMLQuantizationType(kind)
     block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    if not math.prod(shape) or not shape or shape[-1] % block_size:
+        raise ValueError(f"tensor {name} has shape {list(shape)}, but {ggml_type.name} has blocks of {block_size}")
     return TensorInfo(name, shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Set
 
+import torch
 from torch import Tensor
 
 from ramet.model_runner.weights.errors import WeightsError
@@ -45,6 +46,8 @@ class WeightPart:
 class WeightSource(abc.ABC):
     """A checkpoint, whatever its format, under Hugging Face names."""
 
+    path: object = "the checkpoint"  # where it lies, for the words of errors
+
     @abc.abstractmethod
     def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
         """All tensors it holds: by names of `wanted` where they are one of those, else as the format calls them."""
@@ -64,22 +67,25 @@ class WeightSource(abc.ABC):
 def fill(parts: Iterable[WeightPart], source: WeightSource, unused: Set[str], progress: Progress) -> None:
     """Fill every part from `source`. `unused`: tensors that may be in the source although no part wants them.
 
-    Raises WeightsError naming the tensors that are missing, left over, or of another shape than the model's.
+    Raises WeightsError naming the tensors that are missing, left over, of another shape, or not finite.
     """
     parts = list(parts)
     wanted = {part.name for part in parts}
     present = source.names(wanted | unused)
     if missing := wanted - present:
-        raise WeightsError(f"the checkpoint lacks {_listed(missing)}")
+        raise WeightsError(f"{source.path} lacks {_listed(missing)}")
     leftover = {name for name in present - wanted - unused if not _COMPUTED.search(name)}
     if leftover:
-        raise WeightsError(f"the model has no place for {_listed(leftover)} of the checkpoint")
+        raise WeightsError(f"the model has no place for {_listed(leftover)} of {source.path}")
     for done, part in enumerate(parts):
         found = source.shape(part)
         if found != part.shape:
-            raise WeightsError(f"{part.name} has shape {list(found)} in the checkpoint, not {list(part.shape)}")
+            raise WeightsError(f"{part.name} has shape {list(found)} in {source.path}, not {list(part.shape)}")
         progress(done, len(parts))
         tensor = source.read(part)
+        # A sum takes a fraction of the time of looking at each number.
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise WeightsError(f"{part.name} in {source.path} has numbers that are infinite or none (NaN)")
         if part.offset:
             tensor = tensor.float() + part.offset
         part.target.copy_(tensor)

@@ -1,6 +1,5 @@
 """Reads PyTorch's pickle checkpoints (`pytorch_model*.bin`), only ever with `weights_only`: no code in them runs."""
 
-import pickle
 from collections.abc import Set
 from pathlib import Path
 
@@ -16,6 +15,7 @@ class PickleSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         """`path`: a .bin file or a folder of them. Raises WeightsError if there is none or one is refused."""
+        self.path = path
         files = [path] if path.is_file() else sorted(path.glob("*.bin"))
         if not files:
             raise WeightsError(f"no .bin file in {path}")
@@ -23,7 +23,7 @@ class PickleSource(WeightSource):
         for file in files:
             try:
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-            except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            except Exception as error:  # whatever torch comes across in a file that is none
                 raise WeightsError(f"{file} cannot be read as plain tensors: {error}") from error
             if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
                 raise WeightsError(f"{file} does not hold a table of tensors by name")

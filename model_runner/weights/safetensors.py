@@ -19,15 +19,14 @@ class SafetensorsSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         """`path`: a .safetensors file, or the folder of a checkpoint. Raises WeightsError if there is none."""
+        self.path = path
         self._files: dict[str, Any] = {}  # tensor name -> open file
-        self._open: list[Any] = []
-        try:
-            for file in _checkpoint_files(path):
+        for file in _checkpoint_files(path):
+            try:
                 handle = safe_open(file, framework="pt", device="cpu")
-                self._open.append(handle)
-                self._files |= dict.fromkeys(handle.keys(), handle)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"cannot read the safetensors weights in {path}: {error}") from error
+            except (OSError, SafetensorError) as error:
+                raise WeightsError(f"cannot read the safetensors weights in {file}: {error}") from error
+            self._files |= dict.fromkeys(handle.keys(), handle)
 
     def names(self, wanted: Set[str] = frozenset()) -> Set[str]:
         return self._files.keys()
@@ -42,7 +41,6 @@ class SafetensorsSource(WeightSource):
 
     def close(self) -> None:
         self._files.clear()
-        self._open.clear()
 
 
 def _checkpoint_files(path: Path) -> list[Path]:
@@ -51,10 +49,10 @@ def _checkpoint_files(path: Path) -> list[Path]:
         return [path]
     if (path / INDEX).is_file():
         try:
-            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            weight_map = json.loads((path / INDEX).read_bytes())["weight_map"]
+            files = sorted({path / name for name in weight_map.values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
-        files = sorted({path / name for name in weight_map.values()})
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise WeightsError(f"{path} lacks {', '.join(absent)}, which its index names")

@@ -174,7 +174,10 @@ def stories(model: str, count: int) -> list[dict[str, Any]]:
 
 def test_batch(model: str, notebook: openai.Client, tmp_path: Path) -> None:
     questions = ("Tell me a joke about programming", "What is Python?")
-    bodies = [{"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 50} for text in questions]
+    bodies = [
+        {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 50, "temperature": 0}
+        for text in questions
+    ]
     batch = start_batch(notebook, tmp_path, bodies)
     while batch.status not in ["completed", "failed", "cancelled"]:
         time.sleep(PAUSE_S)

@@ -80,6 +80,11 @@ def test_two_ranks_serve_and_start_again_when_one_is_killed(tiny_model: Callable
     flags = (*tiny_flags(folder), "--device", "cpu", "--tp-size", "2")
     with RunningServer(*flags, roles=(*ROLES, "scheduler-1")) as server:
         check_tokens(server, folder)
+        # The other rank has a pulse too, also when it has nothing to do; else it would be killed as stuck.
+        assert server.http.get("/health").status_code == 200
+        pulse = server.private_folders()[0] / "scheduler-1.pulse"
+        beat = pulse.read_bytes()
+        until(lambda: pulse.read_bytes() != beat, 20, lambda: "scheduler-1 does not beat")
         chat = server.client.chat.completions.create(
             model=server.model, messages=[{"role": "user", "content": "Hello!"}], max_tokens=8
         )

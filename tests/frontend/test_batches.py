@@ -332,6 +332,9 @@ def test_one_after_another_and_lists(engine: ScriptedEngine, client: openai.Open
     page = httpx.get(f"{engine.url}/v1/batches?limit=2").json()
     assert (page["object"], page["has_more"]) == ("list", True)
     assert (page["first_id"], page["last_id"]) == (made[2].id, made[1].id)
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.batches.list(after="zzz")
+    assert raised.value.param == "after"
     states = {
         name: float(value)
         for name, _, value in (entry.rpartition(" ") for entry in httpx.get(f"{engine.url}/metrics").text.splitlines())

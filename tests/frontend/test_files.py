@@ -33,7 +33,9 @@ def files(engine: ScriptedEngine) -> Iterator[Any]:
         assert client.files.list().data == []
 
 
-def post(engine: ScriptedEngine, body: Any, content_type: str = "multipart/form-data; boundary=b") -> httpx.Response:
+def post(
+    engine: ScriptedEngine, body: Any, content_type: str | bytes = "multipart/form-data; boundary=b"
+) -> httpx.Response:
     return httpx.post(f"{engine.url}/v1/files", content=body, headers={"content-type": content_type}, timeout=60)
 
 
@@ -99,10 +101,19 @@ def test_lists(engine: ScriptedEngine, files: Any) -> None:
     assert (page["object"], page["has_more"], page["first_id"], page["last_id"]) == ("list", True, ids[3], ids[2])
     empty = httpx.get(f"{engine.url}/v1/files?purpose=fine-tune").json()
     assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    files.delete(ids[4])
+    assert httpx.get(f"{engine.url}/v1/files?limit=2&after={ids[4]}").json() == page
 
 
 @pytest.mark.parametrize(
-    ("query", "param"), [("limit=0", "limit"), ("limit=10001", "limit"), ("limit=x", "limit"), ("order=up", "order")]
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=10001", "limit"),
+        ("limit=x", "limit"),
+        ("order=up", "order"),
+        ("after=batch_1", "after"),
+    ],
 )
 def test_wrong_queries(engine: ScriptedEngine, query: str, param: str) -> None:
     message = check_error(httpx.get(f"{engine.url}/v1/files?{query}"), 400, "invalid_type", param)
@@ -134,7 +145,10 @@ def test_malformed_forms(engine: ScriptedEngine, body: bytes, code: str, param: 
 
 
 def test_other_content_types(engine: ScriptedEngine) -> None:
-    check_error(post(engine, b"{}", "application/json"), 415, "unsupported_media_type")
+    for other in ("application/json", b"\xe9"):
+        check_error(post(engine, b"{}", other), 415, "unsupported_media_type")
+    encoded = {"content-type": "multipart/form-data; boundary=b", "content-encoding": "gzip"}
+    check_error(httpx.post(f"{engine.url}/v1/files", content=b"x", headers=encoded), 415, "unsupported_media_type")
     check_error(post(engine, b"", "multipart/form-data"), 400, "invalid_multipart")
     check_error(post(engine, b"", f"multipart/form-data; boundary={'b' * 300}"), 400, "invalid_multipart")
 

@@ -187,6 +187,7 @@ def test_grammars_reach_the_engine(
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
         ({"text": ["a", "b"], "sampling_params": [{"n": 2}, {}]}, "sampling_params.n"),
         ({"text": ["a", "b"], "rid": ["x"]}, "rid"),
+        ({"text": "a", "rid": "x" * 257}, "rid"),
         ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
         ({"text": "a", "logprob_start_len": -2, "return_logprob": True}, "logprob_start_len"),
         ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),

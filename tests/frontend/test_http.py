@@ -106,6 +106,13 @@ def test_unknown_paths_methods_and_models(client: httpx.Client) -> None:
     body = {"model": "gpt", "prompt": "x"}
     check_error(client.post("/v1/completions", json=body), 404, "model_not_found", "model")
     check_error(client.get("/v1/models/gpt"), 404, "model_not_found", "model")
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
+def test_parameters_of_other_servers(client: httpx.Client) -> None:
+    for name, hint in {"guided_json": "is response_format", "guided_choice": "is regex", "n_predict": "max_to"}.items():
+        response = client.post("/v1/chat/completions", json={**CHAT, name: 1})
+        assert hint in check_error(response, 400, "unknown_parameter", name)["message"]
 
 
 def test_models(engine: ScriptedEngine) -> None:

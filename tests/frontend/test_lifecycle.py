@@ -45,6 +45,9 @@ class Caller:
     def post(self, engine: ScriptedEngine, body: dict[str, Any], path: str = "chat/completions") -> Any:
         return self._pool.submit(httpx.post, f"{engine.url}/v1/{path}", json=body, timeout=WAIT_S)
 
+    def get(self, engine: ScriptedEngine, path: str) -> Any:
+        return self._pool.submit(httpx.get, engine.url + path, timeout=WAIT_S)
+
     def close(self) -> None:
         self._pool.shutdown()
 
@@ -272,7 +275,10 @@ def test_engine_down(caller: Caller) -> None:
             streamed = engine.job()
             engine.deltas(told(streamed, 1, "some"))
             read_until(connection, b"some")
+            asked = caller.get(engine, "/health_generate")
+            engine.job()
             engine.send(EngineDown("scheduler died"))
+            assert asked.result().status_code == 503  # it was about now
             while httpx.get(f"{engine.url}/health").status_code != 503:  # until it has heard of it
                 time.sleep(0.01)
             for path, status in (("/ready", 503), ("/metrics", 200)):

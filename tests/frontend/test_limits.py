@@ -324,6 +324,50 @@ def test_what_is_not_http(engine: ScriptedEngine) -> None:
     assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_body_without_an_end(engine: ScriptedEngine, version: bytes) -> None:
+    """Which HTTP takes for no body and the start of another request."""
+    with connect(engine) as connection:
+        connection.sendall(POST.replace(b"1.1", version) + b"\r\n" + json.dumps(CHAT).encode())
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 411 ")
+    error = json.loads(body)["error"]
+    assert (error["code"], "content-length" in error["message"]) == ("length_required", True)
+
+
+def test_nonsense_behind_a_request_does_not_take_its_answer(engine: ScriptedEngine) -> None:
+    with connect(engine) as connection:
+        connection.sendall(post_bytes(CHAT) + b"NONSENSE\r\n\r\n")
+        job = engine.job()
+        time.sleep(0.1)
+        connection.sendall(post_bytes(CHAT))  # not read any more
+        says("x")(engine, job)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert (answer.count(b"HTTP/1.1"), answer.count(b'"finish_reason":"stop"')) == (1, 1)
+    assert engine.jobs.empty()
+
+
+@pytest.mark.parametrize("size", [1, 1000], ids=["trickling", "at once"])
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_an_offer_of_another_protocol_is_declined(engine: ScriptedEngine, offer: bytes, size: int) -> None:
+    """With a body behind it, which is read, as is what follows."""
+    offers = b"connection: Upgrade, HTTP2-Settings\r\nhttp2-settings: AAMAAABkAAQC\r\nupgrade: " + offer + b"\r\n"
+    data = post_bytes(CHAT).replace(b"host: x\r\n", b"host: x\r\n" + offers)
+    with connect(engine) as connection:
+        for at in range(0, len(data), size):
+            connection.sendall(data[at : at + size])
+        says("x")(engine, engine.job())
+        connection.sendall(data.replace(b"connection: ", b"connection: close, ") + b"rest")
+        says("x")(engine, engine.job())
+        answers = read_all(connection)
+        assert (answers.count(b"HTTP/1.1 200 "), answers.count(b'"finish_reason":"stop"')) == (2, 2)
+        with connect(engine) as other:
+            other.sendall(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_all(other).startswith(b"HTTP/1.1 405 ")
+    assert "WebSocket" not in engine.errors()
+
+
 @pytest.mark.parametrize(
     ("begun", "answer"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+import openai
 import openapi_spec_validator
 import pytest
 from support.scripted_engine import ScriptedEngine
@@ -89,6 +90,19 @@ def test_bodies(document: Any) -> None:
     native = document["components"]["schemas"]["NativeSampling"]["properties"]
     assert "max_new_tokens" in native
     assert "max_tokens" not in native
+
+
+def test_answers(engine: ScriptedEngine, document: Any) -> None:
+    """What a struct describes is described, and so."""
+    with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="s3cret") as client:
+        file = client.files.create(file=b"x", purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    for kind, path, answer in (("File", "/v1/files/{file_id}", file), ("Batch", "/v1/batches/{batch_id}", batch)):
+        content = document["paths"][path]["get"]["responses"]["200"]["content"]
+        assert content == {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind}"}}}
+        validator = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{kind}", **document})
+        validator.validate(answer.model_dump(mode="json", exclude_unset=True))
+        assert not validator.is_valid({"id": 1})
 
 
 def test_errors(engine: ScriptedEngine, document: Any) -> None:

@@ -1,6 +1,9 @@
 """The store on a real disk: what survives a crash, limits, lists, and who may open it."""
 
+import asyncio
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,9 +130,30 @@ def test_a_full_disk_is_the_same_error(store: Store, monkeypatch: pytest.MonkeyP
     if not full.exists():
         pytest.skip("no /dev/full")
     upload.file = full.open("wb", buffering=0)
-    with pytest.raises(RequestError, match="disk"):
-        upload.write(b"x")
+    with pytest.raises(RequestError, match=r"the disk .* is full"):
+        asyncio.run(store.call(upload.write, b"x"))
     upload.discard()
+
+
+def test_a_full_disk_can_be_emptied(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SQLite finds no room for the change before the content has gone."""
+    file = add(store, b"x" * 100_000)
+    content = store.content(file.id)
+    usage = shutil.disk_usage(store.folder)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    changes = sqlite3.SQLITE_DELETE
+    store.db.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == changes and content.exists() else 0)
+    store.delete(file.id)
+    store.db.set_authorizer(None)
+    assert (contents(store), store.page(None, None, 9, True), store.used_bytes) == ([], [], 0)
+
+
+def test_what_the_disk_does_not_do_is_told(store: Store) -> None:
+    store.db.execute("PRAGMA query_only=1")
+    with pytest.raises(RequestError, match=r"the file store .* cannot be used: attempt to write a readonly database"):
+        asyncio.run(store.call(add, store))
+    store.db.execute("PRAGMA query_only=0")
+    assert store.page(None, None, 9, True) == []
 
 
 @pytest.mark.parametrize("descending", [True, False])

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.server import free_port
 
 import ramet
 from ramet.frontend.config import ReasoningFamily, ToolCallForm
@@ -145,8 +146,9 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_are_the_same() -> None:
     # Each says "error" in its own name; what follows is equal.
-    by_module = run("-m", "ramet.launch_server", "--model-path", "/nowhere/at/all")
-    ramet_command = "import ramet.launch.cli as c; c.main(['serve', '--model-path', '/nowhere/at/all'])"
+    arguments = ["--model-path", "/nowhere/at/all", "--port", str(free_port())]
+    by_module = run("-m", "ramet.launch_server", *arguments)
+    ramet_command = f"import ramet.launch.cli as c; c.main(['serve', *{arguments}])"
     by_command = run("-c", ramet_command)
     assert by_module.returncode == by_command.returncode == 1
     assert by_module.stderr == by_command.stderr

@@ -292,3 +292,6 @@ def test_waiting_policy_of_the_user_is_kept() -> None:
 def test_lists_of_cpus() -> None:
     first = min(os.sched_getaffinity(0))
     assert parse_cpus(f"{first}") == parse_cpus(f"{first}-{first}, {first}") == (first,)
+    for wrong in (f"{first}-99999999999", f"{first},5-4"):  # the first as a set would fill the memory
+        with pytest.raises(ValueError, match="names CPUs outside"):
+            parse_cpus(wrong)

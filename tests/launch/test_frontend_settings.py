@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
+from support.server import free_port
 
 from ramet.launch.config import resolve, tls
 from ramet.launch.model_info import ModelInfo
@@ -68,9 +69,8 @@ def test_tls_files_are_read_once_before_anything_else(tmp_path: Path) -> None:
 
 def test_a_bad_certificate_is_told_before_the_model_is_looked_for() -> None:
     command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at/all"]
-    ended = subprocess.run(
-        [*command, "--ssl-certfile", "/nowhere.pem"], capture_output=True, text=True, timeout=60, check=False
-    )
+    arguments = ["--port", str(free_port()), "--ssl-certfile", "/nowhere.pem"]
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ssl_certfile '/nowhere.pem'")
     assert "Traceback" not in ended.stderr

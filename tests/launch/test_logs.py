@@ -5,6 +5,8 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
+from support.server import free_port
+
 PROGRAM = """
 import logging, sys, warnings
 from ramet.launch.logs import set_up_logging
@@ -56,7 +58,7 @@ def test_json() -> None:
 
 def test_a_failed_start_is_a_line_of_the_log_as_well() -> None:
     command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at-all", "--log-format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--port", str(free_port())], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     last = json.loads(done.stderr.splitlines()[-1])
     assert (last["level"], last["process"]) == ("error", "launcher")

@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,21 @@ def test_a_failed_filling_leaves_nothing(tmp_path: Path) -> None:
         fail()
     assert list(tmp_path.glob("*target*")) == []
     assert list(tmp_path.glob(".filling-*")) == []
+
+
+def test_what_a_killed_filling_left_is_removed(tmp_path: Path) -> None:
+    tmp_path /= "cache"
+    killed = "import os, sys, pathlib; from ramet.launch.cache import filling\n"
+    killed += f"with filling(pathlib.Path({str(tmp_path)!r}) / 'target') as folder:\n"
+    killed += "    (folder / 'part').touch(); os.kill(os.getpid(), 9)"
+    with filling(tmp_path / "slow") as folder:
+        assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+        assert len(list(tmp_path.glob(".filling-*/part"))) == 1
+        with filling(tmp_path / "target"):
+            assert not list(tmp_path.glob(".filling-*/part"))
+        (folder / "file").touch()  # its owner lives
+    assert {path.name for path in tmp_path.iterdir()} == {"slow", "target"}
+    assert [path.name for path in (tmp_path / "slow").iterdir()] == ["file"]
 
 
 def test_a_hub_model_in_the_cache_needs_no_network(folder: Path, tmp_path: Path) -> None:

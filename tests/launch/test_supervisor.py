@@ -331,5 +331,5 @@ def test_an_idle_launcher_sleeps(launch: Callable[[str], Run]) -> None:
     switches = process.num_ctx_switches().voluntary
     time.sleep(1)
     after = process.cpu_times()
-    assert (after.user + after.system) - (before.user + before.system) <= 0.01
+    assert (after.user + after.system) - (before.user + before.system) < 0.015  # one tick at most
     assert process.num_ctx_switches().voluntary - switches < 10

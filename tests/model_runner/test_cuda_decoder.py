@@ -8,13 +8,20 @@ from support.engine import InlineEngine
 from support.fake_cuda import fake_cuda
 from support.fake_kernels import interpret
 from support.model_driver import ModelDriver, load
-from support.triton_device import DEVICE, kernel_test
+from support.triton_device import DEVICE, INTERPRETED, kernel_test
 
 from ramet.kernels.triton.attention import Gpu
 from ramet.model_runner.attention.triton_backend import TritonBackend
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
 
 pytestmark = kernel_test
+
+
+@pytest.fixture(autouse=True)
+def nothing_ahead(monkeypatch) -> None:
+    """Interpreted kernels are not compiled, so that the backend need not launch all of them first, at seconds each."""
+    if INTERPRETED:
+        monkeypatch.setattr("ramet.model_runner.attention.triton_backend.EVERY_KIND", ())
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe", "gemma3"])

@@ -78,6 +78,13 @@ def test_float8_is_near_bfloat16(tiny_model, device):
     assert 0 < (values[0] - values[1]).abs().mean() < values[0].std() / 4
 
 
+def test_logits_are_not_rounded(tiny_model, device):
+    runner = InlineEngine(tiny_model("llama"), device="cuda", dtype="bfloat16").runner
+    with torch.inference_mode():
+        logits = runner._model.logits(torch.randn(3, 64).to(torch.bfloat16).to("cuda")).cpu()
+    assert logits.dtype is torch.float32 and (logits != logits.bfloat16().float()).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 def test_embeddings_are_those_of_a_cpu(tmp_path, kind, device):
     folder = make_tiny_embedder(kind, tmp_path)

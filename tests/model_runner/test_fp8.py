@@ -10,8 +10,8 @@ from support.tiny_models import make_tiny_model
 
 from ramet.model_runner.layers.linear import RowParallelLinear, linear, round_weight
 from ramet.model_runner.models.decoder import Decoder
-from ramet.model_runner.models.loader import WeightsError
 from ramet.model_runner.parallel import TpGroup
+from ramet.model_runner.weights.errors import WeightsError
 
 BF16 = torch.bfloat16
 

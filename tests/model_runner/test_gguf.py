@@ -1,6 +1,7 @@
 """GGUF files: the header reader, and models whose weights come from one."""
 
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,65 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         path.write_bytes(whole.read_bytes()[:size])
         with pytest.raises(WeightsError, match=r"bad\.gguf is not a readable GGUF file"):
             read_header(path)
+
+
+def header(*, values: bytes = b"", num_values: int = 0, tensors: bytes = b"", num_tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_values) + values + tensors + bytes(4096)
+
+
+def tensor(name: bytes, shape: tuple[int, ...], kind: int, offset: int = 0) -> bytes:
+    start = struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return start + struct.pack("<IQ", kind, offset)
+
+
+VALUE = struct.pack("<Q", 1) + b"a"
+HOSTILE = {
+    "arrays of arrays": header(values=VALUE + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, num_values=1),
+    "endless array": header(values=VALUE + struct.pack("<IIQ", 9, 0, 2**64 - 1), num_values=1),
+    "endless text": header(values=VALUE + struct.pack("<IQ", 8, 2**63), num_values=1),
+    "more values than bytes": header(num_values=2**64 - 1),
+    "more tensors than bytes": header(num_tensors=2**40),
+    "unknown type": header(tensors=tensor(b"t", (32,), 999), num_tensors=1),
+    "many dimensions": header(tensors=struct.pack("<Q", 1) + b"t" + b"\xff" * 20, num_tensors=1),
+    "beyond the end": header(tensors=tensor(b"t", (32,), 0, 2**63), num_tensors=1),
+    "larger than all memory": header(tensors=tensor(b"t", (2**63, 2**63), 0), num_tensors=1),
+    "no dimension": header(tensors=tensor(b"t", (), 0), num_tensors=1),
+    "no element": header(tensors=tensor(b"t", (0, 3), 0), num_tensors=1),
+    "half a block": header(tensors=tensor(b"t", (16, 2), QUANT.Q4_0), num_tensors=1),
+    "twice": header(tensors=tensor(b"t", (32,), 0) * 2, num_tensors=2),
+    "no alignment": header(
+        values=struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 0), num_values=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(WeightsError, match=r"bad\.gguf is not a readable GGUF file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, quantization: str | None) -> None:
+    folder, path = make_tiny_model("llama", tmp_path / "model"), tmp_path / "m.gguf"
+    write_gguf(folder, "llama", path, QUANT.Q4_1)
+    info = read_header(path).tensors["blk.1.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    data[info.offset + 40 : info.offset + 42] = np.float16("nan").tobytes()  # the scale of the third block
+    path.write_bytes(data)
+    if quantization and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no kernel for 4 bits")
+    with pytest.raises(WeightsError, match=r"up_proj\.weight in .*m\.gguf has numbers that are infinite or none"):
+        load(folder, weights=str(path), load_format=LoadFormat.GGUF, dtype="bfloat16", quantization=quantization)
+
+
+def test_rope_factors_of_another_size_are_refused(tmp_path: Path) -> None:
+    folder, path = make_tiny_model("llama", tmp_path / "model"), tmp_path / "m.gguf"
+    write_gguf(folder, "llama", path, extra={"rope_freqs.weight": np.ones(1, np.float32)})
+    with pytest.raises(WeightsError, match=r"m\.gguf: rope_freqs\.weight has shape \[1\], not \[8\]"):
+        load(folder, weights=str(path), load_format=LoadFormat.GGUF)
 
 
 @pytest.mark.smollm2

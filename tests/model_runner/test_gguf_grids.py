@@ -125,7 +125,5 @@ def test_a_matrix_of_another_shape_is_an_error(tmp_path: Path) -> None:
     folder = make_tiny_model("llama", tmp_path / "model")
     write_gguf(folder, "llama", tmp_path / "m.gguf", QUANT.Q4_0)
     other = make_tiny_model("llama", tmp_path / "other", intermediate_size=128)
-    with pytest.raises(
-        WeightsError, match=r"gate_proj\.weight has shape \[96, 64\] in the checkpoint, not \[128, 64\]"
-    ):
+    with pytest.raises(WeightsError, match=r"gate_proj\.weight has shape \[96, 64\] in .*gguf, not \[128, 64\]"):
         load_int4(other, tmp_path / "m.gguf")

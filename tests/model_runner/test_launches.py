@@ -26,6 +26,7 @@ LAYER = [
     *("_add_rms_norm", "aten.mm.default", "_rope_and_store", "_attend", "_combine", "aten.mm.default"),
     *("_add_rms_norm", "aten.mm.default", "_gated", "aten.mm.default"),
 ]
+FP8_PRODUCT = ("_to_fp8", "aten._scaled_mm.default")
 BEFORE = [
     *("aten.index_select.default", "aten.eq.Scalar", "aten.where.self_out"),  # tokens that the host does not know yet
     "aten.index_select.default",  # rows of the page table
@@ -33,7 +34,7 @@ BEFORE = [
 ]
 AFTER = [
     *("_add_rms_norm", "aten.index.Tensor"),
-    *("aten.mm.default", "aten._to_copy.default", "aten.copy_.default"),  # logits, where all graphs leave them
+    *("aten.mm.dtype", "aten.copy_.default"),  # logits in float32, where all graphs leave them
     *("_best_of_block", "aten.max.dim", "aten.gather.default"),
     *("aten.clamp.default", "aten.index_copy_.default"),  # for the next step
 ]
@@ -47,8 +48,9 @@ def shapes() -> dict[str, dict]:
     return module.MODELS
 
 
+@pytest.mark.parametrize("quantization", [None, "fp8"])
 @pytest.mark.parametrize("name", ["qwen-0.6b", "llama-8b"])
-def test_the_kernels_of_a_captured_decode(shapes, name, tmp_path, monkeypatch):
+def test_the_kernels_of_a_captured_decode(shapes, name, quantization, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(shapes[name] | {"num_hidden_layers": 2}))
     monkeypatch.setattr(loader, "fill", lambda *args: None)
     config = runner_config(
@@ -58,12 +60,16 @@ def test_the_kernels_of_a_captured_decode(shapes, name, tmp_path, monkeypatch):
         device="cuda",
         cuda_graph_max_bs=1,
         memory_fraction=0.9,
+        quantization=quantization,
     )
     with fake_cuda(hollow=True) as device:
         fake_kernels.install(device, monkeypatch)
         ModelRunner(config, lambda text: None)
     assert device.last_graph is not None  # of the smallest batch
-    assert device.last_graph.launched == BEFORE + 2 * LAYER + AFTER
+    layer = LAYER
+    if quantization:  # each product is two launches
+        layer = [name for kernel in LAYER for name in (FP8_PRODUCT if kernel == "aten.mm.default" else (kernel,))]
+    assert device.last_graph.launched == BEFORE + 2 * layer + AFTER
 
 
 @pytest.mark.parametrize(("name", "row"), [("qwen-0.6b", "Qwen3 0.6B"), ("llama-8b", "Llama 3.1 8B")])

@@ -1,6 +1,7 @@
 """Every tiny architecture, native or fallback, gives the logits of transformers however a sequence is cut."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ VOCAB = 384
 class Pair:
     """Our model and transformers' own, with the same weights."""
 
-    def __init__(self, arch: str, folder: Path) -> None:
+    def __init__(self, arch: str, folder: Path, **changes: Any) -> None:
         self.arch = arch
-        make_tiny_model(arch, folder)
+        make_tiny_model(arch, folder, **changes)
         self.ours: CausalLM = load(folder)
         self.theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -45,6 +46,39 @@ def prompt(length: int, seed: int) -> list[int]:
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+_ORIGINAL = {"original_max_position_embeddings": 64}
+_FACTORS = {"short_factor": [1 + i / 10 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", rope("linear", factor=2.0)),
+        ("mistral", rope("dynamic", factor=2.0)),
+        ("qwen2", rope("yarn", factor=4.0, **_ORIGINAL)),
+        ("llama", rope("yarn", factor=4.0, mscale=0.7, mscale_all_dim=0.5, beta_fast=16, truncate=False, **_ORIGINAL)),
+        ("llama", rope("longrope", factor=4.0, **_FACTORS, **_ORIGINAL)),
+        ("mistral", _LAYERS),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
+        ("qwen3", {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"}),
+        ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
+        ("gemma3", {"final_logit_softcapping": 5.0, "attention_bias": True}),
+    ],
+)
+def test_variants_of_configs(arch: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    pair, tokens = Pair(arch, tmp_path, **changes), prompt(100, seed=1)
+    assert isinstance(pair.ours, Decoder)
+    # Ours takes dynamic and longrope for the context length of the server, which is more than 64.
+    assert_same(ModelDriver(pair.ours).step({"a": tokens})["a"], pair.expected(tokens))
 
 
 def test_native_architectures_run_natively(pair: Pair) -> None:

@@ -10,8 +10,9 @@ from support.engine import runner_config
 from support.tiny_models import NATIVE_ARCHITECTURES, make_tiny_model
 from support.tp_ranks import Job, Results, run_jobs
 
-from ramet.model_runner.models.loader import WeightsError, load_model
+from ramet.model_runner.models.loader import load_model
 from ramet.model_runner.parallel import TpGroup, use_device
+from ramet.model_runner.weights.errors import WeightsError
 
 # What no tiny model has by itself: one key-value head, a vocabulary that does not divide, biases after sums over ranks.
 ODD = {"num_key_value_heads": 1, "vocab_size": 391, "attention_bias": True, "mlp_bias": True}
@@ -107,7 +108,7 @@ def test_shards() -> None:
 
 
 def test_fewer_devices_than_ranks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no CUDA device 99: \d+ are visible, counted from 0"):
+    with pytest.raises(ValueError, match=r"there is no CUDA device 99: \d+ are visible, counted from 0.*--device cpu"):
         use_device(runner_config(tmp_path, device="cuda", device_index=99))
 
 

@@ -70,13 +70,23 @@ def test_single_file_path_and_progress(folder: Path) -> None:
 def test_wrong_tensors_are_named(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(folder, {name: torch.zeros(96, 60)})
-    with pytest.raises(WeightsError, match=rf"{name} has shape \[96, 60\] in the checkpoint, not \[96, 64\]"):
+    with pytest.raises(WeightsError, match=rf"{name} has shape \[96, 60\] in .*/model, not \[96, 64\]"):
         load(folder)
     rewrite(folder, {name: None})
-    with pytest.raises(WeightsError, match=f"the checkpoint lacks {name}"):
+    with pytest.raises(WeightsError, match=f"/model lacks {name}"):
         load(folder)
     rewrite(folder, {name: torch.zeros(96, 64), "model.layers.7.mlp.up_proj.weight": torch.zeros(2)})
     with pytest.raises(WeightsError, match=r"no place for model\.layers\.7\.mlp\.up_proj\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused(folder: Path, value: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(folder / "model.safetensors")[name]
+    weight[7, 3] = value
+    rewrite(folder, {name: weight})
+    with pytest.raises(WeightsError, match=f"{name} in .*/model has numbers that are infinite or none"):
         load(folder)
 
 
@@ -107,6 +117,52 @@ def test_missing_and_broken_files(folder: Path) -> None:
         load(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"config in .* cannot be used"):
+        load(folder)
+
+
+def test_a_broken_file_of_several_is_named(folder: Path) -> None:
+    files = shard(folder)
+    whole = files[1].read_bytes()
+    for content in (b"", whole[:7], whole[:200], whole[:-1], whole + b"x", b"\xff" * 8 + whole[8:]):
+        files[1].write_bytes(content)
+        with pytest.raises(WeightsError, match=f"cannot read the safetensors weights in .*{files[1].name}"):
+            load(folder)
+    index = folder / "model.safetensors.index.json"
+    for content in (b"", b"{}", b"[]", b'{"weight_map": []}', b'{"weight_map": {"x": 1}}', b"\xff\xfe"):
+        index.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"index\.json is not a safetensors index"):
+            load(folder)
+
+
+def test_a_broken_pickle_is_named(folder: Path) -> None:
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path)
+    whole = path.read_bytes()
+    middle = whole.index(b"model.embed")
+    for content in (b"", b"PK", whole[:500], whole[:-9], whole[:middle] + b"\xff" * 9 + whole[middle + 9 :]):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"pytorch_model\.bin cannot be read as plain tensors"):
+            load(folder, load_format=LoadFormat.PICKLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads evenly"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"dtype": "float999"}, "float999"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope type 'spiral' is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"is_causal": False}, "attention in both directions"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+    ],
+)
+def test_what_a_config_asks_is_honoured_or_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(WeightsError, match=words):
         load(folder)
 
 

@@ -55,6 +55,7 @@ class InlineEngine:
                 page_size=config.page_size,
                 max_running=max_running,
                 max_step_tokens=config.max_step_tokens,
+                context_length=config.context_length,
                 max_total_tokens=total_tokens,
                 cuda_graph_max_bs=cuda_graph_max_bs,
                 quantization=quantization,

@@ -493,4 +493,10 @@ def _scaled_mm(
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
-_STAND_INS = {aten._scaled_mm.default: _scaled_mm}
+def _mm_to_float32(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`torch.mm` with a type for its result, which a CPU lacks."""
+    assert a.dtype is b.dtype is torch.bfloat16 and out_dtype is torch.float32
+    return a.float() @ b.float()
+
+
+_STAND_INS = {aten._scaled_mm.default: _scaled_mm, aten.mm.dtype: _mm_to_float32}

@@ -13,10 +13,11 @@ from support.fake_cuda import DeviceTensor, FakeCuda, device_tensors, inner
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ramet.kernels.triton import sampling
+from ramet.kernels.triton import fp8, sampling
 from ramet.model_runner.attention import triton_backend
 from ramet.model_runner.attention.torch_backend import _attend
 from ramet.model_runner.context import AttentionSpec
+from ramet.model_runner.layers.linear import _to_fp8 as to_fp8_plainly
 from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.layers.rope import rotate
 from ramet.model_runner.models import cuda_decoder
@@ -51,6 +52,7 @@ def install(device: FakeCuda, patch: pytest.MonkeyPatch) -> None:
         (cuda_decoder, "gated", _gated),
         (cuda_decoder, "experts", _experts),
         (sampling, "choose", _choose),
+        (fp8, "to_fp8", _to_fp8),
     ]
     for module, name, compute in places:
         patch.setattr(module, name, _standing_in(device, getattr(module, name), compute))
@@ -89,6 +91,7 @@ def _standing_in(device: FakeCuda, wrapper: Callable[..., Any], compute: Callabl
 def _paged_attention(
     _: None, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, cu_q: Tensor,
     seq_lens: Tensor, *, max_query_len: int, scale: float, gpu: Any, window: int | None, softcap: float | None,
+    splits: int | None = None,
 ) -> None:  # fmt: skip
     spec, page_size = AttentionSpec(0, scale, window, softcap), keys.shape[1]
     assert len(query) == len(out) and len(cu_q) == len(seq_lens) + 1 == len(block_table) + 1
@@ -157,3 +160,8 @@ def _choose(
     best, tokens = torch.where(random, scaled + keyed_gumbel(keys, logits.shape[1]), scaled).max(dim=-1)
     chosen[0].copy_(tokens)
     chosen[1].copy_(best)
+
+
+def _to_fp8(rounded: tuple[Tensor, Tensor], rows: Tensor) -> None:
+    for target, found in zip(rounded, to_fp8_plainly(rows), strict=True):
+        target.copy_(found)

@@ -1,9 +1,11 @@
 """Triton's interpreter, for these tests: under guard (`support/guarded_launches.py`), and mended. It holds bfloat16 as
-16-bit integers, and would multiply matrices of them as such."""
+16-bit integers, and would multiply matrices of them as such; it rounds to float8 without carrying into the exponent."""
 
 import numpy as np
 import pytest
+import torch
 from support.guarded_launches import guarded_launches
+from support.interpreted_kernels import NOT_RUN, InterpretedKernels
 from support.triton_device import INTERPRETED
 
 
@@ -29,6 +31,36 @@ def bfloat16_matrix_products():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rounding_to_float8():
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_fp_to_fp
+
+    def convert(self, source: TensorHandle, kind: tl.dtype, rounding: object) -> TensorHandle:
+        if kind.scalar != tl.float8e4nv or source.dtype.scalar != tl.float32:
+            return original(self, source, kind, rounding)
+        rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), kind.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fp_to_fp", convert)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_ahead():
+    """Interpreted kernels are not compiled, so that the backend need not launch all of them first, at seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr("ramet.model_runner.attention.triton_backend.EVERY_KIND", ())
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def guarded():
     """Every access of every kernel test here that is interpreted. Not of the tests of whole models, whose padding
@@ -38,3 +70,23 @@ def guarded():
         return
     with guarded_launches():
         yield
+
+
+_KERNELS = pytest.StashKey[InterpretedKernels]()
+
+
+@pytest.fixture(scope="session")
+def interpreted_kernels(request: pytest.FixtureRequest) -> InterpretedKernels:
+    return request.session.stash[_KERNELS]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Whoever waits for them comes late: they start with the first test."""
+    waiting = [item for item in session.items if "interpreted_kernels" in getattr(item, "fixturenames", ())]
+    if waiting and NOT_RUN is None and not session.config.option.collectonly:
+        session.stash[_KERNELS] = InterpretedKernels()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if kernels := session.stash.get(_KERNELS, None):
+        kernels.stop()

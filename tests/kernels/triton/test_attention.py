@@ -5,7 +5,8 @@ import torch
 from support.attention_cases import Case
 from support.triton_device import DEVICE, assert_near, kernel_test
 
-from ramet.kernels.triton.attention import Gpu, choose_splits, choose_tiling, paged_attention
+from ramet.kernels.triton.attention import EVERY_KIND, Gpu, choose_splits, choose_tiling, paged_attention
+from ramet.model_runner.attention import triton_backend
 from ramet.model_runner.attention.torch_backend import TorchBackend
 from ramet.model_runner.attention.triton_backend import TritonBackend
 from ramet.model_runner.context import AttentionSpec
@@ -100,6 +101,14 @@ def test_nan_beyond_a_row_does_not_spread_and_its_own_does(num_sms):
     assert torch.equal(case.run(backend), expected)
     case.pool.keys[0][case.tables[0][0], 3] = float("nan")
     assert case.run(backend)[0].isnan().all()
+
+
+def test_launching_every_kind_first_changes_nothing(monkeypatch):
+    case, found = Case([(40, 1), (30, 9)], 2, 1, dtype=torch.float32, device=DEVICE), []
+    for kinds in ((), EVERY_KIND):
+        monkeypatch.setattr(triton_backend, "EVERY_KIND", kinds)
+        found.append(case.run(TritonBackend(Gpu(64, 90))))
+    assert torch.equal(*found)
 
 
 def test_tiles_and_splits_depend_on_shapes_alone():

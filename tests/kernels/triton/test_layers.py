@@ -4,11 +4,13 @@ import pytest
 import torch
 from support.triton_device import DEVICE, assert_near, kernel_test, randn
 
+from ramet.kernels.triton.fp8 import to_fp8
 from ramet.kernels.triton.gated_mlp import ACTIVATIONS, gated
 from ramet.kernels.triton.moe import experts
 from ramet.kernels.triton.norm import add_rms_norm
 from ramet.kernels.triton.rope_store import rope_and_store
 from ramet.model_runner.kv_pool import KVPool, KVSpec
+from ramet.model_runner.layers.linear import _to_fp8
 from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.layers.moe import MoE, MoESpec
 from ramet.model_runner.layers.norm import QKNorm, RMSNorm
@@ -42,6 +44,18 @@ def test_plain_norm(dtype):
     kept = hidden.clone()
     assert_near(add_rms_norm(hidden, None, layer.weight, EPS, dtype), layer(hidden).float())
     assert torch.equal(hidden, kept)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 1000)])
+def test_to_fp8(tokens, width, dtype):
+    """Rows of all sizes, and one of zeros. A GPU's division may be a bit off, so that few numbers round otherwise."""
+    rows = (randn(tokens, width) * torch.logspace(-6, 4, tokens)[:, None]).to(dtype)
+    rows[-1] *= tokens == 1
+    (found, scale), (expected, expected_scale) = to_fp8(rows.to(DEVICE)), _to_fp8(rows)
+    torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-6, atol=0)
+    found, expected = found.float().cpu(), expected.float()
+    torch.testing.assert_close(found, expected, rtol=0.13, atol=2**-8)  # a step
+    assert (found != expected).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))

@@ -1,4 +1,4 @@
-"""What a killed launcher left is removed, and nothing else."""
+"""What a killed process left is removed, and nothing else."""
 
 import os
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ramet.launch.socket_folder import make_folder
+from ramet.launch.owned_folder import make_folder
 
 KILLED = """
 import os, signal
-from ramet.launch.socket_folder import make_folder
-print(make_folder()[0], flush=True)
+from ramet.launch.owned_folder import make_folder
+print(make_folder("ramet-")[0], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -26,7 +26,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_only_stale_folders_are_removed(temporary: Path) -> None:
-    living, lock = make_folder()
+    living, lock = make_folder("ramet-")
     stale = subprocess.run(
         [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False
     ).stdout.strip()
@@ -35,9 +35,9 @@ def test_only_stale_folders_are_removed(temporary: Path) -> None:
     foreign.mkdir()
     (temporary / "ramet-file").touch()
     (temporary / "ramet-link").symlink_to(stale)
-    folder, second = make_folder()
+    folder, second = make_folder("ramet-")
     assert not Path(stale).exists()
-    left = {"ramet-notes", "ramet-file", "ramet-link", Path(living).name, Path(folder).name}
+    left = {"ramet-notes", "ramet-file", "ramet-link", living.name, folder.name}
     assert {path.name for path in temporary.iterdir()} == left
     for descriptor in (lock, second):
         os.close(descriptor)
