@@ -6,6 +6,7 @@ import pytest
 
 from ramet.ipc.errors import FailureKind
 from ramet.scheduler.config import Policy
+from ramet.scheduler.radix_cache import RadixCache
 
 
 def test_simultaneous_requests_compute_a_cold_prefix_once(make_driver):
@@ -18,6 +19,48 @@ def test_simultaneous_requests_compute_a_cold_prefix_once(make_driver):
     # 64 tokens of prefix once, then one own token each, then one decode each.
     assert driver.core.counters.computed_tokens == 64 + 8 + 8
     assert driver.core.counters.cached_tokens == 7 * 64
+
+
+def test_who_awaits_a_prefix_looks_for_it_twice_however_long_it_takes(make_driver, monkeypatch):
+    looks = []
+    find = RadixCache.find
+    monkeypatch.setattr(RadixCache, "find", lambda self, *args: looks.append(1) or find(self, *args))
+    driver = make_driver(num_pages=400, max_step_tokens=20)
+    driver.add("stream", [1], max_tokens=60)
+    driver.step()
+    driver.add("owner", list(range(2, 102)), max_tokens=2, priority=1)
+    driver.step()
+    for i in range(6):
+        driver.add(f"r{i}", [*range(2, 82), 200 + i], max_tokens=2, priority=1)
+    steps = 0
+    while not driver.core.counters.cached_tokens:
+        driver.step()
+        steps += 1
+    assert steps > 3
+    driver.finish()
+    assert driver.core.counters.cached_tokens == 6 * 80
+    assert len(looks) <= 2 * 6 + 2
+
+
+def test_a_prefix_that_is_longer_than_what_two_share_is_awaited_only_so_far(make_driver):
+    driver = make_driver(num_pages=400, max_step_tokens=16)
+    driver.add("long", list(range(2, 162)), max_tokens=1)
+    driver.step()
+    driver.add("short", [*range(2, 50), 200], max_tokens=1)
+    driver.finish()
+    assert driver.outputs[1].admitted.prompt.cached_tokens == 48
+    # It enters as soon as the other has its 48 tokens, and need not wait for the rest.
+    first = next(i for i, plan in enumerate(driver.plans) if any(row.start == 48 for row in plan.rows))
+    assert first == 3
+
+
+def test_a_plan_tells_all_tokens_only_if_the_runner_reads_them(make_driver):
+    for params, told in (({}, False), ({"min_tokens": 1}, True), ({"presence_penalty": 1.0}, True)):
+        driver = make_driver()
+        driver.add("a", [2, 3, 4, 5, 6], **params)
+        plan = driver.step()
+        assert plan.token_ids == [2, 3, 4, 5, 6]
+        assert plan.admissions[0].token_ids == ([2, 3, 4, 5, 6] if told else [])
 
 
 def test_prefix_is_computed_again_if_its_owner_is_aborted(make_driver):
