@@ -69,7 +69,7 @@ def _fp8_linear(hidden: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
 
 
 def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [N, K] -> the same in float8, and the scale [N, 1] float32 that brings each row back. On CUDA in one kernel."""
+    """rows [N, K] -> the same in float8, and the scale [N, 1] float32 that brings each row back. One kernel on CUDA."""
     if rows.is_cuda:
         from ramet.kernels.triton.fp8 import to_fp8  # a server on a CPU has no use for triton
 
