@@ -8,6 +8,7 @@ fills it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -69,6 +70,19 @@ class ForwardContext:
     kv_pool: KVPool
     backend: AttentionBackend
     wanted: Tensor | None = None
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[slice, int, Tensor, Tensor, Tensor]]:
+        """Decodes and longer rows, as there are: their tokens, their longest query, block_table, cu_q and seq_lens. The
+        same in all layers."""
+        found, decodes, rows = [], self.num_decodes, len(self.query_lens)
+        for first, last, longest in ((0, decodes, 1), (decodes, rows, max(self.query_lens))):
+            if first < last:
+                # A decode's row number is its token's.
+                tokens = slice(first, decodes if last == decodes else None)
+                table, seq_lens = self.block_table[first:last], self.seq_lens[first:last]
+                found.append((tokens, longest, table, self.cu_q[first : last + 1], seq_lens))
+        return found
 
     def attend(self, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store this step's key and value, then attend causally over each row's whole context."""

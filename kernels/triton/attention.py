@@ -6,6 +6,7 @@ combined (Flash-Decoding). The grid depends on shapes alone and all lengths are 
 launch is right for any content: splits and tiles that find no work end at once. Rows without keys give zeros.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -88,22 +89,20 @@ def paged_attention(
     num_tokens, heads, key_dim = query.shape
     page_size, kv_heads, value_dim = values.shape[1:]
     rows, max_pages = block_table.shape
-    group = heads // kv_heads
-    tiling = tiling or choose_tiling(
-        max_query_len, group, max(key_dim, value_dim), values.dtype.itemsize, gpu.capability
-    )
-    tiles = triton.cdiv(max_query_len * group, tiling.block_m)
     capacity = max_pages * page_size if window is None else min(max_pages * page_size, window)
-    splits = splits or choose_splits(tiles * rows * kv_heads, capacity, gpu.num_sms)
-    # Unused at one split.
-    parts = torch.empty(num_tokens, heads, splits, value_dim if splits > 1 else 0, device=query.device)
-    logsums = torch.empty(num_tokens, heads, splits, device=query.device)
+    tiling, tiles, splits, blocks = _plan(
+        max_query_len, rows, heads, kv_heads, (key_dim, value_dim), capacity, values.dtype.itemsize, gpu, tiling, splits
+    )
+    parts = logsums = out  # unused at one split
+    if splits > 1:
+        parts = torch.empty(num_tokens, heads, splits, value_dim, device=query.device)
+        logsums = torch.empty(num_tokens, heads, splits, device=query.device)
+    out_strides = out.stride()[:2]
     _attend[(tiles * splits, kv_heads, rows)](
         *(out, parts, logsums, query, keys, values, block_table, cu_q, seq_lens),
         *(scale, softcap or 0.0, window or 0, splits, heads),
-        *(*query.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3], block_table.stride(0)),
-        *(group, page_size, key_dim, value_dim, tiling.block_m, tiling.block_n),
-        *(max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim)),
+        *(*query.stride()[:2], *out_strides, *keys.stride()[:3], *values.stride()[:3], block_table.stride(0)),
+        *(heads // kv_heads, page_size, key_dim, value_dim, tiling.block_m, tiling.block_n, *blocks),
         *(splits > 1, window is not None, softcap is not None),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
@@ -111,10 +110,31 @@ def paged_attention(
     )
     if splits > 1:
         _combine[(num_tokens, heads)](
-            *(out, parts, logsums, *out.stride()[:2], splits),
-            *(value_dim, triton.next_power_of_2(value_dim), _FEW_SPLITS if splits <= _FEW_SPLITS else _MAX_SPLITS),
+            *(out, parts, logsums, *out_strides, splits),
+            *(value_dim, blocks[1], _FEW_SPLITS if splits <= _FEW_SPLITS else _MAX_SPLITS),
             enable_fp_fusion=True,
         )
+
+
+@functools.lru_cache(256)  # the layers of a step ask alike, and launches from Python are what a small step waits for
+def _plan(
+    max_query_len: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    dims: tuple[int, int],
+    capacity: int,
+    itemsize: int,
+    gpu: Gpu,
+    tiling: Tiling | None,
+    splits: int | None,
+) -> tuple[Tiling, int, int, list[int]]:
+    """Tiling, tiles of a row, splits, and the sizes of key and value in a tile."""
+    group = heads // kv_heads
+    tiling = tiling or choose_tiling(max_query_len, group, max(dims), itemsize, gpu.capability)
+    tiles = triton.cdiv(max_query_len * group, tiling.block_m)
+    splits = splits or choose_splits(tiles * rows * kv_heads, capacity, gpu.num_sms)
+    return tiling, tiles, splits, [max(16, triton.next_power_of_2(dim)) for dim in dims]
 
 
 # What varies from step to step must not start a compilation.

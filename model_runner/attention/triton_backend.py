@@ -44,16 +44,6 @@ class TritonBackend(AttentionBackend):
             for longest, splits in EVERY_KIND:
                 one = (out[:1], query[:1], keys, values, ctx.block_table[:1], cu_q, cu_q[1:])
                 paged_attention(*one, max_query_len=longest, splits=splits, **options)
-        decodes, rows = ctx.num_decodes, len(ctx.query_lens)
-        for first, last, longest in ((0, decodes, 1), (decodes, rows, max(ctx.query_lens))):
-            if first == last:
-                continue
-            # A decode's row number is its token's.
-            tokens = slice(first, decodes if last == decodes else None)
-            paged_attention(
-                *(out[tokens], query[tokens], keys, values),
-                *(ctx.block_table[first:last], ctx.cu_q[first : last + 1], ctx.seq_lens[first:last]),
-                max_query_len=longest,
-                **options,
-            )
+        for tokens, longest, *rows in ctx.parts:
+            paged_attention(out[tokens], query[tokens], keys, values, *rows, max_query_len=longest, **options)
         return out

@@ -41,7 +41,7 @@ def test_equals_the_plain_decoder(tiny_model, arch):
 def test_the_engine_answers_as_on_a_cpu(tiny_model, monkeypatch):
     """Interpreted, on a device that does not exist, whose unwritten memory is NaN. Tokens are equal; logits need not
     be, for a tile of another height adds up in another order."""
-    sizes = {"max_step_tokens": 32, "max_running": 4}
+    sizes = {"max_step_tokens": 16, "max_running": 4}
     with contextlib.ExitStack() as stack:
         engines = [InlineEngine(tiny_model("llama"), **sizes)]
         if DEVICE.type == "cpu":
