@@ -3,11 +3,11 @@
 What it measures is the ceiling of a server with the same flags. Loads torch: import it once the placement is settled.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import tqdm
 
 from ramet.ipc.messages import Generate
@@ -42,7 +42,7 @@ def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
             if not core.has_work:
                 break
             pipeline.turn()
-    wall_s, totals = time.perf_counter() - started_s, dataclasses.asdict(core.counters)
+    wall_s, totals = time.perf_counter() - started_s, msgspec.structs.asdict(core.counters)
     rates = {f"{name}_per_s": totals[name] / wall_s for name in ("finished", "prompt_tokens", "generated_tokens")}
     return {"wall_s": wall_s, **totals, **rates}
 

@@ -3,6 +3,7 @@
 All else is real. A prompt with one of the tokens below breaks the step that computes it, or that request's logits.
 """
 
+import itertools
 import sys
 
 import msgspec
@@ -21,14 +22,20 @@ OUT_OF_MEMORY, KERNEL_ERROR, NOT_A_NUMBER = 301, 302, 303
 
 class FaultyRunner(ModelRunner):
     def __init__(self, *args, **kwargs) -> None:
-        self._poisoned: set[int] = set()
+        self._poisoned: set[int] = set()  # slots
+        self._prompt_lens: dict[int, int] = {}  # by slot
         super().__init__(*args, **kwargs)
 
     def launch(self, plan: StepPlan, masks=None) -> PendingStep:
-        self._poisoned -= set(plan.released)
-        self._poisoned |= {a.slot for a in plan.admissions if NOT_A_NUMBER in a.token_ids[: a.prompt_len]}
+        self._prompt_lens |= {a.slot: a.prompt_len for a in plan.admissions}
+        tokens = iter(plan.token_ids)
+        chunks = {row.slot: list(itertools.islice(tokens, row.length)) for row in plan.rows}
+        starts = {row.slot: row.start for row in plan.rows}
         # Not those that were generated.
-        given = {token for a in plan.admissions for token in a.token_ids[: a.prompt_len]}
+        prompts = {slot: chunk for slot, chunk in chunks.items() if starts[slot] < self._prompt_lens[slot]}
+        given = set().union(*prompts.values())
+        self._poisoned -= set(plan.released)
+        self._poisoned |= {slot for slot, chunk in prompts.items() if NOT_A_NUMBER in chunk}
         broken = [i for i, row in enumerate(r for r in plan.rows if r.sample) if row.slot in self._poisoned]
         logits = self._model.logits
 
