@@ -9,7 +9,7 @@ import hashlib
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -42,7 +42,7 @@ class _Body(msgspec.Struct):
 
 class Line(msgspec.Struct, forbid_unknown_fields=True):
     custom_id: str
-    method: Literal["POST"]
+    method: str
     url: str
     body: _Body
 
@@ -111,6 +111,8 @@ class InputCheck:
             raise _line_error(error) from None
         body = request.body
         self._check_id(request.custom_id)
+        if request.method != "POST":
+            raise invalid(f"method must be 'POST', got {request.method!r}", "method")
         self._check_target(request.url, body)
         prompt = b"".join([bytes(raw) for raw in (body.tools, body.messages, body.prompt, body.input)])
         entry = INDEX_ENTRY.pack(offset + len(line) - len(text), len(text))

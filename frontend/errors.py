@@ -116,6 +116,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if error.status_code in (404, 405):
         message = f"{error.detail}: {request.method} {request.url.path}"
+    versioned = {**request.scope, "path": f"/v1{request.scope['path']}"}
+    if error.status_code == 404 and any(route.matches(versioned)[0].value for route in request.app.routes):
+        message += f"; it is /v1{request.url.path} here"
     return http_error(error.status_code, message, error.headers)
 
 

@@ -50,9 +50,12 @@ class Health:
 
     def _stuck(self) -> Failure | None:
         now, addresses = time.monotonic(), self._client.addresses
-        ages = {name: now - last_beat_s(addresses, name) for name in self._client.processes}
-        late = [(name, age_s) for name, age_s in ages.items() if age_s > self._config.watchdog_timeout_s]
-        words = "; ".join(f"{name} hangs, silent for more than {age_s:.1f} s" for name, age_s in late)
+        beats_s = {name: last_beat_s(addresses, name) for name in self._client.processes}
+        late = [(name, beat_s) for name, beat_s in beats_s.items() if now - beat_s > self._config.watchdog_timeout_s]
+        words = "; ".join(
+            f"{name} hangs, silent " + (f"for more than {now - beat_s:.1f} s" if beat_s else "since it was started")
+            for name, beat_s in late
+        )
         return Failure(FailureKind.ENGINE_DOWN, words) if late else None
 
     async def _one_token(self) -> None:

@@ -89,7 +89,8 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
                 raise ConfigError(f"{source} is not the input that {folder} was begun with: remove the folder")
             if batch.model not in (None, config.frontend.model_path, *config.frontend.served_names):
                 raise ConfigError(f"{folder} was begun with the model {batch.model!r}: give it, or remove the folder")
-            logger.info("going on after %d of %d lines", batch.request_counts.completed, batch.request_counts.total)
+            counts = batch.request_counts
+            logger.info("going on after %d of %d lines", counts.completed + counts.failed, counts.total)
             return batch
         upload = Upload(store)
         with source.open("rb") as file:

@@ -16,9 +16,11 @@ class ModelUnavailable(Exception):
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/ramet/models`, by default below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ramet" / "models"
+    """`$XDG_CACHE_HOME/ramet/models`, by default below ~/.cache. Raises ModelUnavailable for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise ModelUnavailable("this user has no home folder to keep models in: set XDG_CACHE_HOME to a folder")
+    return Path(base) / "ramet" / "models"
 
 
 @contextlib.contextmanager

@@ -22,13 +22,15 @@ Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 
 # Flags people type by habit from other servers: what they are called here, or that they are not here.
 _ELSEWHERE = {
-    "block-size": "is --page-size here",
-    "gpu-memory-utilization": "is --mem-fraction-static here",
-    "kv-cache-dtype": "is not supported by this version",
-    "max-model-len": "is --context-length here",
-    "max-num-batched-tokens": "is --chunked-prefill-size here",
-    "max-num-seqs": "is --max-running-requests here",
-    "tensor-parallel-size": "is --tp-size here",
+    **dict.fromkeys(("--max-model-len", "--ctx-size", "-c"), "is --context-length here"),
+    "--block-size": "is --page-size here",
+    "--enable-prefix-caching": "is not needed: known prefixes are reused but for --disable-radix-cache",
+    "--gpu-memory-utilization": "is --mem-fraction-static here",
+    "--kv-cache-dtype": "is not supported by this version",
+    "--max-num-batched-tokens": "is --chunked-prefill-size here",
+    "--max-num-seqs": "is --max-running-requests here",
+    "--tensor-parallel-size": "is --tp-size here",
+    "-m": "is --model-path here",
 }
 
 # Flags that mean nothing where nobody is served.
@@ -112,12 +114,12 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
     """
     parser = _parser(program, description, kinds)
     namespace, unknown = parser.parse_known_args(argv)
-    for argument in unknown:
-        name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name in _ELSEWHERE:
-            parser.error(f"--{name} {_ELSEWHERE[name]}")
+    for name in (argument.partition("=")[0] for argument in unknown):
+        if name in _ELSEWHERE:
+            parser.error(f"{name} {_ELSEWHERE[name]}")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = "" if unknown[0].startswith("-") or ServerArgs not in kinds else " (a model is named by --model-path)"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     given = vars(namespace)
     path = given.pop("config", None)
     try:

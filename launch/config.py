@@ -65,6 +65,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             "each running request needs a token of every step"
         )
     dtype = args.dtype if args.dtype != "auto" else _log("dtype", _choose_dtype(model.info.dtype, device, is_embedding))
+    _check_quantization(args.quantization, device, dtype)
     with_graphs = device == "cuda" and not args.disable_cuda_graph
     runner = RunnerConfig(
         model_dir=model.model_dir,
@@ -209,6 +210,13 @@ def _is_embedding(args: ServerArgs, model: ResolvedModel) -> bool:
         if wanted and getattr(args, name) is not None:
             raise ConfigError(f"{name} is not for servers that embed: they have no KV cache and do not quantise")
     return wanted
+
+
+def _check_quantization(wanted: str | None, device: str, dtype: str) -> None:
+    """What would be found only when all weights are loaded. Raises ConfigError."""
+    needed = ("cuda" if wanted == "fp8" else "cpu", "bfloat16")
+    if wanted is not None and (device, dtype) != needed:
+        raise ConfigError(f"quantization {wanted} needs {' and '.join(needed)}, got {device} and {dtype}")
 
 
 def _context_length(wanted: int | None, model: ResolvedModel, is_embedding: bool) -> int:

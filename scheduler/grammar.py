@@ -142,4 +142,5 @@ def _spell_out(escape: re.Match[str]) -> str:
 
 
 def _words(matcher: LLMatcher) -> str:
-    return matcher.get_error().replace("<non-verbose/>", "").strip() or f"the parser stopped: {matcher.stop_reason()}"
+    words = matcher.get_error().replace("<non-verbose/>", "").replace("NoExtensionBias", "no text can match it")
+    return words.strip() or f"the parser stopped: {matcher.stop_reason()}"

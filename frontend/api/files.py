@@ -101,11 +101,11 @@ class Files:
     async def content(self, request: Request) -> Response:
         file, content = await self._store.call(self._store.open_content, request.path_params["file_id"])
         headers = {"content-length": str(file.bytes)}
-        return StreamingResponse(self._pieces(content), 200, headers, BINARY)
+        return StreamingResponse(self._pieces(content, request.method), 200, headers, BINARY)
 
-    async def _pieces(self, content: BinaryIO) -> AsyncIterator[bytes]:
+    async def _pieces(self, content: BinaryIO, method: str) -> AsyncIterator[bytes]:
         with content:
-            while piece := await self._store.call(content.read, _PIECE_BYTES):
+            while method == "GET" and (piece := await self._store.call(content.read, _PIECE_BYTES)):
                 yield piece
 
     async def delete(self, request: Request) -> Response:

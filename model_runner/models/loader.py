@@ -115,6 +115,11 @@ def _load_native(
         spec = build(hf_config, config.context_length)
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads evenly")
+        for layer in spec.layers:
+            if (window := layer.sliding_window) is not None and window < 1:
+                raise ValueError(f"sliding_window must be at least 1, got {window}")
+            if (moe := layer.moe) is not None and not 1 <= moe.top_k <= moe.num_experts:
+                raise ValueError(f"num_experts_per_tok must be 1 to {moe.num_experts} (num_experts), got {moe.top_k}")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error!r}") from error
     with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
@@ -182,14 +187,10 @@ def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> Caus
 
 
 def _round_to_fp8(model: Decoder, config: RunnerConfig) -> None:
-    device = torch.device(config.device)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    major, minor = torch.cuda.get_device_capability(torch.device(config.device))
     try:
-        if capability < (8, 9):
-            found = f"{device} has {capability[0]}.{capability[1]}" if any(capability) else f"the device is {device}"
-            raise ValueError(f"it needs CUDA with compute capability 8.9 or newer, and {found}")
-        if config.dtype != "bfloat16":
-            raise ValueError(f"it needs --dtype bfloat16, not {config.dtype}")
+        if (major, minor) < (8, 9):
+            raise ValueError(f"it needs compute capability 8.9 or newer, and {config.device} has {major}.{minor}")
         if any(layer.moe is not None for layer in model.spec.layers):
             raise ValueError("experts are not rounded, and would be most of the model")
         model.round_to_fp8()

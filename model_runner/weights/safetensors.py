@@ -21,11 +21,15 @@ class SafetensorsSource(WeightSource):
         """`path`: a .safetensors file, or the folder of a checkpoint. Raises WeightsError if there is none."""
         self.path = path
         self._files: dict[str, Any] = {}  # tensor name -> open file
+        owners: dict[str, Path] = {}
         for file in _checkpoint_files(path):
             try:
                 handle = safe_open(file, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise WeightsError(f"cannot read the safetensors weights in {file}: {error}") from error
+            if (twice := min(owners.keys() & handle.keys(), default=None)) is not None:
+                raise WeightsError(f"{twice} is in {owners[twice]} and in {file}: one of them is not of this model")
+            owners |= dict.fromkeys(handle.keys(), file)
             self._files |= dict.fromkeys(handle.keys(), handle)
 
     def names(self, wanted: Set[str] = frozenset()) -> Set[str]:

@@ -46,7 +46,7 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
     entries = [line(f"{i}", MODEL, max_tokens=100, ignore_eos=True) for i in range(400)]
-    write(tmp_path, [*entries, line("bad", MODEL, temperature=9)])
+    write(tmp_path, [line("bad", MODEL, temperature=9), *entries])
     store = tmp_path / ".out.jsonl.ramet"
     process = start(command)
     until(lambda: any(store.glob("batches/*/output")), 60, lambda: "a start")
@@ -56,15 +56,17 @@ def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
     code, errors = end(process)
     assert code == 130
     assert "the same command goes on from there" in errors
-    assert read_batch(store, batch_id).status == "in_progress"
+    batch = read_batch(store, batch_id)
+    assert (batch.status, batch.request_counts.failed) == ("in_progress", 1)
 
     write(tmp_path, entries)
     code, errors = end(start(command))
     assert code == 1 and "is not the input that" in errors
 
-    write(tmp_path, [*entries, line("bad", MODEL, temperature=9)])
+    write(tmp_path, [line("bad", MODEL, temperature=9), *entries])
     code, errors = end(start(command))
     assert code == 0, errors
+    assert f"going on after {batch.request_counts.completed + 1} of 401 lines" in errors
     assert "400 lines in" in errors and "1 lines failed" in errors and "401/401" in errors
     results = [json.loads(entry) for entry in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(int(result["custom_id"]) for result in results) == list(range(400))

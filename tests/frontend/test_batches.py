@@ -177,7 +177,7 @@ GOOD = line("good", MODEL)
         ([b"", {**GOOD, "custom_id": 5}], "invalid_type", "custom_id", 2),
         ([{**GOOD, "custom_id": ""}], "invalid_value", "custom_id", 1),
         ([{**GOOD, "zap": 5}], "unknown_parameter", "zap", 1),
-        ([{**GOOD, "method": "GET"}], "invalid_type", "method", 1),
+        ([{**GOOD, "method": "GET"}], "invalid_value", "method", 1),
         ([{k: v for k, v in GOOD.items() if k != "body"}], "missing_required_parameter", "body", 1),
         ([{**GOOD, "body": []}], "invalid_type", "body", 1),
         ([{**GOOD, "body": {"messages": []}}], "missing_required_parameter", "body.model", 1),
@@ -206,6 +206,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = str(tmp_path_factory.mktemp("store"))
     with ScriptedEngine(file_storage_path=path, max_body_bytes=4_000_000) as engine, sdk(engine) as client:
         yield engine, client
+
+
+def test_the_one_method_is_told(shared: Served) -> None:
+    [error] = run(shared[1], [{**GOOD, "method": "GET"}]).errors.data
+    assert error.message == "method must be 'POST', got 'GET'"
 
 
 def test_all_errors_up_to_a_limit(shared: Served) -> None:

@@ -74,6 +74,23 @@ def test_the_life_of_a_file(engine: ScriptedEngine, files: Any) -> None:
             use(file.id)
 
 
+def test_head_of_a_content_reads_nothing(engine: ScriptedEngine, files: Any) -> None:
+    file = files.create(file=b"x" * 4 * MB, purpose="user_data")
+
+    def read_bytes() -> int:
+        return int(psutil.Process(engine.process.pid).io_counters().read_chars)
+
+    before = read_bytes()
+    with httpx.Client(base_url=engine.url) as client:
+        response = client.head(f"/v1/files/{file.id}/content")
+        client.get("/health")  # on the same connection, so the answer before it has ended
+    assert (response.status_code, response.headers["content-length"]) == (200, str(4 * MB))
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert read_bytes() - before < MB
+    assert len(files.content(file.id).read()) == 4 * MB
+    files.delete(file.id)
+
+
 def test_names_are_never_paths(engine: ScriptedEngine, files: Any) -> None:
     names = ["a" * 2000, "..", "x\x00y", "日本.jsonl", 'q"uote', ""]
     for name in names:

@@ -96,6 +96,10 @@ def test_content_type(client: httpx.Client) -> None:
 
 def test_unknown_paths_methods_and_models(client: httpx.Client) -> None:
     check_error(client.get("/v1/nothing"), 404, "not_found")
+    for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("DELETE", "/files/file-1")):
+        message = check_error(client.request(method, path), 404, "not_found")["message"]
+        assert message == f"Not Found: {method} {path}; it is /v1{path} here"
+    assert check_error(client.get("/nothing"), 404, "not_found")["message"] == "Not Found: GET /nothing"
     response = client.get("/v1/chat/completions")
     check_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from support.scripted_engine import MODEL, WAIT_S, Request, ScriptedEngine
+from support.server import until
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import EngineDown, EngineUp, Fatal, Finish, FinishReason, PromptInfo, TextDelta
@@ -326,6 +327,14 @@ def test_a_drain_while_the_engine_is_down(caller: Caller, comes_back: bool) -> N
             response = answer.result()
             assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
         assert engine.exit_code() == 0
+
+
+def test_a_process_without_a_pulse_is_named_without_a_time() -> None:
+    with ScriptedEngine(watchdog_timeout_s=3.0) as engine:
+        engine.send(EngineUp(pids={"scheduler-0": 1}))
+        until(lambda: httpx.get(f"{engine.url}/health").status_code == 503, WAIT_S, lambda: "healthy")
+        message = httpx.get(f"{engine.url}/health").json()["error"]["message"]
+        assert message == "scheduler-0 hangs, silent since it was started"
 
 
 def test_the_time_of_a_request_runs_on_while_the_engine_is_down(caller: Caller) -> None:

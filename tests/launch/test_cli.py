@@ -72,8 +72,12 @@ def test_prefixes_are_flags() -> None:
         (["--tp", "2", "--dist-init-addr", "a:1"], "dist_init_addr is for several machines: give --nnodes too"),
         (["--dp", "4"], "dp_size is 4, but this version supports only 1"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["model"], "unrecognized arguments: model"),
+        (["org/model", "--tp", "1"], "unrecognized arguments: org/model (a model is named by --model-path)"),
         (["--max-model-len=100"], "--max-model-len is --context-length here"),
+        (["--ctx-size", "4096"], "--ctx-size is --context-length here"),
+        (["-c", "4096"], "-c is --context-length here"),
+        (["-m", "model.gguf"], "-m is --model-path here"),
+        (["--enable-prefix-caching"], "--enable-prefix-caching is not needed: known prefixes are reused"),
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype is not supported by this version"),
         (["--api-key", "a", ""], "api_key must not be empty"),
         (["--served-model-name", " "], "served_model_name must not be empty"),
@@ -93,6 +97,10 @@ def test_prefixes_are_flags() -> None:
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert words in usage_error(capsys, *argv)
+
+
+def test_values_of_unknown_flags_are_no_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error(capsys, "--no-such-flag", "5").endswith("unrecognized arguments: --no-such-flag 5")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -153,6 +154,29 @@ def test_a_meeting_point_in_use() -> None:
         check_meeting_point(ServerArgs(**{**TWO_NODES, "node_rank": 1, "dist_init_addr": address}))
         with pytest.raises(ConfigError, match="machine 0 cannot listen on it: Address already in use"):
             check_meeting_point(ServerArgs(**{**TWO_NODES, "dist_init_addr": address}))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"quantization": "fp8", "device": "cpu"}, "fp8 needs cuda and bfloat16, got cpu and bfloat16"),
+        (
+            {"quantization": "fp8", "device": "cuda", "dtype": "float16"},
+            "needs cuda and bfloat16, got cuda and float16",
+        ),
+        ({"quantization": "int8", "device": "cuda"}, "int8 needs cpu and bfloat16, got cuda and bfloat16"),
+        ({"quantization": "int4", "dtype": "float32"}, "int4 needs cpu and bfloat16, got cpu and float32"),
+    ],
+)
+def test_rounding_that_the_device_cannot_compute(args: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"quantization .*{words}"):
+        resolve(ServerArgs(**{"device": "cpu", "dtype": "bfloat16", **args}), model())
+
+
+@pytest.mark.parametrize(("quantization", "device"), [("fp8", "cuda"), ("int8", "cpu"), ("int4", "cpu")])
+def test_rounding_that_it_can(quantization: Any, device: Any) -> None:
+    config = resolve(ServerArgs(quantization=quantization, device=device, dtype="bfloat16"), model())
+    assert config.runner.quantization == quantization
 
 
 def test_graphs_and_steps_ahead() -> None:

@@ -20,6 +20,7 @@ except ZeroDivisionError:
     log.exception("step %d failed: \\ud800", 7)
 warnings.warn("mind this")
 logging.getLogger("httpx").info("not shown")
+logging.getLogger("python_multipart.multipart").warning("not shown")
 """
 
 

