@@ -30,8 +30,6 @@ from ramet.scheduler.ranks import SETUP_ERRORS, lead
 from ramet.scheduler.stats import StatsReporter
 
 NAME = "scheduler-0"
-# A step may take so many times as long as the warm-up, a full step, before the process might count as stuck.
-STEP_SLACK = 2
 
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
@@ -52,7 +50,7 @@ class Worker:
         self._distant_ranks = ranks if config.tp.host else None  # the launcher watches those on this machine
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
-        self._pulse = Pulse(addresses, NAME, STEP_SLACK * runner.warm_up_s)
+        self._pulse = Pulse(addresses, NAME, runner.warm_up_s)
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
