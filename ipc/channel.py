@@ -164,7 +164,7 @@ class RankServer(Generic[T]):
     def __init__(self, address: str, secret: str, union: object) -> None:
         context: zmq.Context[Any] = zmq.Context.instance()
         self._socket = context.socket(zmq.ROUTER)
-        _set_up(self._socket)
+        _set_up(self._socket, secret)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that has left is an error
         self._gate: ThreadAuthenticator | None = None
         if secret:
@@ -212,7 +212,7 @@ class RankClient(Generic[T]):
         self._address = address
         context: zmq.Context[Any] = zmq.Context.instance()
         self._socket = context.socket(zmq.DEALER)
-        _set_up(self._socket)
+        _set_up(self._socket, secret)
         if secret:
             self._socket.curve_serverkey, _ = _keys(secret, b"ramet rank 0")
             self._socket.curve_publickey, self._socket.curve_secretkey = _keys(secret, b"ramet rank")
@@ -265,12 +265,13 @@ def _keys(secret: str, role: bytes) -> tuple[bytes, bytes]:
     return zmq.curve_public(private), private
 
 
-def _set_up(socket: Any) -> None:
+def _set_up(socket: Any, secret: str) -> None:
     socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+    if secret:  # on one machine a silent process has been stopped for a while, and the launcher watches it
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
 
 
 def _bind(address: str) -> "zmq.Socket[bytes]":

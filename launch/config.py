@@ -249,7 +249,7 @@ def _read_template(given: str | None) -> str | None:
     if given is None or "{" in given:
         return given
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(given)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"chat_template {given!r} is neither a template nor a readable file: {error}") from error
 

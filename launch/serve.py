@@ -4,6 +4,7 @@ Returns the exit code. Nothing a user can cause ends in a traceback.
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def serve(args: ServerArgs) -> int:
             check_port(args.host, args.port)
             tls(args)  # a bad file is known before the model is fetched
             if args.file_storage_path is not None:
-                Path(args.file_storage_path).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+                Path(os.path.expanduser(args.file_storage_path)).mkdir(mode=0o700, parents=True, exist_ok=True)
         check_meeting_point(args)
         config = configure(args)
         supervisor = Supervisor(args)

@@ -78,7 +78,7 @@ def _numeric(given: str | None) -> tuple[str, int]:
 
 def _secret(path: str | None) -> str:
     try:
-        secret = Path(path).expanduser().read_text().strip() if path else os.environ.get(_SECRET_VARIABLE, "")
+        secret = Path(os.path.expanduser(path)).read_text().strip() if path else os.environ.get(_SECRET_VARIABLE, "")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"dist_secret_file {path!r} cannot be read: {error}") from error
     if len(secret) < _SECRET_CHARACTERS:

@@ -18,7 +18,7 @@ from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.embedding import EmbeddingQueue
 from ramet.scheduler.stats import StatsReporter
-from ramet.scheduler.worker import NAME, STEP_SLACK
+from ramet.scheduler.worker import NAME
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Address
     inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
     with startup.failing_with(WeightsError, ValueError):
         embedder = Embedder(runner_config, startup.progress)
-    pulse = Pulse(addresses, NAME, STEP_SLACK * embedder.warm_up_s)
+    pulse = Pulse(addresses, NAME, embedder.warm_up_s)
     startup.ready(context_length=config.context_length, embedding_size=embedder.embedding_size)
     queue = EmbeddingQueue(config.max_step_tokens, config.max_running)
     worker = EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend))

@@ -12,7 +12,6 @@ from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.config import TpConfig
 from ramet.scheduler.ranks import SETUP_ERRORS, join
-from ramet.scheduler.worker import STEP_SLACK
 
 
 def run(config: TpConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
@@ -22,7 +21,7 @@ def run(config: TpConfig, runner_config: RunnerConfig, addresses: Addresses) -> 
     with startup.failing_with(*SETUP_ERRORS):
         link, group = join(config, runner_config, startup.progress)
         runner = ModelRunner(runner_config, startup.progress, group)
-    pulse = Pulse(addresses, name, STEP_SLACK * runner.warm_up_s)
+    pulse = Pulse(addresses, name, runner.warm_up_s)
     startup.ready()
     while True:
         pulse.beat()

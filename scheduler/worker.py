@@ -21,8 +21,6 @@ from ramet.scheduler.ranks import SETUP_ERRORS, lead
 from ramet.scheduler.stats import StatsReporter
 
 NAME = "scheduler-0"
-# A step may take so many times as long as the warm-up, a full step, before the process might count as stuck.
-STEP_SLACK = 2
 # How long messages may be taken between two steps: a prompt of 20,000 tokens takes 0.7 ms. After a long step more are
 # due, or aborts would wait for many steps.
 _INTAKE_S, _INTAKE_SHARE = 0.003, 0.1
@@ -46,7 +44,7 @@ class Worker:
         self._distant_ranks = ranks if config.tp.host else None  # the launcher watches those on this machine
         self._detokenizer = Outbox(addresses.detokenizer)
         self._frontend = Outbox(addresses.frontend)
-        self._pulse = Pulse(addresses, NAME, STEP_SLACK * runner.warm_up_s)
+        self._pulse = Pulse(addresses, NAME, runner.warm_up_s)
         own_inbox = Outbox(addresses.scheduler)
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)

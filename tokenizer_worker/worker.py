@@ -6,7 +6,7 @@ ends here with `Failed`. Does not know sampling beyond the length of the output.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jinja2
 import msgspec
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # Far above what text has. Ten megabytes take half a minute to encode, during which everybody else waits.
 _MAX_CHARS_PER_TOKEN = 128
+# Ten times as long: a machine that is busy leaves this process so little.
+_MOST_S_PER_CHAR = 30e-6
 
 
 def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
@@ -51,7 +53,7 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     startup = Startup(name, addresses)
     inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(index), ToTokenizer)
     with startup.failing_with(TokenizerError, jinja2.TemplateError, OSError):
-        encoder = Encoder(config)
+        encoder = Encoder(config, lambda next_s: pulse.beat(next_s))
     scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
     pulse = Pulse(addresses, name)
     startup.ready()
@@ -85,10 +87,12 @@ def _rids(message: _Work) -> list[str]:
 
 
 class Encoder:
-    """From a prompt or a conversation to the requests of its choices. Raises `RequestError`."""
+    """From a prompt or a conversation to the requests of its choices. Raises `RequestError`. `expect` is told how many
+    seconds an encoding may take, before it begins."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig, expect: Callable[[float], None] = lambda next_s: None) -> None:
         self._config = config
+        self._expect = expect
         self._tokenizer = Tokenizer(config.tokenizer_dir)
         self._template: ChatTemplate | None = load_chat_template(config.tokenizer_dir, config.chat_template)
         self._infill = find_infill(self._tokenizer)
@@ -121,11 +125,15 @@ class Encoder:
                 return self.encode(message)
 
     def _encode(self, text: str, add_special_tokens: bool, param: str | None = None) -> list[int]:
-        limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
-        if len(text) > limit:
-            what = param or "prompt"
-            raise _too_long(f"the {what} has {len(text)} characters, at most {limit} are tokenized here", param)
+        self._prepare(len(text), param)
         return self._tokenizer.encode(text, add_special_tokens)
+
+    def _prepare(self, num_chars: int, param: str | None = None) -> None:
+        limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
+        if num_chars > limit:
+            what = param or "prompt"
+            raise _too_long(f"the {what} has {num_chars} characters, at most {limit} are tokenized here", param)
+        self._expect(_MOST_S_PER_CHAR * num_chars)
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
         """One request per choice, all with the same prompt; choice i has the seed of the first plus i."""
@@ -161,6 +169,7 @@ class Encoder:
             words = "suffix is not supported by this model: its tokenizer has no fill-in-the-middle tokens"
             raise invalid(words, "suffix", "unsupported_parameter")
         assert isinstance(message.prompt, str) and message.suffix is not None
+        self._prepare(len(message.prompt) + len(message.suffix))
         ids = self._infill.encode(message.prompt, message.suffix)
         if params.ignore_eos:
             return ids, params

@@ -1,6 +1,9 @@
 """The channel between tensor-parallel ranks: who is let in, and how a loss is noticed."""
 
 import contextlib
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.server import free_port, until
 
+from ramet.ipc import channel
 from ramet.ipc.channel import ChannelError, PeerLost, RankClient, RankServer
 from ramet.ipc.ranks import Hello, Ping, ToRank, Welcome
 from ramet.ipc.step import Row, StepPlan
@@ -92,3 +96,41 @@ def test_without_the_secret_nobody_gets_in(secret: str) -> None:
 def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
     with pytest.raises(ChannelError, match=r"cannot listen on tcp://192\.0\.2\.1:5000 for the other ranks"):
         RankServer("tcp://192.0.2.1:5000", SECRET, Hello)
+
+
+STOPPABLE = """
+import sys
+from ramet.ipc.channel import RankClient
+from ramet.ipc.ranks import Hello, ToRank
+client = RankClient(*sys.argv[1:], ToRank)
+client.send(Hello(1, {}))
+while True:
+    print(client.receive(), flush=True)
+"""
+
+
+def test_a_machine_that_falls_silent_is_lost_and_a_process_that_is_stopped_for_a_while_is_not(
+    place: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a debugger. The launcher ends one that stays so."""
+    monkeypatch.setattr(channel, "_HEARTBEAT_MS", 50)
+    monkeypatch.setattr(channel, "_SILENCE_MS", 300)
+    server: RankServer[Hello] = RankServer(*place, Hello)
+    with subprocess.Popen([sys.executable, "-c", STOPPABLE, *place], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            came = server.receive(time.monotonic() + 20)
+            assert came is not None and process.stdout is not None
+            server.send([came[0]], PLAN)
+            assert "StepPlan" in process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1)
+            if place[1]:
+                with pytest.raises(PeerLost):
+                    server.send([came[0]], PLAN)
+            else:
+                server.send([came[0]], Ping())
+                process.send_signal(signal.SIGCONT)
+                assert process.stdout.readline() == "Ping()\n"
+        finally:
+            process.kill()
+            server.close()

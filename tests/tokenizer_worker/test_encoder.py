@@ -125,6 +125,13 @@ def test_what_cannot_be_embedded_names_the_input(make_encoder, prompt, words):
     assert caught.value.failure.param == "input"
 
 
+def test_how_long_a_text_may_take_is_told_before(folder):
+    told = []
+    encoder = Encoder(TokenizerConfig(tokenizer_dir=folder, context_length=CONTEXT, vocab_size=512), told.append)
+    encoder.work(Embedding("r", "word " * 12))
+    assert told == [pytest.approx(60 * 30e-6)]
+
+
 def test_model_without_template_refuses_chats(make_encoder, folder, tmp_path):
     shutil.copy(f"{folder}/tokenizer.json", tmp_path)
     encoder = make_encoder(tokenizer_dir=str(tmp_path))

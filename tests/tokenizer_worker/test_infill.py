@@ -71,3 +71,9 @@ def test_a_model_without_such_tokens(tiny_model) -> None:
     with pytest.raises(RequestError, match="no fill-in-the-middle tokens") as caught:
         between(tiny_model("llama"), "a", "z")
     assert (caught.value.failure.param, caught.value.failure.code) == ("suffix", "unsupported_parameter")
+
+
+def test_more_text_than_is_encoded(tiny_model, tmp_path: Path) -> None:
+    with_tokens(tiny_model("llama"), tmp_path, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    with pytest.raises(RequestError, match="the prompt has 9000 characters, at most 8192 are tokenized here"):
+        between(tmp_path, "x" * 4000, "y" * 5000)
