@@ -31,14 +31,15 @@ class Pulse:
         path.touch(0o600)
         with path.open("r+b") as file:
             file.truncate(_SLOT.size)
-            self._slot = mmap.mmap(file.fileno(), _SLOT.size)
+            # `Struct.pack_into` writes zeros first, and who reads those takes the process for one that never beat.
+            self._slot = memoryview(mmap.mmap(file.fileno(), _SLOT.size)).cast("d")
         self.beat()
 
     def beat(self, next_s: float = 0.0) -> None:
         """`next_s`: how long what comes now may take, if it is known."""
         begun_s, self._cpu_s = self._cpu_s, time.thread_time()
         self._slack_s = max(self._slack_s, _GROWTH * (self._cpu_s - begun_s))
-        _SLOT.pack_into(self._slot, 0, time.monotonic() + max(self._slack_s, next_s))
+        self._slot[0] = time.monotonic() + max(self._slack_s, next_s)
 
 
 def last_beat_s(addresses: Addresses, process: str) -> float:

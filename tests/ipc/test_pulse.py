@@ -70,3 +70,26 @@ def test_what_is_announced_counts_until_the_next_beat(tmp_path: Path) -> None:
     assert last_beat_s(addresses, "a") > time.monotonic() + 90
     pulse.beat()
     assert last_beat_s(addresses, "a") < time.monotonic() + 10
+
+
+BUSY = """
+import sys
+from ramet.ipc.channel import Addresses
+from ramet.ipc.pulse import Pulse
+pulse = Pulse(Addresses(sys.argv[1]), "busy")
+print("beats", flush=True)
+while True:
+    pulse.beat()
+"""
+
+
+def test_a_beat_that_is_just_being_written_is_read_whole(tmp_path: Path) -> None:
+    addresses = Addresses(str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", BUSY, tmp_path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        begun_at = time.monotonic()
+        try:
+            while time.monotonic() < begun_at + 2:
+                assert last_beat_s(addresses, "busy") > begun_at - 10
+        finally:
+            process.kill()
