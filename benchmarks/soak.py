@@ -4,8 +4,8 @@ Clients send short and long requests, whole and streamed, leave some of them, as
 deadlines, send what is invalid, and run batches. Traffic pauses at the end of each round; then no request, page or
 file may be in use, and the memory of each process is taken: what it has written itself, without the pages of programs
 and libraries, which come and go with whoever else on the machine maps them. Growth is the trend over the rounds after
-the warm-up, which fills what has a bound (the pages of the KV pool, the cache of grammars) and has twice the clients,
-so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
+the warm-up, which fills what has a bound (the KV pool, the caches of grammars and of the database) and has twice the
+clients, so that later peaks are no news. Exits with 1 for an error, a leak, or too much growth.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [-- launch_server flags …]
 """
@@ -42,6 +42,8 @@ WORDS = ["rain", "plain", "train", "Spain", "falls", "the", "on", "in", "and", "
 CHILD = "ramet.launch.child"
 # More than are kept compiled.
 NUM_GRAMMARS = 70
+# At 8 KiB each, more than the 256 KiB of its database that the frontend keeps in memory.
+NUM_BATCHES = 40
 # A file or two may be open at the wrong moment.
 FILES_TOLERANCE = 3
 
@@ -107,7 +109,7 @@ class Traffic:
                             raise WrongAnswer(f"a stream began with {response.status_code}")
 
     async def fill(self) -> None:
-        """Use each page of the KV pool and each place among the compiled grammars once."""
+        """Use each page of the KV pool, each place among compiled grammars and each page that the database caches."""
         info, model = [(await self._http.get(path)).json() for path in ("/get_server_info", "/get_model_info")]
         length = min(info["context_length"], info["max_total_num_tokens"]) // 2
         for _ in range(info["max_total_num_tokens"] * 5 // 4 // length):
@@ -115,6 +117,8 @@ class Traffic:
             await self._post("/v1/completions", {"model": self._model, "prompt": prompt, "max_tokens": 1})
         for number in range(NUM_GRAMMARS):
             await self.constrained(f"number {number}", max_tokens=1)
+        notes = {f"note {number}": "x" * 512 for number in range(16)}
+        await asyncio.gather(*(self.batch(1, notes) for _ in range(NUM_BATCHES)))
 
     async def constrained(self, title: str | None = None, max_tokens: int = 100) -> None:
         # Not always the same: what is compiled is kept for a while.
@@ -158,21 +162,21 @@ class Traffic:
         answer = await self._post("/tokenize", {"prompt": self._text(100)})
         await self._post("/detokenize", {"tokens": answer["tokens"]})
 
-    async def batch(self) -> None:
+    async def batch(self, num_lines: int = 10, metadata: dict[str, str] | None = None) -> None:
         """All of its life, and nothing left of it but its record."""
         lines = [
             json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body})
-            for i, body in enumerate(self._chat(10, max_tokens=12) for _ in range(10))
+            for i, body in enumerate(self._chat(10, max_tokens=12) for _ in range(num_lines))
         ]
         response = await self._http.post(
             "/v1/files", files={"file": "\n".join(lines).encode()}, data={"purpose": "batch"}
         )
-        fields = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        fields = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "metadata": metadata}
         batch = await self._post("/v1/batches", {"input_file_id": response.json()["id"], **fields})
         while batch["status"] not in ("completed", "failed", "expired", "cancelled"):
             await asyncio.sleep(0.2)
             batch = (await self._http.get(f"/v1/batches/{batch['id']}")).json()
-        if batch["request_counts"] != {"total": 10, "completed": 10, "failed": 0}:
+        if batch["request_counts"] != {"total": num_lines, "completed": num_lines, "failed": 0}:
             raise WrongAnswer(f"a batch ended as {batch}")
         for file_id in (batch["input_file_id"], batch["output_file_id"]):
             await self._http.delete(f"/v1/files/{file_id}")
