@@ -264,7 +264,7 @@ def test_stopping_during_a_restart_ends_what_waits(launch: Callable[[str], Run])
     run = launch("stubborn")
     run.wait_for("launcher", "ready")
     os.kill(run.pid("detokenizer"), signal.SIGKILL)
-    until(lambda: run.count("detokenizer", "started") == 2 or run.find("frontend", "down") is not None, 20, "down")
+    run.wait_for("frontend", "down")
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(20) == 0
     assert [entry[4:] for entry in run.notes() if entry[3] == "down"][-1] == ["it is being stopped", True]

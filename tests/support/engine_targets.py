@@ -51,8 +51,16 @@ def worker(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
 
 def once(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
     """A worker that cannot be started a second time."""
-    lived = f'"{name}", "started"' in Path(diary).read_text()
-    (broken if lived else worker)(name, delay_s, diary, addresses)
+    (broken if has_lived(name, diary) else worker)(name, delay_s, diary, addresses)
+
+
+def slow_again(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
+    """A worker whose second start outlasts every test."""
+    worker(name, 300 if has_lived(name, diary) else delay_s, diary, addresses)
+
+
+def has_lived(name: str, diary: str) -> bool:
+    return f'"{name}", "started"' in Path(diary).read_text()
 
 
 def broken(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
@@ -99,7 +107,7 @@ def processes(diary: str, mode: str, addresses: Addresses) -> list[Process]:
         child("scheduler-0", mode if mode in ("broken", "once") else "worker", 0.2, "ranks"),
         *([child("scheduler-1", "worker", 0.2, "ranks")] if mode == "ranks" else []),
         child("tokenizer-0", "worker", 0),
-        child("detokenizer", "worker", 0),
+        child("detokenizer", "slow_again" if mode == "stubborn" else "worker", 0),
         child("frontend", "frontend", mode == "stubborn"),
     ]
 
