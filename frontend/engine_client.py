@@ -13,6 +13,7 @@ of it is still live. All messages about one id go to the same tokenizer worker.
 
 import asyncio
 import collections
+import functools
 import itertools
 import secrets
 import time
@@ -153,7 +154,8 @@ class EngineClient:
             messages.append(make(Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)))
         num_tokens = sum(map(about_tokens, messages))
         self._admit(count, num_tokens)
-        generation = Generation(self, rids, n, num_tokens, keeps_aborted)
+        release = functools.partial(self._admission.release, count, num_tokens)
+        generation = Generation(rids, n, keeps_aborted, self.abort, release)
         now = time.monotonic()
         try:
             for number, message in enumerate(messages):
@@ -192,7 +194,7 @@ class EngineClient:
             return await asyncio.gather(*[question.answer for question in asked.values()])
         finally:
             self._asking -= 1
-            self.release(1, num_tokens)
+            self._admission.release(1, num_tokens)
             left = [(rid, it) for rid, it in asked.items() if self._questions.pop(rid, None)]
             self._metrics.requests_finished.labels("abort").inc(sum(it.embeds for _, it in left))
             self._send_aborts((rid, it.tokenizer) for rid, it in left)
@@ -203,10 +205,6 @@ class EngineClient:
         except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
             # Free-form fields may hold integers and depths that msgpack has not; Python callers, anything.
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
-
-    def release(self, count: int, num_tokens: int) -> None:
-        """What was admitted has ended."""
-        self._admission.release(count, num_tokens)
 
     def _admit(self, count: int, num_tokens: int) -> None:
         if self.refusal is not None:

@@ -6,7 +6,6 @@ and nothing more. Leaving its `with` block aborts whatever of it is still live.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
 
 import msgspec
 
@@ -34,20 +33,19 @@ class ChoiceRecord(msgspec.Struct, gc=False):
     tokens: int = 0
 
 
-class Submitter(Protocol):
-    """Who has submitted the choices."""
-
-    def abort(self, rids: set[str]) -> None: ...
-
-    def release(self, count: int, num_tokens: int) -> None: ...
-
-
 class Generation:
-    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
+    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`.
+    `abort` drops choices by their ids, `release` is called when nobody waits for any of them."""
 
-    def __init__(self, client: Submitter, rids: list[str], n: int, num_tokens: int, keeps_aborted: bool) -> None:
-        self._client = client
-        self._num_rids, self._num_tokens = len(rids), num_tokens
+    def __init__(
+        self,
+        rids: list[str],
+        n: int,
+        keeps_aborted: bool,
+        abort: Callable[[set[str]], None],
+        release: Callable[[], None],
+    ) -> None:
+        self._abort, self._release = abort, release
         self.keeps_aborted = keeps_aborted
         self.resumes = True  # if the engine dies under it, it may be sent again
         self.records: list[ChoiceRecord] = []
@@ -64,8 +62,8 @@ class Generation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.abort(set(self.open.values()))
-        self._client.release(self._num_rids, self._num_tokens)
+        self._abort(set(self.open.values()))
+        self._release()
 
     async def started(self) -> None:
         """Wait until each prompt has had an event. Raises what failed: nothing has been sent to the client yet."""
@@ -115,7 +113,7 @@ class Generation:
 
     def stop(self, error: Exception) -> None:
         """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
-        self._client.abort(set(self.open.values()))
+        self._abort(set(self.open.values()))
         self._fail(error)
 
     def rewind(self, index: int) -> bool:

@@ -105,59 +105,38 @@ async def _run(
 ) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    stopping = asyncio.create_task(stop.wait())
     metrics = Metrics(config.metrics_buckets, config.served_names[0])
     client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
     inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
-    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
+    # Only a stop ends by itself; if another does, it is a bug, and the clients get their errors all the same.
+    running = {receiving, asyncio.create_task(stop.wait()), asyncio.create_task(_beat(Pulse(addresses, NAME)))}
     up = asyncio.create_task(client.up.wait())
     try:
-        await asyncio.wait({stopping, receiving, up}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*running, up}, return_when=asyncio.FIRST_COMPLETED)
         if up.done():
-            config = msgspec.structs.replace(
-                config,
-                context_length=int(client.info.get("context_length", config.context_length)),
-                kv_tokens=int(client.info.get("kv_tokens", 0)),
-                embedding_size=int(client.info.get("embedding_size", 0)),
-            )
-            await _serve(config, client, metrics, store, startup, listener, stopping, receiving, beating)
+            config = msgspec.structs.replace(config, **client.info)  # the scheduler's limits
+            worker = BatchWorker(config, store, client, metrics)
+            app = build_app(config, client, metrics, store, worker)
+            server = _Server(_uvicorn_config(config, app))
+            with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
+                listener.listen(_BACKLOG)
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            batching = asyncio.create_task(worker.run(app))
+            startup.ready(port=listener.getsockname()[1])
+            await asyncio.wait({*running, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
+            worker.stop()  # a batch goes on where it was when the server is started again
+            left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
+            # Readers that are slow may use up what is left of the time.
+            server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
+            server.should_exit = True
+            await asyncio.gather(serving, batching)
         if receiving.done():
             receiving.result()
     finally:
         receiving.cancel()
         inbox.close()
         client.close()
-
-
-async def _serve(
-    config: FrontendConfig,
-    client: EngineClient,
-    metrics: Metrics,
-    store: Store,
-    startup: Startup,
-    listener: socket.socket,
-    stopping: asyncio.Task[bool],
-    receiving: asyncio.Task[None],
-    beating: asyncio.Task[None],
-) -> None:
-    worker = BatchWorker(config, store, client, metrics)
-    app = build_app(config, client, metrics, store, worker)
-    server = _Server(_uvicorn_config(config, app))
-    with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
-        listener.listen(_BACKLOG)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    batching = asyncio.create_task(worker.run(app))
-    startup.ready(port=listener.getsockname()[1])
-    # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    await asyncio.wait({stopping, receiving, beating, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
-    worker.stop()  # a batch goes on where it was when the server is started again
-    left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
-    # Readers that are slow may use up what is left of the time.
-    server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
-    server.should_exit = True
-    await serving
-    await batching
 
 
 async def _beat(pulse: Pulse) -> None:
