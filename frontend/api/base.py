@@ -1,9 +1,9 @@
-"""`Api`: what the endpoints with a JSON body have in common, and the head of their answers."""
+"""What endpoints have in common: how a body is read, `Api` for those that ask the engine, the head of answers."""
 
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 
@@ -11,10 +11,10 @@ from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import no_such_model
 from ramet.frontend.exchange import BATCH_SERVER, read_json, time_limit, while_connected
+from ramet.frontend.openapi import Endpoint
 from ramet.ipc.errors import invalid
 from ramet.ipc.messages import Answer, Detokenize, Embedding, Tokenize
 
-T = TypeVar("T")
 Question = Embedding | Tokenize | Detokenize
 
 BATCH_PRIORITY = 100
@@ -25,29 +25,29 @@ _KINDS = {
 }
 
 
-class Api:
-    """The base of an endpoint, or of several that belong together. `embeds`: which of the two kinds of servers they
-    are for; None is both."""
+async def read_body(http: Request, endpoint: Endpoint, config: FrontendConfig) -> Any:
+    """The body as the endpoint's struct, with the time limit in the scope. Raises what `read_json` raises, and
+    `RequestError` if this is no server for the endpoint, the body names a model that is not served, or a header a limit
+    that is none."""
+    assert endpoint.body is not None
+    if endpoint.embeds not in (None, config.is_embedding):
+        here, wanted = _KINDS[config.is_embedding][0], _KINDS[bool(endpoint.embeds)][1]
+        words = f"this server {here}; for {http.url.path}, start one that {wanted}"
+        raise invalid(words, code="unsupported_endpoint")
+    http.scope["ramet.limit_s"] = time_limit(http.scope, config.request_timeout_s)
+    body = await read_json(http, endpoint.body, config.max_body_bytes)
+    model = getattr(body, "model", None)
+    if model is not None and not config.serves(model):
+        raise no_such_model(model)
+    return body
 
-    embeds: bool | None = None
+
+class Api:
+    """The base of an endpoint, or of several that belong together."""
 
     def __init__(self, config: FrontendConfig, client: EngineClient) -> None:
         self._config = config
         self._client = client
-
-    async def _read(self, http: Request, schema: type[T]) -> T:
-        """The body, with the time limit in the scope. Raises what `read_json` raises, and `RequestError` if the body
-        names a model not served here, or a header a limit that is none."""
-        if self.embeds not in (None, self._config.is_embedding):
-            here, wanted = _KINDS[self._config.is_embedding][0], _KINDS[bool(self.embeds)][1]
-            words = f"this server {here}; for {http.url.path}, start one that {wanted}"
-            raise invalid(words, code="unsupported_endpoint")
-        http.scope["ramet.limit_s"] = time_limit(http.scope, self._config.request_timeout_s)
-        request = await read_json(http, schema, self._config.max_body_bytes)
-        model = getattr(request, "model", None)
-        if model is not None and not self._config.serves(model):
-            raise no_such_model(model)
-        return request
 
     def _priority(self, http: Request, given: int | None) -> int:
         """A line of a batch yields to every interactive request that names none."""

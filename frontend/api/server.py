@@ -10,14 +10,12 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 
 import ramet
 from ramet.frontend.api.base import Api
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import no_such_model
-from ramet.frontend.exchange import json_response
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import invalid
 from ramet.ipc.messages import FlushCache, Flushed
@@ -36,17 +34,17 @@ class Server(Api):
         self._metrics = metrics
         self._created = int(time.time())
 
-    async def models(self, _http: Request) -> Response:
+    async def models(self, _http: Request) -> dict[str, Any]:
         """One model under each of its served names; its path is accepted as a name too."""
-        return json_response({"object": "list", "data": [self._card(name) for name in self._config.served_names]})
+        return {"object": "list", "data": [self._card(name) for name in self._config.served_names]}
 
-    async def model(self, http: Request) -> Response:
+    async def model(self, http: Request) -> dict[str, Any]:
         name = http.path_params["model"]
         if not name:
             return await self.models(http)
         if not self._config.serves(name):
             raise no_such_model(name)
-        return json_response(self._card(name))
+        return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
@@ -58,12 +56,12 @@ class Server(Api):
             "max_model_len": self._config.context_length,
         }
 
-    async def version(self, _http: Request) -> Response:
-        return json_response({"version": ramet.__version__})
+    async def version(self, _http: Request) -> dict[str, Any]:
+        return {"version": ramet.__version__}
 
-    async def model_info(self, _http: Request) -> Response:
+    async def model_info(self, _http: Request) -> dict[str, Any]:
         config = self._config
-        facts = {
+        return {
             "model_path": config.model_path,
             "tokenizer_path": config.settings.get("tokenizer_path") or config.model_path,
             "served_model_names": config.served_names,
@@ -72,13 +70,12 @@ class Server(Api):
             "max_model_len": config.context_length,
             "vocab_size": config.vocab_size,
         }
-        return json_response(facts)
 
-    async def server_info(self, _http: Request) -> Response:
+    async def server_info(self, _http: Request) -> dict[str, Any]:
         stats = self._metrics.engine.stats
         names = ("running", "waiting", "pages_total", "pages_free", "pages_cached")
         state = {} if stats is None else {name: getattr(stats, name) for name in names}
-        facts = {
+        return {
             **self._config.settings,
             "version": ramet.__version__,
             "context_length": self._config.context_length,
@@ -86,15 +83,13 @@ class Server(Api):
             "live_requests": self._client.live,
             "internal_states": [state],
         }
-        return json_response(facts)
 
-    async def flush_cache(self, _http: Request) -> Response:
+    async def flush_cache(self, _http: Request) -> dict[str, Any]:
         answer = await self._client.ask(FlushCache)
         assert isinstance(answer, Flushed)
-        return json_response({"success": True, "pages": answer.pages})
+        return {"success": True, "pages": answer.pages}
 
-    async def abort(self, http: Request) -> Response:
-        request = await self._read(http, AbortRequest)
+    async def abort(self, _http: Request, request: AbortRequest) -> dict[str, Any]:
         if not request.rid and not request.abort_all:
             raise invalid("give the rid of the requests to abort, or abort_all", "rid")
-        return json_response({"aborted": self._client.abort_named(None if request.abort_all else request.rid)})
+        return {"aborted": self._client.abort_named(None if request.abort_all else request.rid)}
