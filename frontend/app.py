@@ -37,7 +37,6 @@ from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.exchange import BodyRoom, json_response
 from ramet.frontend.generation import ClientDisconnectedError
-from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import JSON, Endpoint, document
 from ramet.frontend.request_log import RequestLog, RequestRecord
@@ -103,7 +102,6 @@ def endpoints(
     config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
 ) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
-    health = Health(config, client, metrics)
     server = Server(config, client, metrics)
     tokens = Tokens(config, client)
     files = Files(config, store, worker.notify)
@@ -144,10 +142,10 @@ def endpoints(
         Endpoint("The version of Ramet", get, ("/version",), server.version),
         Endpoint("Forget cached prefixes", ("GET", "POST"), ("/flush_cache",), server.flush_cache),
         Endpoint("Abort requests by their rid, or all", post, ("/abort_request",), server.abort, AbortRequest),
-        Endpoint("Whether every process lives", get, ("/health",), health.health, open=True),
-        Endpoint("Whether requests are taken", get, ("/ready",), health.ready, open=True),
-        Endpoint("Whether a token can be computed", get, ("/health_generate",), health.generate),
-        Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, metrics_types, open=True),
+        Endpoint("Whether every process lives", get, ("/health",), server.health, open=True),
+        Endpoint("Whether requests are taken", get, ("/ready",), server.ready, open=True),
+        Endpoint("Whether a token can be computed", get, ("/health_generate",), server.health_generate),
+        Endpoint("Measures for Prometheus", get, ("/metrics",), server.metrics, None, metrics_types, open=True),
         Endpoint("This document", get, ("/openapi.json",), describe, open=True),
     ]
     description = document(table, ramet.__version__, keyed=bool(config.api_keys))

@@ -1,24 +1,33 @@
-"""What is asked of a running server beside its work: what it serves and with which settings, to drop its cache, to
-abort requests.
+"""What is asked of a running server beside its work: what it serves and with which settings, how it is, to drop its
+cache, to abort requests.
 
 But for those of the models, names follow SGLang, whose tools ask for them. Settings come from the launcher, without
 keys and passwords.
+
+`/health` is about life: 200 while every process is alive and its loop has turned lately, which is read from their
+pulses without asking them; the launcher's too, without which nothing is restarted or stopped in order. `/ready` is
+about work: 503 while the engine is down or the server drains. `/health_generate` asks for a token. The TCP port is not
+open before the engine is ready, so none answers during the start.
 """
 
+import asyncio
 import time
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
 
 import ramet
 from ramet.frontend.api.base import Api
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.errors import no_such_model
+from ramet.frontend.errors import failure_response, no_such_model
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.errors import invalid
-from ramet.ipc.messages import FlushCache, Flushed
+from ramet.ipc.errors import Failure, FailureKind, invalid
+from ramet.ipc.messages import Completion, Embedding, FlushCache, Flushed
+from ramet.ipc.pulse import last_beat_s
+from ramet.ipc.sampling import SamplingParams
 
 
 class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -93,3 +102,48 @@ class Server(Api):
         if not request.rid and not request.abort_all:
             raise invalid("give the rid of the requests to abort, or abort_all", "rid")
         return {"aborted": self._client.abort_named(None if request.abort_all else request.rid)}
+
+    # ---- health -----------------------------------------------------------------------------------------------------
+
+    async def health(self, _http: Request) -> Any:
+        return _status(self._client.down or self._stuck())
+
+    async def ready(self, _http: Request) -> Any:
+        return _status(self._client.refusal)
+
+    async def health_generate(self, _http: Request) -> Any:
+        """Computes one token of a one-token prompt, or its embedding."""
+        timeout_s = self._config.watchdog_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._one_token()
+        except TimeoutError:
+            return _status(Failure(FailureKind.ENGINE_DOWN, f"no token was computed within {timeout_s:g} s"))
+        return _status(None)
+
+    async def metrics(self, http: Request) -> Response:
+        page, content_type = self._metrics.page(http.headers.get("accept", ""))
+        return Response(page, headers={"content-type": content_type})
+
+    def _stuck(self) -> Failure | None:
+        now, addresses = time.monotonic(), self._client.addresses
+        beats_s = {name: last_beat_s(addresses, name) for name in self._client.processes}
+        late = [(name, beat_s) for name, beat_s in beats_s.items() if now - beat_s > self._config.watchdog_timeout_s]
+        words = "; ".join(
+            f"{name} hangs, silent " + (f"for more than {now - beat_s:.1f} s" if beat_s else "since it was started")
+            for name, beat_s in late
+        )
+        return Failure(FailureKind.ENGINE_DOWN, words) if late else None
+
+    async def _one_token(self) -> None:
+        if self._config.is_embedding:
+            await self._client.ask_all([lambda rid: Embedding(rid, [0])], resumes=False)
+            return
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
+            generation.resumes = False  # after a restart it would be the answer to another question
+            await generation.whole()
+
+
+def _status(failure: Failure | None) -> Any:
+    return {"status": "ok"} if failure is None else failure_response(failure)
