@@ -164,12 +164,6 @@ class Detokenizer:
         return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
 
     def _describe(self, logprob: Logprob) -> TokenText:
-        top = [
-            self._token_text(token_id, value)
-            for token_id, value in zip(logprob.top_ids, logprob.top_logprobs, strict=True)
-        ]
-        return self._token_text(logprob.token_id, logprob.logprob, top)
-
-    def _token_text(self, token_id: int, value: float, top: list[TokenText] | None = None) -> TokenText:
-        data = self._tokenizer.token_bytes(token_id)
-        return TokenText(data.decode("utf-8", errors="replace"), data, value, top or [], token_id)
+        top = [self._describe(Logprob(*other)) for other in zip(logprob.top_ids, logprob.top_logprobs, strict=True)]
+        data = self._tokenizer.token_bytes(logprob.token_id)
+        return TokenText(data.decode("utf-8", errors="replace"), data, logprob.logprob, top, logprob.token_id)

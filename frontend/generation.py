@@ -5,7 +5,7 @@ and nothing more. Leaving its `with` block aborts whatever of it is still live.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import msgspec
 
@@ -70,11 +70,6 @@ class Generation:
         while self._silent_prompts and self._error is None:
             await self._changed()
         self._raise_error()
-
-    async def changes(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
-        """Each `change`."""
-        while changes := await self.change():
-            yield changes
 
     async def change(self, sink: Sink | None = None) -> list[tuple[int, TextDelta]]:
         """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last

@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import time
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -172,7 +173,9 @@ class RankServer(Generic[T]):
             self._socket.curve_publickey, self._socket.curve_secretkey = _keys(secret, b"ramet rank 0")
             self._gate = ThreadAuthenticator(context)
             self._gate.start()
-            self._gate.configure_curve_callback(credentials_provider=_Holders(secret))
+            known, _ = _keys(secret, b"ramet rank")
+            lets_in = types.SimpleNamespace(callback=lambda _domain, key: key == known)
+            self._gate.configure_curve_callback(credentials_provider=lets_in)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -247,16 +250,6 @@ class RankClient(Generic[T]):
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
-
-
-class _Holders:
-    """Lets in who has the keys that the secret gives."""
-
-    def __init__(self, secret: str) -> None:
-        self._public, _ = _keys(secret, b"ramet rank")
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return key == self._public
 
 
 def _keys(secret: str, role: bytes) -> tuple[bytes, bytes]:

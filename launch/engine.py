@@ -159,7 +159,7 @@ class Engine:
         make = functools.partial(Completion, prompt=self._prompts(prompt)[0]) if text else self._conversation(prompt)
         async with self._host.places(1):
             with self._host.client.submit([make], self._checked(params)) as generation:
-                async for changes in generation.changes():
+                while changes := await generation.change():
                     if piece := "".join([delta.text for _, delta in changes]):
                         yield piece
 

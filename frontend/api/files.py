@@ -76,9 +76,8 @@ class Files:
             self._check_size(form)
             if len(form.pending) >= _PIECE_BYTES:
                 await self._store.call(upload.write, form.take())
-        form.finish()
+        purpose, expires_after_s = form.finish()
         self._check_size(form)  # the purpose may have come after the file
-        purpose, expires_after_s = form.checked_fields()
         await self._store.call(upload.write, form.take())
         return await self._store.call(self._store.add, upload, form.filename, purpose, expires_after_s)
 
@@ -136,20 +135,13 @@ class Form:
         callbacks["on_end"] = lambda: setattr(self, "_ended", True)
         self.feed = MultipartParser(options[b"boundary"], callbacks).write
 
-    def finish(self) -> None:
+    def finish(self) -> tuple[str, int | None]:
+        """Purpose, and seconds until the file expires."""
         if not self._ended:
             raise invalid("the multipart body ends before its last boundary", code="invalid_multipart")
         for name in ("file", "purpose"):
             if name not in self.fields:
                 raise invalid(f"missing required parameter: {name!r}", name, "missing_required_parameter")
-
-    def take(self) -> bytes:
-        """What came of the file since the last time."""
-        piece, self.pending = bytes(self.pending), bytearray()
-        return piece
-
-    def checked_fields(self) -> tuple[str, int | None]:
-        """Purpose, and seconds until the file expires."""
         fields = {name: value.decode(errors="replace") for name, value in self.fields.items()}
         purpose = fields["purpose"]
         if purpose not in PURPOSES:
@@ -162,6 +154,11 @@ class Form:
         expiry = ExpiresAfter(anchor or "", int(seconds or 0))
         expiry.check("expires_after")
         return purpose, expiry.seconds
+
+    def take(self) -> bytes:
+        """What came of the file since the last time."""
+        piece, self.pending = bytes(self.pending), bytearray()
+        return piece
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]

@@ -56,7 +56,7 @@ def test_a_backlog_is_merged(harness: Harness) -> None:
         harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(7, 0), [])]))
         harness.client.dispatch(TextBatch([TextDelta(rid, "b", 2, None, []), TextDelta(rid, "", 2, finish=STOP)]))
         with generation:
-            return [change async for changes in generation.changes() for change in changes]
+            return await generation.change()
 
     [(index, delta)] = asyncio.run(read())
     assert index == 0
@@ -116,11 +116,10 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
         harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1)]))
         harness.client.dispatch(Failed([rid], Failure(FailureKind.INTERNAL, "broken")))
         with generation:
-            changes = generation.changes()
-            [(_, delta)] = await anext(changes)
+            [(_, delta)] = await generation.change()
             assert delta.text == "a"
             with pytest.raises(RequestError, match="broken"):
-                await anext(changes)
+                await generation.change()
 
     asyncio.run(read())
     assert harness.client.live == 0
@@ -242,7 +241,7 @@ def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str,
         if not streamed:
             return {rids[index]: delta.text for index, delta in enumerate(await generation.whole())}
         heard = dict.fromkeys(rids, "")
-        async for changes in generation.changes():
+        while changes := await generation.change():
             for index, delta in changes:
                 heard[rids[index]] += delta.text
         return heard
