@@ -8,7 +8,7 @@ import math
 import time
 
 from ramet.ipc.errors import FailureKind, RequestError, invalid
-from ramet.ipc.messages import Chat, Completion, Detokenize, Embedding, FlushCache, Tokenize
+from ramet.ipc.messages import Chat, Completion, Embedding, Request
 
 # From which the rate of ends is taken: these last seconds, and so many ends.
 _RATE_WINDOW_S, _RATE_ENDS = 30.0, 100
@@ -51,7 +51,7 @@ class Admission:
         return RequestError(FailureKind.QUEUE_FULL, f"the queue is full: {words}", retry_after_s=wait_s)
 
 
-def about_tokens(message: Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache) -> int:
+def about_tokens(message: Request) -> int:
     """What a request will hold: its prompt, and for each choice the `max_tokens` that it asks for."""
     match message:
         case Chat():

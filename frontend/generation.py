@@ -1,4 +1,4 @@
-"""`Generation`: the events of one HTTP request's choices, from the engine to the one who answers.
+"""`Generation`: the events of one HTTP request's choices or questions, from the engine to the one who answers.
 
 Its queue lives in this process, so a reader that is slow, or waits for the whole answer, costs the memory of the text
 and nothing more. Leaving its `with` block aborts whatever of it is still live.
@@ -6,11 +6,12 @@ and nothing more. Leaving its `with` block aborts whatever of it is still live.
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from ramet.ipc.errors import Failure, RequestError
-from ramet.ipc.messages import TextDelta
+from ramet.ipc.messages import Answer, TextDelta
 
 # Takes a choice's text as it comes; false if what follows has to wait.
 Sink = Callable[[int, TextDelta], bool]
@@ -50,7 +51,7 @@ class Generation:
         self.resumes = True  # if the engine dies under it, it may be sent again
         self.records: list[ChoiceRecord] = []
         self.open = dict(enumerate(rids))  # the id of each choice that has not ended
-        self._pending: dict[int, list[TextDelta]] = {}
+        self._pending: dict[int, list[Any]] = {}  # deltas of choices, or the answer to a question
         self.n = n
         self._silent_prompts = set(range(len(rids) // n))
         self._error: Exception | None = None
@@ -95,6 +96,10 @@ class Generation:
         self._raise_error()
         return [self._pending[index] for index in sorted(self._pending)]
 
+    async def answers(self) -> list[Any]:
+        """That to each question, in order, when all have come."""
+        return [answer for [answer] in await self.parts()]
+
     def usage(self) -> dict[str, int]:
         """Tokens so far. A prompt counts once, however many choices it has; the one that computed it tells what was
         cached, since the others found what that one computed."""
@@ -130,6 +135,13 @@ class Generation:
         if delta.finish is not None:
             self.open.pop(index, None)
         if self._wake_per_delta or not self.open:
+            self._wake()
+
+    def answer(self, index: int, answer: Answer) -> None:
+        """The end of a question."""
+        self._pending[index] = [answer]
+        del self.open[index]
+        if not self.open:
             self._wake()
 
     def fail(self, index: int, failure: Failure) -> None:

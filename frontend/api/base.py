@@ -10,12 +10,10 @@ from starlette.requests import Request
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import no_such_model
-from ramet.frontend.exchange import BATCH_SERVER, read_json, time_limit, while_connected
+from ramet.frontend.exchange import BATCH_SERVER, read_json, time_limit, watching
 from ramet.frontend.openapi import Endpoint
 from ramet.ipc.errors import invalid
-from ramet.ipc.messages import Answer, Detokenize, Embedding, Tokenize
-
-Question = Embedding | Tokenize | Detokenize
+from ramet.ipc.messages import Question
 
 BATCH_PRIORITY = 100
 # Of a server that embeds or does not: what it is, and how to get one.
@@ -53,10 +51,12 @@ class Api:
         """A line of a batch yields to every interactive request that names none."""
         return (given or 0) + (BATCH_PRIORITY if http.scope["server"] == BATCH_SERVER else 0)
 
-    async def _ask(self, http: Request, questions: Sequence[Callable[[str], Question]]) -> list[Answer]:
-        """In their order. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError`."""
-        asking = self._client.ask_all(questions, resumes=http.scope["server"] != BATCH_SERVER)
-        return await while_connected(http.receive, asking, http.scope["ramet.limit_s"])
+    async def _ask(self, http: Request, questions: Sequence[Callable[[str], Question]]) -> list[Any]:
+        """The answers, in their order. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError`."""
+        with self._client.ask(questions) as asked:
+            asked.resumes = http.scope["server"] != BATCH_SERVER
+            async with watching(http.receive, asked, http.scope["ramet.limit_s"]):
+                return await asked.answers()
 
 
 def head(kind: str, model: str, rid: str | None = None) -> dict[str, Any]:

@@ -22,8 +22,7 @@ class Embeddings(Api):
         the client leaves."""
         priority = self._priority(http, request.priority)
         questions = [functools.partial(Embedding, prompt=prompt, priority=priority) for prompt in inputs]
-        answers = await self._ask(http, questions)
-        embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+        embedded = await self._ask(http, questions)
         http.scope["ramet.usage"] = _usage(embedded)
         return embedded
 

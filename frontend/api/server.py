@@ -25,7 +25,7 @@ from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.errors import failure_response, no_such_model
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import Failure, FailureKind, invalid
-from ramet.ipc.messages import Completion, Embedding, FlushCache, Flushed
+from ramet.ipc.messages import Completion, Embedding, FlushCache
 from ramet.ipc.pulse import last_beat_s
 from ramet.ipc.sampling import SamplingParams
 
@@ -94,9 +94,9 @@ class Server(Api):
         }
 
     async def flush_cache(self, _http: Request) -> dict[str, Any]:
-        answer = await self._client.ask(FlushCache)
-        assert isinstance(answer, Flushed)
-        return {"success": True, "pages": answer.pages}
+        with self._client.ask([FlushCache]) as asked:
+            [flushed] = await asked.answers()
+        return {"success": True, "pages": flushed.pages}
 
     async def abort(self, _http: Request, request: AbortRequest) -> dict[str, Any]:
         if not request.rid and not request.abort_all:
@@ -137,12 +137,13 @@ class Server(Api):
 
     async def _one_token(self) -> None:
         if self._config.is_embedding:
-            await self._client.ask_all([lambda rid: Embedding(rid, [0])], resumes=False)
-            return
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        with self._client.submit([lambda job: Completion(job, [0])], params, stream=False) as generation:
-            generation.resumes = False  # after a restart it would be the answer to another question
-            await generation.whole()
+            work = self._client.ask([lambda rid: Embedding(rid, [0])])
+        else:
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            work = self._client.submit([lambda job: Completion(job, [0])], params, stream=False)
+        with work:
+            work.resumes = False  # after a restart it would be the answer to another question
+            await work.parts()
 
 
 def _status(failure: Failure | None) -> Any:

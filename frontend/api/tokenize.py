@@ -10,14 +10,13 @@ from starlette.requests import Request
 from ramet.frontend.api.base import Api
 from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from ramet.ipc.messages import Detokenize, Detokenized, Tokenize, Tokenized
+from ramet.ipc.messages import Detokenize, Tokenize
 
 
 class Tokens(Api):
     async def tokenize(self, http: Request, request: TokenizeRequest) -> dict[str, Any]:
         what = request.what(self._config)
         [answer] = await self._ask(http, [lambda rid: Tokenize(rid, what, request.add_special_tokens is not False)])
-        assert isinstance(answer, Tokenized)
         tokens = answer.token_ids
         body = {"tokens": tokens, "count": len(tokens), "max_model_len": self._config.context_length}
         return {**body, "token_strs": answer.tokens} if request.return_token_strs else body
@@ -26,5 +25,4 @@ class Tokens(Api):
         check_token_ids(request.tokens, self._config.vocab_size, "tokens")
         skips = bool(request.skip_special_tokens)
         [answer] = await self._ask(http, [lambda rid: Detokenize(rid, request.tokens, skips)])
-        assert isinstance(answer, Detokenized)
         return {"prompt": answer.text, "text": answer.text}

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from typing import Any
 
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.generation import Generation
@@ -11,6 +12,11 @@ from ramet.ipc.messages import Abort, Completion, EngineDown, EngineUp, Reset, T
 from ramet.ipc.sampling import SamplingParams
 
 PROMPT = functools.partial(Completion, prompt="x")
+
+
+async def answers(asked: Generation) -> list[Any]:
+    with asked:
+        return await asked.answers()
 
 
 class Harness:
