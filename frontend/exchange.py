@@ -104,8 +104,11 @@ def time_limit(scope: Scope, server_limit_s: float | None) -> float | None:
 
 
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, generation: Generation, limit_s: float | None) -> AsyncIterator[None]:
-    """Stops the generation as soon as the client is gone, or its time is up. The body must have been read before."""
+async def watching(scope: Scope, receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """Stops the generation as soon as the client is gone, or its time is up, and aborts what is live of it at the end.
+    The body must have been read before."""
+    generation.resumes = scope["server"] != BATCH_SERVER
+    limit_s: float | None = scope["ramet.limit_s"]
 
     async def watch() -> None:
         try:
@@ -119,10 +122,11 @@ async def watching(receive: Receive, generation: Generation, limit_s: float | No
             generation.stop(ClientDisconnectedError())
 
     task = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        task.cancel()
+    with generation:
+        try:
+            yield
+        finally:
+            task.cancel()
 
 
 def json_response(value: Any) -> Response:

@@ -53,10 +53,9 @@ class Api:
 
     async def _ask(self, http: Request, questions: Sequence[Callable[[str], Question]]) -> list[Any]:
         """The answers, in their order. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError`."""
-        with self._client.ask(questions) as asked:
-            asked.resumes = http.scope["server"] != BATCH_SERVER
-            async with watching(http.receive, asked, http.scope["ramet.limit_s"]):
-                return await asked.answers()
+        asked = self._client.ask(questions)
+        async with watching(http.scope, http.receive, asked):
+            return await asked.answers()
 
 
 def head(kind: str, model: str, rid: str | None = None) -> dict[str, Any]:
