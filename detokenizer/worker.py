@@ -11,7 +11,7 @@ import msgspec
 
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.detokenizer.incremental import IncrementalText
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import DETOKENIZER, FRONTEND, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     Abort,
@@ -34,17 +34,15 @@ from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
 
-NAME = "detokenizer"
-
 
 def run(config: DetokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
-    startup = Startup(NAME, addresses)
-    inbox: Inbox[ToDetokenizer] = Inbox(addresses.detokenizer, ToDetokenizer)
+    startup = Startup(DETOKENIZER, addresses)
+    inbox: Inbox[ToDetokenizer] = Inbox(addresses.inbox(DETOKENIZER), ToDetokenizer)
     with startup.failing_with(TokenizerError):
         detokenizer = Detokenizer(Tokenizer(config.tokenizer_dir), config.stream_interval)
-    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
-    pulse = Pulse(addresses, NAME)
+    scheduler, frontend = Outbox(addresses.inbox(SCHEDULER)), Outbox(addresses.inbox(FRONTEND))
+    pulse = Pulse(addresses, DETOKENIZER)
     startup.ready()
     while True:
         pulse.beat()

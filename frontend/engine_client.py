@@ -26,7 +26,7 @@ import msgspec
 from ramet.frontend.admission import Admission, about_tokens
 from ramet.frontend.generation import ChoiceRecord, Generation
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, Outbox
+from ramet.ipc.channel import TOKENIZER, Addresses, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
@@ -83,7 +83,7 @@ class EngineClient:
 
     def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics, max_tokens: int | None = None) -> None:
         self.addresses = addresses
-        self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
+        self._tokenizers = [Outbox(addresses.inbox(TOKENIZER.format(index))) for index in range(addresses.tokenizers)]
         self._turns = itertools.cycle(range(addresses.tokenizers))
         self._admission = Admission(max_live, max_tokens)
         self._metrics = metrics

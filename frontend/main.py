@@ -35,7 +35,7 @@ from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.port import bind
 from ramet.frontend.store import Store
-from ramet.ipc.channel import Addresses, Inbox
+from ramet.ipc.channel import FRONTEND, Addresses, Inbox
 from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
@@ -43,7 +43,6 @@ from ramet.ipc.start import Startup
 
 log = logging.getLogger(__name__)
 
-NAME = "frontend"
 _BACKLOG = 2048
 # Longer than the 5 s for which the usual clients keep a connection: the side that sends must be the one to close.
 _KEEP_ALIVE_S = 75
@@ -67,7 +66,7 @@ def run(config: FrontendConfig, addresses: Addresses) -> None:
     """Serve until SIGTERM. Exits with status 1, after a `Fatal` to the launcher, if the port cannot be had."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("ramet").setLevel(config.log_level.upper())
-    startup = Startup(NAME, addresses)
+    startup = Startup(FRONTEND, addresses)
     store = Store(config.file_storage_path, config.max_storage_bytes)
     with contextlib.closing(store), startup.failing_with(_PortError, RequestError):
         if store.exists:
@@ -107,10 +106,10 @@ async def _run(
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     metrics = Metrics(config.metrics_buckets, config.served_names[0])
     client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
-    inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
+    inbox: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
     # Only a stop ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    running = {receiving, asyncio.create_task(stop.wait()), asyncio.create_task(_beat(Pulse(addresses, NAME)))}
+    running = {receiving, asyncio.create_task(stop.wait()), asyncio.create_task(_beat(Pulse(addresses, FRONTEND)))}
     up = asyncio.create_task(client.up.wait())
     try:
         await asyncio.wait({*running, up}, return_when=asyncio.FIRST_COMPLETED)

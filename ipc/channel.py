@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Message)
 
+# Names of processes. Beside the first, ranks are `scheduler-1` and so on.
+LAUNCHER, FRONTEND, SCHEDULER, DETOKENIZER = "launcher", "frontend", "scheduler-0", "detokenizer"
+TOKENIZER = "tokenizer-{}"
+
 # A Unix socket's path is limited by the kernel (sockaddr_un) to 108 bytes with the final NUL.
 MAX_SOCKET_PATH = 107
 _LINGER_MS = 300
@@ -54,24 +58,9 @@ class Addresses(msgspec.Struct, frozen=True):
     folder: str
     tokenizers: int = 1
 
-    def tokenizer(self, index: int) -> str:
-        return f"{self.folder}/tokenizer-{index}"
-
-    @property
-    def scheduler(self) -> str:
-        return f"{self.folder}/scheduler"
-
-    @property
-    def detokenizer(self) -> str:
-        return f"{self.folder}/detokenizer"
-
-    @property
-    def frontend(self) -> str:
-        return f"{self.folder}/frontend"
-
-    @property
-    def launcher(self) -> str:
-        return f"{self.folder}/launcher"
+    def inbox(self, process: str) -> str:
+        """Of the process of this name."""
+        return f"{self.folder}/{process}"
 
     @property
     def ranks(self) -> str:

@@ -9,7 +9,7 @@ import gc
 import logging
 from collections.abc import Iterator
 
-from ramet.ipc.channel import Addresses, Outbox
+from ramet.ipc.channel import LAUNCHER, Addresses, Outbox
 from ramet.ipc.messages import Fatal, Progress, Ready
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class Startup:
     def __init__(self, process: str, addresses: Addresses) -> None:
         self._process = process
-        self._launcher = Outbox(addresses.launcher)
+        self._launcher = Outbox(addresses.inbox(LAUNCHER))
 
     def progress(self, text: str) -> None:
         self._launcher.send(Progress(self._process, text))

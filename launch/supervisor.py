@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, LAUNCHER, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.launch.child import ChildSpec, Process
@@ -36,9 +36,6 @@ from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-LAUNCHER = "launcher"
-FRONTEND = "frontend"
-SCHEDULER = "scheduler-0"
 # How long a message may take to the frontend, and from there to its clients, before the frontend is told to stop.
 _FLUSH_S = 1.0
 # How long a process that was told to stop may take before it is killed.
@@ -87,8 +84,8 @@ class Supervisor:
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
-        self._inbox: Inbox[ToLauncher] = Inbox(self.addresses.launcher, ToLauncher)
-        self._to_frontend = Outbox(self.addresses.frontend)
+        self._inbox: Inbox[ToLauncher] = Inbox(self.addresses.inbox(LAUNCHER), ToLauncher)
+        self._to_frontend = Outbox(self.addresses.inbox(FRONTEND))
 
     def start(self, processes: Iterable[Process]) -> None:
         """Returns when all are ready. The frontend, which may be one of them or live in this process, hears
@@ -148,7 +145,9 @@ class Supervisor:
         for known in (self._ready, self._fatal, self._stuck, self._progress):
             known.pop(process.name, None)  # of its predecessor
         self._processes[process.name] = process
-        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._args.log_level, self._args.log_format)
+        spec = ChildSpec(
+            process, os.getpid(), self.addresses.inbox(LAUNCHER), self._args.log_level, self._args.log_format
+        )
         self._children[process.name] = RunningProcess(spec)
 
     def _bring_up(self) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jinja2
 import msgspec
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, SCHEDULER, TOKENIZER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
@@ -50,12 +50,12 @@ _MOST_S_PER_CHAR = 30e-6
 
 def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
-    name = f"tokenizer-{index}"
+    name = TOKENIZER.format(index)
     startup = Startup(name, addresses)
-    inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(index), ToTokenizer)
+    inbox: Inbox[ToTokenizer] = Inbox(addresses.inbox(name), ToTokenizer)
     with startup.failing_with(TokenizerError, jinja2.TemplateError, OSError):
         encoder = Encoder(config, lambda next_s: pulse.beat(next_s))
-    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    scheduler, frontend = Outbox(addresses.inbox(SCHEDULER)), Outbox(addresses.inbox(FRONTEND))
     pulse = Pulse(addresses, name)
     startup.ready()
     while True:
