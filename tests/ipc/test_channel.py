@@ -20,10 +20,8 @@ def addresses(tmp_path):
 
 
 def test_tagged_messages_arrive_in_order_and_whole(addresses):
-    inbox, outbox = (
-        Inbox(addresses.inbox(TOKENIZER.format(0)), ToTokenizer),
-        Outbox(addresses.inbox(TOKENIZER.format(0))),
-    )
+    address = addresses.inbox(TOKENIZER.format(0))
+    inbox, outbox = Inbox(address, ToTokenizer), Outbox(address)
     params = SamplingParams(logit_bias={3: -1.5}, stop=("a",), seed=2**63 - 1)
     sent = [
         Chat(Job(["r1"], params), [{"role": "user", "content": "hi"}], template_kwargs={"a": [1]}),
