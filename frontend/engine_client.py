@@ -13,7 +13,6 @@ aborts whatever of it is still live. All messages about one id go to the same to
 
 import asyncio
 import collections
-import functools
 import itertools
 import secrets
 import time
@@ -140,31 +139,29 @@ class EngineClient:
             seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
             rids = [f"{stem}-{number * n + choice}" for choice in range(n)]
             messages.append(make(Job(rids, seeded, priority, echo, stream)))
-        count, num_tokens = len(prompts) * n, self._admit(len(prompts) * n, messages)
-        release = functools.partial(self._admission.release, count, num_tokens)
-        return self._start(self._live, messages, names, n, keeps_aborted, release)
+        return self._start(self._live, messages, self._admit(len(prompts) * n, messages), n, names, keeps_aborted)
 
     def ask(self, makes: Sequence[Callable[[str], Question]]) -> Generation:
         """Send what each makes of a request id: several questions of one request, which is admitted as one. Raises
         `RequestError` if it is not."""
         messages = [make(uuid.uuid4().hex) for make in makes]
-        num_tokens = self._admit(1, messages)
+        release = self._admit(1, messages)
         self._asking += 1
 
-        def release() -> None:
+        def end() -> None:
             self._asking -= 1
-            self._admission.release(1, num_tokens)
+            release()
 
-        return self._start(self._questions, messages, (), 1, False, release)
+        return self._start(self._questions, messages, end)
 
     def _start(
         self,
         owed: dict[str, _Live],
         messages: Sequence[Request],
-        names: Sequence[str | None],
-        n: int,
-        keeps_aborted: bool,
         release: Callable[[], None],
+        n: int = 1,
+        names: Sequence[str | None] = (),
+        keeps_aborted: bool = False,
     ) -> Generation:
         rids = [rid for message in messages for rid in rids_of(message)]
         generation = Generation(rids, n, keeps_aborted, self.abort, release)
@@ -190,15 +187,12 @@ class EngineClient:
             # Free-form fields may hold integers and depths that msgpack has not; Python callers, anything.
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
 
-    def _admit(self, count: int, messages: Sequence[Request]) -> int:
-        """About how many tokens they hold."""
+    def _admit(self, count: int, messages: Sequence[Request]) -> Callable[[], None]:
         if self.refusal is not None:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
         num_tokens = sum(map(about_tokens, messages))
         first_at = next((live.record.submitted_at for live in self._live.values()), time.monotonic())
-        self._admission.check(count, num_tokens, len(self._live) + self._asking, first_at)
-        self._admission.tokens += num_tokens
-        return num_tokens
+        return self._admission.admit(count, num_tokens, len(self._live) + self._asking, first_at)
 
     def _take(self, rid: str) -> _Live | None:
         """Nothing more of it is waited for."""
