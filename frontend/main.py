@@ -58,21 +58,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _PortError(Exception):
-    """The address cannot be listened on."""
-
-
 def run(config: FrontendConfig, addresses: Addresses) -> None:
     """Serve until SIGTERM. Exits with status 1, after a `Fatal` to the launcher, if the port cannot be had."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("ramet").setLevel(config.log_level.upper())
     startup = Startup(FRONTEND, addresses)
     store = Store(config.file_storage_path, config.max_storage_bytes)
-    with contextlib.closing(store), startup.failing_with(_PortError, RequestError):
+    with contextlib.closing(store), startup.failing_with(RequestError):
         if store.exists:
             store.open()
         _raise_open_files()
-        with _bind(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with _listening(startup, config):
+            listener = bind(config.host, config.port)
+            # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
+            # request, and so does one whose peer has vanished with something still to be sent.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
+        with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, addresses, store, startup, listener))
 
 
@@ -82,21 +83,8 @@ def _raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@contextlib.contextmanager
-def _port_errors(config: FrontendConfig) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, OverflowError) as error:
-        raise _PortError(f"cannot listen on {config.host}:{config.port}: {error}") from error
-
-
-def _bind(config: FrontendConfig) -> socket.socket:
-    with _port_errors(config):
-        listener = bind(config.host, config.port)
-        # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
-        # request, and so does one whose peer has vanished with something still to be sent.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
-    return listener
+def _listening(startup: Startup, config: FrontendConfig) -> contextlib.AbstractContextManager[None]:
+    return startup.failing_with(OSError, words=f"cannot listen on {config.host}:{config.port}: ")
 
 
 async def _run(
@@ -118,7 +106,7 @@ async def _run(
             worker = BatchWorker(config, store, client, metrics)
             app = build_app(config, client, metrics, store, worker)
             server = _Server(_uvicorn_config(config, app))
-            with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
+            with _listening(startup, config):  # two sockets may be bound to one port as long as neither listens
                 listener.listen(_BACKLOG)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             batching = asyncio.create_task(worker.run(app))

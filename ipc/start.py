@@ -24,13 +24,14 @@ class Startup:
         self._launcher.send(Progress(self._process, text))
 
     @contextlib.contextmanager
-    def failing_with(self, *errors: type[Exception]) -> Iterator[None]:
-        """Set-up that may raise these: each ends the process with status 1, and the launcher gets its words."""
+    def failing_with(self, *errors: type[Exception], words: str = "") -> Iterator[None]:
+        """Set-up that may raise these: each ends the process with status 1, and the launcher gets its words, after
+        those given."""
         try:
             yield
         except errors as error:
             log.debug("set-up failed", exc_info=True)
-            self._launcher.send(Fatal(self._process, str(error)))
+            self._launcher.send(Fatal(self._process, f"{words}{error}"))
             self._launcher.close()
             raise SystemExit(1) from error
 
