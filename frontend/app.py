@@ -93,8 +93,10 @@ def build_app(
 
 async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, http: Request) -> ASGIApp:
     endpoint = by_method["GET" if http.method == "HEAD" else http.method]
-    is_read_here = endpoint.body is not None and endpoint.media == JSON
-    answer = await endpoint.handler(http, *([await read_body(http, endpoint, config)] if is_read_here else []))
+    if endpoint.body is None or endpoint.media != JSON:
+        answer = await endpoint.handler(http)
+    else:
+        answer = await endpoint.handler(http, await read_body(http, endpoint, config))
     return answer if callable(answer) else json_response(answer)
 
 
