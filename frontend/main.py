@@ -43,7 +43,6 @@ from ramet.ipc.start import Startup
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 2048
 # Longer than the 5 s for which the usual clients keep a connection: the side that sends must be the one to close.
 _KEEP_ALIVE_S = 75
 # After the drain: for the last bytes to reach clients that read. The launcher allows 3 s for all that follows it.
@@ -107,7 +106,7 @@ async def _run(
             app = build_app(config, client, metrics, store, worker)
             server = _Server(_uvicorn_config(config, app))
             with _listening(startup, config):  # two sockets may be bound to one port as long as neither listens
-                listener.listen(_BACKLOG)
+                listener.listen()
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             batching = asyncio.create_task(worker.run(app))
             startup.ready(port=listener.getsockname()[1])
@@ -157,7 +156,6 @@ def _uvicorn_config(config: FrontendConfig, app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         **tls,
     )
