@@ -25,7 +25,7 @@ from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.tokenize import CHAT_ONLY
 from ramet.ipc.errors import RequestError, invalid
-from ramet.ipc.messages import Chat, Completion, Embedded, Embedding, FinishReason, Job, TextDelta, TokenText
+from ramet.ipc.messages import Chat, Completion, Embedding, FinishReason, Job, TextDelta, TokenText
 from ramet.ipc.sampling import SamplingParams
 from ramet.launch.host import EngineHost
 from ramet.launch.serve import configure
@@ -159,7 +159,7 @@ class Engine:
         make = functools.partial(Completion, prompt=self._prompts(prompt)[0]) if text else self._conversation(prompt)
         async with self._host.places(1):
             with self._host.client.submit([make], self._checked(params)) as generation:
-                async for changes in generation.changes():
+                while changes := await generation.change():
                     if piece := "".join([delta.text for _, delta in changes]):
                         yield piece
 
@@ -169,8 +169,8 @@ class Engine:
 
     async def _vector(self, prompt: Prompt) -> np.ndarray:
         async with self._host.places(1):
-            answer = await self._host.client.ask(lambda rid: Embedding(rid, prompt))
-        assert isinstance(answer, Embedded)
+            with self._host.client.ask([lambda rid: Embedding(rid, prompt)]) as asked:
+                [answer] = await asked.answers()
         return np.frombuffer(answer.vector, "<f4")
 
     def _prompts(self, given: Any) -> list[Prompt]:
