@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: py
     assert "default prompt 'query' is not put before inputs" in caplog.text
     (folder / "sentence_bert_config.json").write_text("[")
     assert f"cannot read {folder / 'sentence_bert_config.json'}" in unavailable(model_path=str(folder))
+
+
+def test_experts_are_counted(tiny_model: Callable[[str], Path]) -> None:
+    counts = [
+        resolve_model(ServerArgs(model_path=str(tiny_model(name)), tokenizer_path=str(tiny_model("llama")))).info
+        for name in ("qwen3_moe", "llama")
+    ]
+    assert [info.num_experts for info in counts] == [8, None]
 
 
 def test_positions_of_roberta_begin_behind_the_padding(folder: Path) -> None:
