@@ -52,10 +52,7 @@ class Health:
         now, addresses = time.monotonic(), self._client.addresses
         beats_s = {name: last_beat_s(addresses, name) for name in self._client.processes}
         late = [(name, beat_s) for name, beat_s in beats_s.items() if now - beat_s > self._config.watchdog_timeout_s]
-        words = "; ".join(
-            f"{name} hangs, silent " + (f"for more than {now - beat_s:.1f} s" if beat_s else "since it was started")
-            for name, beat_s in late
-        )
+        words = "; ".join(f"{name} hangs, silent for more than {now - beat_s:.1f} s" for name, beat_s in late)
         return Failure(FailureKind.ENGINE_DOWN, words) if late else None
 
     async def _one_token(self) -> None:

@@ -67,7 +67,7 @@ class Supervisor:
 
     def __init__(self, args: ServerArgs) -> None:
         # A short name: the path of a Unix socket is limited to 107 bytes.
-        folder, lock = make_folder("ramet-")
+        folder, locks = make_folder("ramet-")
         self.addresses = Addresses(str(folder), args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
@@ -83,7 +83,7 @@ class Supervisor:
         self._stop_requests = 0
         self._end = "it is being stopped"  # why a process that is dead or on its way will not be awaited
         # Runs at the latest when the interpreter ends.
-        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
+        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, locks)
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
@@ -323,8 +323,8 @@ class Supervisor:
         return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _kill_all(children: dict[str, RunningProcess], folder: Path, lock: int) -> None:
+def _kill_all(children: dict[str, RunningProcess], folder: Path, locks: contextlib.ExitStack) -> None:
     for child in children.values():
         child.end()
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    locks.close()
