@@ -7,7 +7,6 @@ open before the engine is ready, so none answers during the start.
 """
 
 import asyncio
-import time
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,15 +17,16 @@ from ramet.frontend.errors import failure_response
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Completion, Embedding
-from ramet.ipc.pulse import last_beat_s
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.watchdog import Watchdog
 
 
 class Health:
-    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics, watchdog: Watchdog) -> None:
         self._config = config
         self._client = client
         self._metrics = metrics
+        self._watchdog = watchdog
 
     async def health(self, _request: Request) -> Response:
         return _answer(self._client.down or self._stuck())
@@ -49,11 +49,9 @@ class Health:
         return Response(page, headers={"content-type": content_type})
 
     def _stuck(self) -> Failure | None:
-        now, addresses = time.monotonic(), self._client.addresses
-        beats_s = {name: last_beat_s(addresses, name) for name in self._client.processes}
-        late = [(name, beat_s) for name, beat_s in beats_s.items() if now - beat_s > self._config.watchdog_timeout_s]
-        words = "; ".join(f"{name} hangs, silent for more than {now - beat_s:.1f} s" for name, beat_s in late)
-        return Failure(FailureKind.ENGINE_DOWN, words) if late else None
+        stuck = self._watchdog.stuck(self._client.processes)
+        words = "; ".join(f"{name} hangs, silent for more than {silent_s:.1f} s" for name, silent_s in stuck.items())
+        return Failure(FailureKind.ENGINE_DOWN, words) if stuck else None
 
     async def _one_token(self) -> None:
         if self._config.is_embedding:

@@ -40,6 +40,7 @@ from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
+from ramet.ipc.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ async def _run(
     client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
     inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
-    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
+    watchdog = Watchdog(addresses, config.watchdog_timeout_s)
+    beating = asyncio.create_task(_beat(Pulse(addresses, NAME), watchdog))
     up = asyncio.create_task(client.up.wait())
     try:
         await asyncio.wait({stopping, receiving, up}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,7 +123,7 @@ async def _run(
                 kv_tokens=int(client.info.get("kv_tokens", 0)),
                 embedding_size=int(client.info.get("embedding_size", 0)),
             )
-            await _serve(config, client, metrics, store, startup, listener, stopping, receiving, beating)
+            await _serve(config, client, metrics, store, watchdog, startup, listener, stopping, receiving, beating)
         if receiving.done():
             receiving.result()
     finally:
@@ -135,6 +137,7 @@ async def _serve(
     client: EngineClient,
     metrics: Metrics,
     store: Store,
+    watchdog: Watchdog,
     startup: Startup,
     listener: socket.socket,
     stopping: asyncio.Task[bool],
@@ -142,7 +145,7 @@ async def _serve(
     beating: asyncio.Task[None],
 ) -> None:
     worker = BatchWorker(config, store, client, metrics)
-    app = build_app(config, client, metrics, store, worker)
+    app = build_app(config, client, metrics, store, worker, watchdog)
     server = _Server(_uvicorn_config(config, app))
     with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
         listener.listen(_BACKLOG)
@@ -160,10 +163,11 @@ async def _serve(
     await batching
 
 
-async def _beat(pulse: Pulse) -> None:
+async def _beat(pulse: Pulse, watchdog: Watchdog) -> None:
     while True:
         pulse.beat()
-        await asyncio.sleep(BEAT_S)
+        watchdog.stuck(())  # by its looks it knows whether this process ran
+        await asyncio.sleep(min(BEAT_S, watchdog.patience_s(())))
 
 
 async def _drain(client: EngineClient, timeout_s: float) -> float:

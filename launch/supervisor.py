@@ -1,7 +1,7 @@
 """Starts the processes of an engine, watches them, starts anew what dies, and stops them.
 
 Knows names and messages, not what the processes do (`launch/roles.py` does), and prints nothing but log lines. A
-process dies by itself, or is killed because it is stuck (`launch/watchdog.py`); its group is started again, within a
+process dies by itself, or is killed because it is stuck (`ipc/watchdog.py`); its group is started again, within a
 budget.
 
 Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, then `EngineUp` when all are
@@ -28,11 +28,11 @@ from typing import NoReturn
 from ramet.ipc.channel import Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.watchdog import Watchdog
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.owned_folder import make_folder
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
