@@ -150,7 +150,7 @@ def _frontend(
         client_timeout_s=args.client_timeout,
         drain_timeout_s=args.drain_timeout,
         watchdog_timeout_s=args.watchdog_timeout,
-        file_storage_path=args.file_storage_path or _default_storage(args.port),
+        file_storage_path=args.file_storage_path or default_storage(args.port),
         max_file_bytes=parse_size(args.max_file_size),
         max_storage_bytes=parse_size(args.max_storage_size) if args.max_storage_size is not None else None,
         # A quarter more than run at the same time, so that the scheduler always has one to start.
@@ -168,7 +168,7 @@ def _frontend(
     )
 
 
-def _default_storage(port: int) -> str:
+def default_storage(port: int) -> str:
     """A folder in `$XDG_DATA_HOME`; one for each port, because two servers cannot share it."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return f"{base}/ramet/{port}"
