@@ -49,6 +49,7 @@ from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.frontend.store import File, Store
 from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError
+from ramet.ipc.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,14 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def build_app(
-    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+    config: FrontendConfig,
+    client: EngineClient,
+    metrics: Metrics,
+    store: Store,
+    worker: BatchWorker,
+    watchdog: Watchdog,
 ) -> ASGIApp:
-    table = endpoints(config, client, metrics, store, worker)
+    table = endpoints(config, client, store, worker, Server(config, client, metrics, watchdog))
     by_path: dict[str, dict[str, Endpoint]] = {}
     for row in table:
         for path in row.paths:
@@ -101,10 +107,9 @@ async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, htt
 
 
 def endpoints(
-    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+    config: FrontendConfig, client: EngineClient, store: Store, worker: BatchWorker, server: Server
 ) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
-    server = Server(config, client, metrics)
     tokens = Tokens(config, client)
     files = Files(config, store, worker.notify)
     batches = BatchesApi(config, store, worker)

@@ -40,6 +40,7 @@ from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
+from ramet.ipc.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,16 @@ async def _run(
     inbox: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
     # Only a stop ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    running = {receiving, asyncio.create_task(stop.wait()), asyncio.create_task(_beat(Pulse(addresses, FRONTEND)))}
+    watchdog = Watchdog(addresses, config.watchdog_timeout_s)
+    beating = asyncio.create_task(_beat(Pulse(addresses, FRONTEND), watchdog))
+    running = {receiving, beating, asyncio.create_task(stop.wait())}
     up = asyncio.create_task(client.up.wait())
     try:
         await asyncio.wait({*running, up}, return_when=asyncio.FIRST_COMPLETED)
         if up.done():
             config = msgspec.structs.replace(config, **client.info)  # the scheduler's limits
             worker = BatchWorker(config, store, client, metrics)
-            app = build_app(config, client, metrics, store, worker)
+            app = build_app(config, client, metrics, store, worker, watchdog)
             server = _Server(_uvicorn_config(config, app))
             with _listening(startup, config):  # two sockets may be bound to one port as long as neither listens
                 listener.listen()
@@ -125,10 +128,11 @@ async def _run(
         client.close()
 
 
-async def _beat(pulse: Pulse) -> None:
+async def _beat(pulse: Pulse, watchdog: Watchdog) -> None:
     while True:
         pulse.beat()
-        await asyncio.sleep(BEAT_S)
+        watchdog.stuck(())  # by its looks it knows whether this process ran
+        await asyncio.sleep(min(BEAT_S, watchdog.patience_s(())))
 
 
 async def _drain(client: EngineClient, timeout_s: float) -> float:

@@ -1,7 +1,7 @@
 """Starts the processes of an engine, watches them, starts anew what dies, and stops them.
 
 Knows names and messages, not what the processes do (`launch/roles.py` does), and prints nothing but log lines. A
-process dies by itself, or is killed because it is stuck (`launch/watchdog.py`); its group is started again, within a
+process dies by itself, or is killed because it is stuck (`ipc/watchdog.py`); its group is started again, within a
 budget.
 
 Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, then `EngineUp` when all are
@@ -28,11 +28,11 @@ from typing import NoReturn
 from ramet.ipc.channel import FRONTEND, LAUNCHER, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.watchdog import Watchdog
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.owned_folder import make_folder
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Supervisor:
 
     def __init__(self, args: ServerArgs) -> None:
         # A short name: the path of a Unix socket is limited to 107 bytes.
-        folder, lock = make_folder("ramet-")
+        folder, locks = make_folder("ramet-")
         self.addresses = Addresses(str(folder), args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
@@ -75,7 +75,7 @@ class Supervisor:
         self._stop_requests = 0
         self._end = "it is being stopped"  # why a process that is dead or on its way will not be awaited
         # Runs at the latest when the interpreter ends.
-        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
+        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, locks)
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
@@ -314,8 +314,8 @@ class Supervisor:
         return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _kill_all(children: dict[str, RunningProcess], folder: Path, lock: int) -> None:
+def _kill_all(children: dict[str, RunningProcess], folder: Path, locks: contextlib.ExitStack) -> None:
     for child in children.values():
         child.end()
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    locks.close()

@@ -26,8 +26,8 @@ from ramet.frontend.errors import failure_response, no_such_model
 from ramet.frontend.metrics import Metrics
 from ramet.ipc.errors import Failure, FailureKind, invalid
 from ramet.ipc.messages import Completion, Embedding, FlushCache
-from ramet.ipc.pulse import last_beat_s
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.watchdog import Watchdog
 
 
 class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -38,9 +38,9 @@ class AbortRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Server(Api):
-    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, config: FrontendConfig, client: EngineClient, metrics: Metrics, watchdog: Watchdog) -> None:
         super().__init__(config, client)
-        self._metrics = metrics
+        self._metrics, self._watchdog = metrics, watchdog
         self._created = int(time.time())
 
     async def models(self, _http: Request) -> dict[str, Any]:
@@ -126,14 +126,9 @@ class Server(Api):
         return Response(page, headers={"content-type": content_type})
 
     def _stuck(self) -> Failure | None:
-        now, addresses = time.monotonic(), self._client.addresses
-        beats_s = {name: last_beat_s(addresses, name) for name in self._client.processes}
-        late = [(name, beat_s) for name, beat_s in beats_s.items() if now - beat_s > self._config.watchdog_timeout_s]
-        words = "; ".join(
-            f"{name} hangs, silent " + (f"for more than {now - beat_s:.1f} s" if beat_s else "since it was started")
-            for name, beat_s in late
-        )
-        return Failure(FailureKind.ENGINE_DOWN, words) if late else None
+        stuck = self._watchdog.stuck(self._client.processes)
+        words = "; ".join(f"{name} hangs, silent for more than {silent_s:.1f} s" for name, silent_s in stuck.items())
+        return Failure(FailureKind.ENGINE_DOWN, words) if stuck else None
 
     async def _one_token(self) -> None:
         if self._config.is_embedding:

@@ -122,6 +122,9 @@ class ScriptedEngine:
     def exit_code(self) -> int:
         return self.process.wait(WAIT_S)
 
+    def pulse(self, process: str) -> Path:
+        return Path(self._addresses.pulse(process))
+
     def listens_for_messages(self) -> bool:
         return Path(self._addresses.inbox(FRONTEND)).exists()
 
