@@ -117,11 +117,10 @@ def refuse_unread(metadata: Json, config: Json, read: set[str]) -> None:
     """Raises ModelUnavailable for a key not in `read` with a value that is neither neutral nor the config's."""
     facts = _facts(metadata)
     head_dim = config.get("head_dim") or facts["embedding_length"] // facts["attention.head_count"]
-    neutral = config | _NEUTRAL | dict.fromkeys(_HEAD_KEYS, head_dim)
+    neutral = _NEUTRAL | dict.fromkeys(_HEAD_KEYS, head_dim)
     for key, value in facts.items():
-        if key not in read | _NEUTRAL_KEYS and value != neutral.get(
-            key, neutral.get(key.removeprefix("attention."), 0)
-        ):
+        same = neutral.get(key, config.get(key.removeprefix("attention."), 0))
+        if key not in read | _NEUTRAL_KEYS and value != same:
             raise ModelUnavailable(f"its header has {key} = {value!r}, which is not supported")
 
 

@@ -44,30 +44,30 @@ def write_model(folder: Path, config: dict[str, Any], auto: Any = transformers.A
     path.write_text(json.dumps(config))
 
 
-def random_config(model_type: str, seed: int) -> dict[str, Any]:
-    """One that can be served: everything that a config of this type may say, at random."""
+def random_config(model_type: str, seed: int, for_kernel: bool = False) -> dict[str, Any]:
+    """One that can be served: everything that a config of this type may say, at random. `for_kernel`: with sizes and
+    activations that the C decoder computes in few bits too."""
     rng = random.Random(f"{model_type} {seed}")
     heads, layers = rng.choice([2, 4, 6]), rng.randint(1, 4)
-    head_dim = rng.choice([8, 16, 32])
+    head_dim = 32 if for_kernel else rng.choice([8, 16, 32])
+    activations = ["silu", "gelu_pytorch_tanh"] + ([] if for_kernel else ["gelu", "gelu_new", "relu"])
     config = {
         "architectures": [_CLASSES[model_type]],
         "model_type": model_type,
         "vocab_size": VOCAB,
-        "hidden_size": heads * rng.choice([8, 16]),
-        "intermediate_size": rng.choice([48, 96]),
+        "hidden_size": 96 if for_kernel else heads * rng.choice([8, 16]),
+        "intermediate_size": 160 if for_kernel else rng.choice([48, 96]),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": rng.choice([1, 2, heads]),
         "max_position_embeddings": POSITIONS,
         "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-2]),
         "tie_word_embeddings": rng.random() < 0.5,
-        "hidden_activation" if model_type == "gemma3_text" else "hidden_act": rng.choice(
-            ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
-        ),
+        "hidden_activation" if model_type == "gemma3_text" else "hidden_act": rng.choice(activations),
         "pad_token_id": rng.choice([None, 0, 5]),
     }
     # transformers cannot do without it for Mistral with `layer_types`.
-    if model_type in ("mistral", "qwen3", "gemma3_text") or rng.random() < 0.5:
+    if for_kernel or model_type in ("mistral", "qwen3", "gemma3_text") or rng.random() < 0.5:
         config["head_dim"] = head_dim
     else:
         head_dim = config["hidden_size"] // heads
