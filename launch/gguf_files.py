@@ -64,7 +64,6 @@ _NEUTRAL_KEYS = {"rope.scaling.original_context_length", "rope.scaling.finetuned
 _NEUTRAL_KEYS |= {"attention.layer_norm_epsilon"}
 _NEUTRAL: Json = {"rope.scaling.type": "none", "attention.causal": True, "pooling_type": 3}
 _NEUTRAL |= {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10000.0}
-_HEAD_KEYS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
 # `general.file_type` of files that are not quantised; a quantised one is computed in bfloat16.
 _FILE_DTYPES = {0: "float32", 1: "float16"}
@@ -117,7 +116,8 @@ def refuse_unread(metadata: Json, config: Json, read: set[str]) -> None:
     """Raises ModelUnavailable for a key not in `read` with a value that is neither neutral nor the config's."""
     facts = _facts(metadata)
     head_dim = config.get("head_dim") or facts["embedding_length"] // facts["attention.head_count"]
-    neutral = _NEUTRAL | dict.fromkeys(_HEAD_KEYS, head_dim)
+    of_heads = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    neutral = _NEUTRAL | dict.fromkeys(of_heads, head_dim)
     for key, value in facts.items():
         same = neutral.get(key, config.get(key.removeprefix("attention."), 0))
         if key not in read | _NEUTRAL_KEYS and value != same:

@@ -21,6 +21,10 @@ T = TypeVar("T")
 # Where architectures keep the longest context; the first one present counts.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# What else of generation_config.json chooses tokens, and the value that does not.
+_UNREAD = "suppress_tokens begin_suppress_tokens forced_eos_token_id bad_words_ids sequence_bias no_repeat_ngram_size "
+_UNREAD += "min_length min_new_tokens stop_strings epsilon_cutoff eta_cutoff xtc_probability mirostat"
+_NEUTRAL = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0} | dict.fromkeys(_UNREAD.split(), 0)
 # Their position embeddings begin with rows that no token uses.
 _OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -150,6 +154,8 @@ def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> E
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     """`do_sample: false` says that the other values are not meant to be used."""
+    if unread := [key for key, neutral in _NEUTRAL.items() if generation.get(key) not in (None, [], neutral)]:
+        logger.warning("generation_config.json: %s: not applied; requests have to ask for it", ", ".join(unread))
     if generation.get("do_sample") is False:
         return {}
     return {key: generation[key] for key in _SAMPLING_KEYS if isinstance(generation.get(key), (int, float))}
