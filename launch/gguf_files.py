@@ -58,10 +58,10 @@ _OPTIONAL_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-_SCALING_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}
+# The last is of no use to these architectures.
+_MORE_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "attention.layer_norm_epsilon"}
 # Keys that change nothing, and values: two of them are Gemma 3's, and the pooling is the last token's.
 _NEUTRAL_KEYS = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
-_NEUTRAL_KEYS |= {"attention.layer_norm_epsilon"}
 _NEUTRAL: Json = {"rope.scaling.type": "none", "attention.causal": True, "pooling_type": 3}
 _NEUTRAL |= {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10000.0}
 _SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
@@ -93,7 +93,7 @@ def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
     }
     if is_mixture:
         config["norm_topk_prob"] = True  # as all models of this architecture have it, but not the library's default
-    refuse_unread(metadata, config, {*_CONFIG_KEYS, *_OPTIONAL_KEYS, *_SCALING_KEYS})
+    refuse_unread(metadata, config, {*_CONFIG_KEYS, *_OPTIONAL_KEYS, *_MORE_KEYS})
     # A factor alone is linear.
     kind = facts.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):

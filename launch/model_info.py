@@ -78,8 +78,9 @@ class _SentenceConfig(msgspec.Struct):
     default_prompt_name: str | None = None
 
 
-class _AddedTokens(msgspec.Struct):
+class _Tokenizer(msgspec.Struct):
     added_tokens: tuple[AddedToken, ...] = ()
+    normalizer: dict[str, Any] | None = None
 
 
 def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> ModelInfo:
@@ -93,16 +94,21 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
     context_length = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
     if context_length is not None and model_type in _OFFSET_POSITIONS:
         context_length -= text.get("pad_token_id", 1) + 1
-    # Of tokenizer.json the one part that is needed here; the vocabulary is skipped without being built.
-    added_tokens = _read(tokenizer_dir / "tokenizer.json", _AddedTokens, _AddedTokens()).added_tokens
+    # Of tokenizer.json the parts that are needed here; the vocabulary is skipped without being built.
+    tokenizer = _read(tokenizer_dir / "tokenizer.json", _Tokenizer, _Tokenizer())
+    settings: dict[str, Any] = _read(tokenizer_dir / "tokenizer_config.json", dict, {})
+    lowers, wanted = (tokenizer.normalizer or {}).get("lowercase"), settings.get("do_lower_case", True)
+    # BERT's tokenizer class goes by its setting, whatever tokenizer.json says.
+    if lowers not in (None, wanted) and "Bert" in str(settings.get("tokenizer_class", "BertTokenizer")):
+        raise ModelUnavailable(f"tokenizer_config.json has do_lower_case {wanted}, but tokenizer.json {lowers}")
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         context_length=context_length,
         vocab_size=vocab_size,
         dtype=dtype if dtype in _DTYPES else "bfloat16",  # for example float8 weights, which are computed in bfloat16
-        eos_ids=_eos_ids(text, generation, tokenizer_dir, added_tokens),
+        eos_ids=_eos_ids(text, generation, settings.get("eos_token"), tokenizer.added_tokens),
         default_sampling=_default_sampling(generation),
-        added_tokens=added_tokens,
+        added_tokens=tokenizer.added_tokens,
         embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
         num_heads=text.get("num_attention_heads"),
         num_kv_heads=text.get("num_key_value_heads"),
@@ -122,14 +128,12 @@ def _text_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _eos_ids(
-    text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path, added_tokens: tuple[AddedToken, ...]
+    text: dict[str, Any], generation: dict[str, Any], token: Any, added_tokens: tuple[AddedToken, ...]
 ) -> tuple[int, ...]:
     """Those of generation_config (else config), and the tokenizer's own: chat models often end turns only with it."""
     given: Any = next((x for config in (generation, text) if (x := config.get("eos_token_id")) is not None), [])
-    token = _read(tokenizer_dir / "tokenizer_config.json", dict, {}).get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    own = [item.id for item in added_tokens if item.content == token]
+    content = token.get("content") if isinstance(token, dict) else token
+    own = [item.id for item in added_tokens if item.content == content]
     return tuple(dict.fromkeys([*(given if isinstance(given, list) else [given]), *own]))
 
 

@@ -37,7 +37,6 @@ def architecture_of(config: PretrainedConfig) -> str:
 def native_builder(config: PretrainedConfig, architecture: str, trust_remote_code: bool) -> SpecBuilder | None:
     """That of the class `architecture`. None also if transformers would run another one: it goes by `model_type`, and
     by code in the model's folder where that is trusted. Nor does any builder know layers that differ in their sizes."""
-    build = NATIVE.get(architecture)
     own = NATIVE.get(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ""))
     remote = trust_remote_code and getattr(config, "auto_map", None)
-    return None if own is not build or remote or getattr(config, "is_heterogeneous", False) else build
+    return None if own is not NATIVE.get(architecture) or remote or getattr(config, "is_heterogeneous", False) else own
