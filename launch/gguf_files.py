@@ -2,7 +2,7 @@
 
 Covers byte-level BPE tokenizers and the plain Llama-like architectures; for the rest the functions return None and
 `launch/prepare.py` asks transformers. What is known to be wrong when guessed (an unknown pre-tokenizer, an unknown rope
-scaling) is refused. Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+scaling) is refused, and so is a key of the architecture that nobody reads. Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from typing import Any
