@@ -2,7 +2,7 @@
 
 Covers byte-level BPE tokenizers and the plain Llama-like architectures; for the rest the functions return None and
 `launch/prepare.py` asks transformers. What is known to be wrong when guessed (an unknown pre-tokenizer, an unknown rope
-scaling) is refused. Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+scaling) is refused, and so is a key of the architecture that nobody reads. Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from typing import Any
@@ -41,12 +41,7 @@ _PRE_TOKENIZERS = {
 }
 _CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole, before BPE
 
-_LLAMA_LIKE = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
-}
+_LLAMA_LIKE = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3moe": "Qwen3Moe"}
 # Key below the architecture's name -> key of config.json.
 _CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
@@ -63,13 +58,13 @@ _OPTIONAL_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-_SAMPLING_KEYS = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
+# The last is of no use to these architectures.
+_MORE_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "attention.layer_norm_epsilon"}
+# Keys that change nothing, and values: two of them are Gemma 3's, and the pooling is the last token's.
+_NEUTRAL_KEYS = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
+_NEUTRAL: Json = {"rope.scaling.type": "none", "attention.causal": True, "pooling_type": 3}
+_NEUTRAL |= {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10000.0}
+_SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
 # `general.file_type` of files that are not quantised; a quantised one is computed in bfloat16.
 _FILE_DTYPES = {0: "float32", 1: "float16"}
 
@@ -81,19 +76,16 @@ def dtype_name(metadata: Json) -> str:
 def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
     """config.json, or None for an architecture that is not simple. The factors by which Llama 3.1 and later scale
     their rope are a tensor of the file, which the runner reads."""
-    name = metadata.get("general.architecture")
-    facts = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
-    is_mixture = "expert_count" in facts
+    name, facts = metadata["general.architecture"], _facts(metadata)
+    is_mixture = bool(facts.get("expert_count"))
     if name not in _LLAMA_LIKE or not _CONFIG_KEYS.keys() <= facts.keys() or is_mixture != (name == "qwen3moe"):
         return None
-    model_type, architecture = _LLAMA_LIKE[name]
-    head_dim = facts.get("attention.key_length") or facts.get("rope.dimension_count")
     config = {ours: facts[key] for key, ours in (_CONFIG_KEYS | _OPTIONAL_KEYS).items() if key in facts}
     config |= {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [f"{_LLAMA_LIKE[name]}ForCausalLM"],
+        "model_type": name.replace("moe", "_moe"),
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "head_dim": head_dim or config["hidden_size"] // config["num_attention_heads"],
+        "head_dim": facts.get("attention.key_length", config["hidden_size"] // config["num_attention_heads"]),
         "hidden_act": "silu",
         # A file without its own output matrix shares the embedding's.
         "tie_word_embeddings": "output.weight" not in tensor_names,
@@ -101,22 +93,43 @@ def config_json(metadata: Json, tensor_names: set[str]) -> Json | None:
     }
     if is_mixture:
         config["norm_topk_prob"] = True  # as all models of this architecture have it, but not the library's default
-    kind = facts.get("rope.scaling.type", "none")
+    refuse_unread(metadata, config, {*_CONFIG_KEYS, *_OPTIONAL_KEYS, *_MORE_KEYS})
+    # A factor alone is linear.
+    kind = facts.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ModelUnavailable(f"rope scaling {kind!r} is not known")
-    if kind != "none":
-        config["rope_scaling"] = {"rope_type": kind, "factor": facts["rope.scaling.factor"]}
-    if kind == "yarn":
-        length = facts["rope.scaling.original_context_length"]
-        config["rope_scaling"]["original_max_position_embeddings"] = length
+    if kind != "none" and (factor := facts.get("rope.scaling.factor") or facts.get("rope.scale_linear")):
+        config["rope_scaling"] = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            length = facts.get("rope.scaling.original_context_length", facts["context_length"])
+            config["rope_scaling"]["original_max_position_embeddings"] = length
     return config
+
+
+def _facts(metadata: Json) -> Json:
+    """What the header says of the architecture, by the rest of the keys."""
+    prefix = f"{metadata['general.architecture']}."
+    return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+
+
+def refuse_unread(metadata: Json, config: Json, read: set[str]) -> None:
+    """Raises ModelUnavailable for a key not in `read` with a value that is neither neutral nor the config's."""
+    facts = _facts(metadata)
+    head_dim = config.get("head_dim") or facts["embedding_length"] // facts["attention.head_count"]
+    of_heads = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    neutral = _NEUTRAL | dict.fromkeys(of_heads, head_dim)
+    for key, value in facts.items():
+        same = neutral.get(key, config.get(key.removeprefix("attention."), 0))
+        if key not in read | _NEUTRAL_KEYS and value != same:
+            raise ModelUnavailable(f"its header has {key} = {value!r}, which is not supported")
 
 
 def generation_json(metadata: Json) -> Json:
     """generation_config.json: the tokens that end generation, and the sampling defaults if the file has any."""
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    sampling = {ours: metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING_KEYS.items()}
-    found = {key: value for key, value in sampling.items() if value is not None}
+    prefix = "general.sampling."
+    sampling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    found = {_SAMPLING_NAMES.get(key, key): value for key, value in sampling.items()}
     return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)), **found}
 
 
@@ -150,11 +163,13 @@ def tokenizer(metadata: Json) -> Tokenizer | None:
     kinds = zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False)
     whole = [(token, kind) for token, kind in kinds if kind in (_CONTROL, _USER_DEFINED)]
     made.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in whole])
-    # A BOS before the text where the file asks for it; files of Llama 3 that say nothing mean it.
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", name in _LLAMA3_NAMES):
-        bos = tokens[bos_id]
-        made.post_processor = TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_id)]
-        )
+    # BOS and EOS around the text where the file asks for them; files of Llama 3 that say nothing mean BOS.
+    pieces, special = ["$A"], []
+    for kind, at, default in (("bos", 0, name in _LLAMA3_NAMES), ("eos", 2, False)):
+        token_id = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if token_id is not None and metadata.get(f"tokenizer.ggml.add_{kind}_token", default):
+            pieces.insert(at, tokens[token_id])
+            special.append((tokens[token_id], token_id))
+    if special:
+        made.post_processor = TemplateProcessing(single=pieces, special_tokens=special)
     return made

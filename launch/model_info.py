@@ -21,6 +21,10 @@ T = TypeVar("T")
 # Where architectures keep the longest context; the first one present counts.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# What else of generation_config.json chooses tokens, and the value that does not.
+_UNREAD = "suppress_tokens begin_suppress_tokens forced_eos_token_id bad_words_ids sequence_bias no_repeat_ngram_size "
+_UNREAD += "min_length min_new_tokens stop_strings epsilon_cutoff eta_cutoff xtc_probability mirostat"
+_NEUTRAL = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0} | dict.fromkeys(_UNREAD.split(), 0)
 # Their position embeddings begin with rows that no token uses.
 _OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -75,8 +79,9 @@ class _SentenceConfig(msgspec.Struct):
     default_prompt_name: str | None = None
 
 
-class _AddedTokens(msgspec.Struct):
+class _Tokenizer(msgspec.Struct):
     added_tokens: tuple[AddedToken, ...] = ()
+    normalizer: dict[str, Any] | None = None
 
 
 def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> ModelInfo:
@@ -90,16 +95,21 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
     context_length = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
     if context_length is not None and model_type in _OFFSET_POSITIONS:
         context_length -= text.get("pad_token_id", 1) + 1
-    # Of tokenizer.json the one part that is needed here; the vocabulary is skipped without being built.
-    added_tokens = _read(tokenizer_dir / "tokenizer.json", _AddedTokens, _AddedTokens()).added_tokens
+    # Of tokenizer.json the parts that are needed here; the vocabulary is skipped without being built.
+    tokenizer = _read(tokenizer_dir / "tokenizer.json", _Tokenizer, _Tokenizer())
+    settings: dict[str, Any] = _read(tokenizer_dir / "tokenizer_config.json", dict, {})
+    lowers, wanted = (tokenizer.normalizer or {}).get("lowercase"), settings.get("do_lower_case", True)
+    # BERT's tokenizer class goes by its setting, whatever tokenizer.json says.
+    if lowers not in (None, wanted) and "Bert" in str(settings.get("tokenizer_class", "BertTokenizer")):
+        raise ModelUnavailable(f"tokenizer_config.json has do_lower_case {wanted}, but tokenizer.json {lowers}")
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         context_length=context_length,
         vocab_size=vocab_size,
         dtype=dtype if dtype in _DTYPES else "bfloat16",  # for example float8 weights, which are computed in bfloat16
-        eos_ids=_eos_ids(text, generation, tokenizer_dir, added_tokens),
+        eos_ids=_eos_ids(text, generation, settings.get("eos_token"), tokenizer.added_tokens),
         default_sampling=_default_sampling(generation),
-        added_tokens=added_tokens,
+        added_tokens=tokenizer.added_tokens,
         embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
         num_heads=text.get("num_attention_heads"),
         num_kv_heads=text.get("num_key_value_heads"),
@@ -120,14 +130,12 @@ def _text_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _eos_ids(
-    text: dict[str, Any], generation: dict[str, Any], tokenizer_dir: Path, added_tokens: tuple[AddedToken, ...]
+    text: dict[str, Any], generation: dict[str, Any], token: Any, added_tokens: tuple[AddedToken, ...]
 ) -> tuple[int, ...]:
     """Those of generation_config (else config), and the tokenizer's own: chat models often end turns only with it."""
     given: Any = next((x for config in (generation, text) if (x := config.get("eos_token_id")) is not None), [])
-    token = _read(tokenizer_dir / "tokenizer_config.json", dict, {}).get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    own = [item.id for item in added_tokens if item.content == token]
+    content = token.get("content") if isinstance(token, dict) else token
+    own = [item.id for item in added_tokens if item.content == content]
     return tuple(dict.fromkeys([*(given if isinstance(given, list) else [given]), *own]))
 
 
@@ -152,6 +160,8 @@ def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> E
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     """`do_sample: false` says that the other values are not meant to be used."""
+    if unread := [key for key, neutral in _NEUTRAL.items() if generation.get(key) not in (None, [], neutral)]:
+        logger.warning("generation_config.json: %s: not applied; requests have to ask for it", ", ".join(unread))
     if generation.get("do_sample") is False:
         return {}
     return {key: generation[key] for key in _SAMPLING_KEYS if isinstance(generation.get(key), (int, float))}

@@ -15,7 +15,7 @@ from typing import Any
 from ramet.launch.cache import ModelUnavailable, cache_folder, filling
 
 # To be raised when this module makes other files of the same source, so that old ones are not used.
-_FORMAT = 1
+_FORMAT = 2
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -51,7 +51,7 @@ def _prepare_gguf(source: Path, folder: Path) -> None:
         raise ModelUnavailable("the file has no tokenizer, so it is not a language model")
     config = gguf_files.config_json(metadata, set(header.tensors))
     if config is None:
-        config = _config_by_transformers(source) | {"dtype": gguf_files.dtype_name(metadata)}
+        config = _config_by_transformers(source, metadata) | {"dtype": gguf_files.dtype_name(metadata)}
     _write(folder / "config.json", config)
     _write(folder / "generation_config.json", gguf_files.generation_json(metadata))
     tokenizer = gguf_files.tokenizer(metadata)
@@ -60,20 +60,30 @@ def _prepare_gguf(source: Path, folder: Path) -> None:
     else:
         from transformers import AutoTokenizer
 
+        if not metadata.get("tokenizer.ggml.add_space_prefix", True) and "gemma" not in config["model_type"]:
+            raise ModelUnavailable(
+                "transformers overlooks its add_space_prefix; give the tokenizer with --tokenizer-path"
+            )
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it goes into tokenizer_config.json
     _write(folder / "tokenizer_config.json", gguf_files.tokenizer_config_json(metadata))
 
 
-def _config_by_transformers(source: Path) -> dict[str, Any]:
+def _config_by_transformers(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from ramet.launch.gguf_files import refuse_unread
 
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if not isinstance(architecture, str):
         raise ModelUnavailable(f"architecture {config.model_type!r} is not one of a language model")
-    return {**config.to_dict(), "architectures": [architecture]}
+    found = {**config.to_dict(), "architectures": [architecture]}
+    keys: Any = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    refuse_unread(metadata, found, {key for key, name in keys.items() if name is not None})
+    return found
 
 
 def _prepare_folder(source: Path, folder: Path, trust_remote_code: bool) -> None:

@@ -13,8 +13,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ramet.model_runner.weights.errors import WeightsError
 
-_SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
-
 
 @dataclasses.dataclass(frozen=True)
 class RopeFrequencies:
@@ -43,12 +41,12 @@ def rope_frequencies(config: PretrainedConfig, context_length: int, layer_type: 
     """
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
     kind = parameters["rope_type"]
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if kind != "proportional" and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise WeightsError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported, only 1.0 is")
     if kind == "default":
         return plain_frequencies(parameters["rope_theta"], config)
-    if kind not in _SCALED:
-        raise WeightsError(f"rope type {kind!r} is not supported; known are default, {', '.join(_SCALED)}")
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise WeightsError(f"rope type {kind!r} is not supported; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
     inverse, scale = ROPE_INIT_FUNCTIONS[kind](
         config, torch.device("cpu"), seq_len=context_length, **({"layer_type": layer_type} if layer_type else {})
     )

@@ -79,8 +79,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: PretrainedConfig, family: Family, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
-        if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
-            raise WeightsError(f"position_embedding_type {kind!r} is not supported, only 'absolute' is")
+        # A decoder of this family attends to what came before alone.
+        for key, supported in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if (found := getattr(config, key, supported)) != supported:
+                raise WeightsError(f"{key} {found!r} is not supported, only {supported!r} is")
         size, num_layers = config.hidden_size, config.num_hidden_layers
         self.family = family
         self.vocab_size = config.vocab_size
@@ -117,7 +119,8 @@ class Encoder(nn.Module):
 
 
 def _norm(config: PretrainedConfig) -> LayerNorm:
-    return LayerNorm(config.hidden_size, getattr(config, "layer_norm_eps", 1e-12))
+    # DistilBERT has no such setting, whatever its config.json says.
+    return LayerNorm(config.hidden_size, 1e-12 if config.model_type == "distilbert" else config.layer_norm_eps)
 
 
 _ROBERTA = Family(prefix="roberta.", starts_behind_padding=True)

@@ -70,7 +70,6 @@ class DecoderSpec:
     post_norms: bool = False
     embedding_scale: float | None = None
     attention_scale: float | None = None
-    attention_softcap: float | None = None
     logit_softcap: float | None = None
     tied_embeddings: bool = False
 
@@ -90,7 +89,7 @@ class Attention(nn.Module):
         self.norm = QKNorm(self.heads, self.kv_heads, dim, spec.norm_eps, spec.norm_offset) if spec.qk_norm else None
         self.rope = layer.rope
         scale = spec.attention_scale if spec.attention_scale is not None else dim**-0.5
-        self.spec = AttentionSpec(index, scale, layer.sliding_window, spec.attention_softcap)
+        self.spec = AttentionSpec(index, scale, layer.sliding_window)
 
     def forward(self, hidden: Tensor, ropes: _RopeTables, ctx: AttentionContext) -> Tensor:
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))

@@ -11,6 +11,9 @@ from ramet.model_runner.models.qwen2 import windows
 
 def gemma3(config: PretrainedConfig, context_length: int) -> DecoderSpec:
     kinds = config.layer_types
+    if config.attn_logit_softcapping is not None:
+        # transformers has the setting and does nothing with it; who trained with it, nobody knows.
+        raise ValueError(f"attn_logit_softcapping must be null for Gemma 3, got {config.attn_logit_softcapping}")
     return DecoderSpec(
         **sizes(config) | {"act": config.hidden_activation},
         layers=tuple(
@@ -24,6 +27,5 @@ def gemma3(config: PretrainedConfig, context_length: int) -> DecoderSpec:
         post_norms=True,
         embedding_scale=config.hidden_size**0.5,
         attention_scale=config.query_pre_attn_scalar**-0.5,
-        attention_softcap=config.attn_logit_softcapping,
         logit_softcap=config.final_logit_softcapping,
     )

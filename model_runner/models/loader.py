@@ -21,7 +21,7 @@ from ramet.model_runner.models.base import CausalLM
 from ramet.model_runner.models.bert import ENCODERS, Encoder
 from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
-from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of
+from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of, native_builder
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.dummy import RandomSource
 from ramet.model_runner.weights.errors import WeightsError
@@ -47,7 +47,7 @@ def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> Caus
     Raises WeightsError, with words for the user, if the model cannot be run as its config asks.
     """
     hf_config = _read_config(config)
-    build = NATIVE.get(architecture_of(hf_config))
+    build = native_builder(hf_config, architecture_of(hf_config), config.trust_remote_code)
     if build is None:
         if config.quantization is not None:
             raise WeightsError(f"quantization {config.quantization} is for native models, not for the fallback")
@@ -68,10 +68,12 @@ def load_embedder(config: RunnerConfig, group: TpGroup, progress: Progress) -> E
             raise WeightsError(f"{architecture} does not embed: {', '.join(_ENCODER_CLASSES)} classes do")
         return _load_encoder(config, hf_config, group, progress)
     # Published without a head, a decoder has the name of its body.
-    build = NATIVE.get(architecture) or NATIVE.get(f"{architecture.removesuffix('Model')}ForCausalLM")
+    name = architecture if architecture in NATIVE else f"{architecture.removesuffix('Model')}ForCausalLM"
+    build = native_builder(hf_config, name, config.trust_remote_code)
     if build is None:
         known = ", ".join([*ENCODERS, *NATIVE])
-        raise WeightsError(f"{architecture} is not supported for embeddings; supported are the models {known}")
+        words = f"{architecture} of model_type {hf_config.model_type}"
+        raise WeightsError(f"{words} is not supported for embeddings; supported are the models {known}")
     return _load_native(config, hf_config, build, group, progress, headless=True)
 
 
@@ -86,6 +88,8 @@ def _read_config(config: RunnerConfig) -> PretrainedConfig:
     if method is not None and config.load_format is not LoadFormat.GGUF:
         name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
         raise WeightsError(f"the checkpoint is quantised ({name}); quantised safetensors are not supported")
+    if getattr(found, "transformers_weights", None):
+        raise WeightsError("transformers_weights in config.json, which names a file of weights, is not supported")
     return found
 
 
@@ -135,7 +139,10 @@ def _load_native(
         try:
             with torch.device(config.device):
                 model = Decoder(spec, config.context_length, group, getattr(torch, config.dtype))
-        except ValueError as error:  # heads or sizes that do not divide over the ranks
+        except torch.OutOfMemoryError:
+            raise
+        # No layers, no sizes, or none that divide over the ranks.
+        except (LookupError, RuntimeError, ValueError) as error:
             raise WeightsError(str(error)) from error
         if not headless:
             _check_quantization(model, config)

@@ -17,6 +17,10 @@ def qwen2(config: PretrainedConfig, context_length: int) -> DecoderSpec:
 
 def windows(config: PretrainedConfig) -> list[int | None]:
     """The sliding window of each layer, of all if the config has no `layer_types`, which otherwise already accounts
-    for `max_window_layers`."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    for `max_window_layers`. Raises LookupError for another kind of layer, ValueError for a window without a size."""
+    if (kinds := getattr(config, "layer_types", None)) is None:
+        return [config.sliding_window] * config.num_hidden_layers
+    if config.sliding_window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+    window = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return [window[kind] for kind in kinds]

@@ -19,6 +19,7 @@ SpecBuilder = Callable[[PretrainedConfig, int], DecoderSpec]
 NATIVE: dict[str, SpecBuilder] = {
     "Gemma3ForCausalLM": gemma3,
     "LlamaForCausalLM": llama,
+    "MinistralForCausalLM": mistral,
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
@@ -31,3 +32,11 @@ def architecture_of(config: PretrainedConfig) -> str:
     if config.architectures:
         return config.architectures[0]
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+
+
+def native_builder(config: PretrainedConfig, architecture: str, trust_remote_code: bool) -> SpecBuilder | None:
+    """That of the class `architecture`. None also if transformers would run another one: it goes by `model_type`, and
+    by code in the model's folder where that is trusted. Nor does any builder know layers that differ in their sizes."""
+    own = NATIVE.get(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ""))
+    remote = trust_remote_code and getattr(config, "auto_map", None)
+    return None if own is not NATIVE.get(architecture) or remote or getattr(config, "is_heterogeneous", False) else own

@@ -104,6 +104,32 @@ def test_sampling_defaults_of_a_greedy_model(folder: Path) -> None:
     assert info.eos_ids == (1, 3)
 
 
+def test_a_tokenizer_class_that_goes_by_its_settings(folder: Path) -> None:
+    """transformers' BERT tokenizers lowercase as they are told in one file, whatever the other says."""
+    path = folder / "tokenizer.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "BertNormalizer", "lowercase": True}})
+    )
+    for settings in (
+        {"do_lower_case": True},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+        {},
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        resolve_model(ServerArgs(model_path=str(folder)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    with pytest.raises(ModelUnavailable, match=r"has do_lower_case False, but tokenizer\.json True"):
+        resolve_model(ServerArgs(model_path=str(folder)))
+
+
+def test_settings_of_generation_that_are_not_applied_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"no_repeat_ngram_size": 3, "suppress_tokens": [5], "num_beams": 1, "bad_words_ids": None, "top_k": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    resolve_model(ServerArgs(model_path=str(folder)))
+    [words] = [record.getMessage() for record in caplog.records if "not applied" in record.getMessage()]
+    assert words.startswith("generation_config.json: suppress_tokens, no_repeat_ngram_size: not applied")
+
+
 def test_facts_nested_in_a_text_config(folder: Path) -> None:
     nested = {"text_config": CONFIG, "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(nested))

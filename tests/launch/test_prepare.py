@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ramet.launch import gguf_files
+from ramet.launch import gguf_files, prepare
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.model_info import read_model_info
 from ramet.launch.prepare import prepared_folder
+from ramet.model_runner.weights.gguf_header import read_header
 
 TEXT = ["The rain in Spain, 1234 times.", "def f(x):\n    return x + 10_000", "I'm sure it's naïve: 東京 🎉"] * 3
 SAMPLES = [*TEXT, "", "  two  spaces\n\n\ttab", "We'LL see 2024-12-31", "<|im_start|>user\nhi<|im_end|>", "e\u0301"]
@@ -58,7 +59,14 @@ def trained(pre: str) -> Tokenizer:
     return tokenizer
 
 
-def write_file(path: Path, tokenizer: Tokenizer, pre: str, arch: str = "llama", **more: bool) -> None:
+def write_file(
+    path: Path,
+    tokenizer: Tokenizer,
+    pre: str,
+    arch: str = "llama",
+    sizes: dict[str, float] | None = None,
+    **more: bool,
+) -> None:
     model = json.loads(tokenizer.to_str())["model"]
     vocab = sorted(model["vocab"], key=model["vocab"].__getitem__)
     writer = gguf.GGUFWriter(path, arch)
@@ -79,6 +87,8 @@ def write_file(path: Path, tokenizer: Tokenizer, pre: str, arch: str = "llama", 
     writer.add_eos_token_id(0)
     writer.add_eot_token_id(2)
     writer.add_chat_template("{{ messages[0].content }}")
+    for name, number in (sizes or {}).items():
+        (writer.add_uint32 if isinstance(number, int) else writer.add_float32)(f"{arch}.{name}", number)
     for name, value in more.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.add_tensor("token_embd.weight", np.zeros((len(vocab), 32), np.float32))
@@ -101,12 +111,14 @@ def test_a_byte_level_tokenizer(tmp_path: Path, pre: str) -> None:
     assert made.get_vocab() == original.get_vocab()
 
 
-def test_a_bos_token_is_added_where_the_file_asks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [{"bos"}, {"eos"}, {"bos", "eos"}])
+def test_bos_and_eos_are_added_where_the_file_asks(tmp_path: Path, flags: set[str]) -> None:
     path = tmp_path / "m.gguf"
-    write_file(path, trained("gpt-2"), "gpt-2", add_bos_token=True)
+    write_file(path, trained("gpt-2"), "gpt-2", **{f"add_{name}_token": True for name in flags})
     made = Tokenizer.from_file(str(prepared_folder(path) / "tokenizer.json"))
-    assert made.encode("rain").tokens[0] == "<|im_start|>"
-    assert made.encode("rain", add_special_tokens=False).tokens[0] != "<|im_start|>"
+    plain = made.encode("rain", add_special_tokens=False).tokens
+    expected = ["<|im_start|>"] * ("bos" in flags) + plain + ["<|endoftext|>"] * ("eos" in flags)
+    assert made.encode("rain").tokens == expected
 
 
 def test_facts_of_a_llama_like_file(tmp_path: Path) -> None:
@@ -143,18 +155,85 @@ def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
         prepared_folder(path)
 
 
-def test_rope_scaling() -> None:
-    base: dict[str, object] = {f"qwen2.{key}": 64 for key in gguf_files._CONFIG_KEYS}
-    base |= {"general.architecture": "qwen2", "tokenizer.ggml.tokens": ["a"]}
-    yarn: dict[str, object] = {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}
-    yarn["qwen2.rope.scaling.original_context_length"] = 32
-    config = gguf_files.config_json(base | yarn, {"output.weight"})
+def header(arch: str = "qwen2", **more: object) -> dict[str, Any]:
+    """Facts of a small model, with `more` keys below the architecture's name ('__' is a dot)."""
+    facts: dict[str, object] = {f"{arch}.{key}": 64 for key in gguf_files._CONFIG_KEYS}
+    facts |= {"general.architecture": arch, "tokenizer.ggml.tokens": ["a"], f"{arch}.attention.head_count": 4}
+    return facts | {f"{arch}.{key.replace('__', '.')}": value for key, value in more.items()}
+
+
+YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, None),
+        ({"rope__scaling__factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope__scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 2.0}, None),
+        ({"rope__scaling__type": "linear"}, None),
+        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        (
+            YARN | {"rope__scaling__original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_rope_scaling(keys: dict[str, object], expected: dict[str, object] | None) -> None:
+    """A factor is linear unless something else is said, and a context that is not told the one that there is."""
+    config = gguf_files.config_json(header(**keys), {"output.weight"})
     assert config is not None
-    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert config.get("rope_scaling") == expected
     assert config["tie_word_embeddings"] is False
+
+
+def test_other_architectures_and_scalings() -> None:
     with pytest.raises(ModelUnavailable, match="rope scaling 'longrope' is not known"):
-        gguf_files.config_json(base | {"qwen2.rope.scaling.type": "longrope"}, set())
-    assert gguf_files.config_json(base | {"general.architecture": "bloom"}, set()) is None
+        gguf_files.config_json(header(rope__scaling__type="longrope"), set())
+    assert gguf_files.config_json(header("bloom"), set()) is None
+
+
+# What a header may say below the architecture's name without changing what is computed.
+NEUTRAL = {
+    "attention.layer_norm_epsilon",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+}
+
+
+def config_or_words(facts: dict[str, Any]) -> dict[str, Any] | str | None:
+    try:
+        return gguf_files.config_json(facts, set())
+    except ModelUnavailable as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_every_key_of_a_header_is_honoured_or_refused(arch: str) -> None:
+    known = gguf.constants.Keys
+    keys = [str(value) for group in (known.LLM, known.Attention, known.Rope) for value in vars(group).values()]
+    plain, overlooked = config_or_words(header(arch)), set()
+    for key in {key.removeprefix("{arch}.") for key in keys if key.startswith("{arch}.")}:
+        found = config_or_words(header(arch) | {f"{arch}.{key}": "linear" if key.endswith(".type") else 2})
+        assert isinstance(found, dict) or (found is not None and key in found) or key == "expert_count"
+        overlooked |= {key} if found == plain else set()
+    assert overlooked == NEUTRAL | {"rope.scaling.type"}
+
+
+def test_a_config_by_transformers_has_all_that_the_header_says(tmp_path: Path) -> None:
+    """It overlooks some keys."""
+    path = tmp_path / "m.gguf"
+    for key, value in {"attention.sliding_window": 24, "rope.freq_base_swa": 10000.0}.items():
+        write_file(path, trained("gpt-2"), "gpt-2", "gemma3", sizes={key: value})
+        config = prepare._config_by_transformers(path, read_header(path).metadata)
+        assert config["sliding_window"] == (24 if key == "attention.sliding_window" else 4096)
+    for key, value in {"final_logit_softcapping": 30.0, "rope.scaling.factor": 8.0, "rope.freq_base_swa": 5e3}.items():
+        write_file(path, trained("gpt-2"), "gpt-2", "gemma3", sizes={key: value})
+        with pytest.raises(ModelUnavailable, match=f"its header has {key} = {value}, which is not supported"):
+            prepare._config_by_transformers(path, read_header(path).metadata)
 
 
 def test_a_slow_tokenizer_and_a_short_config(tmp_path: Path) -> None:

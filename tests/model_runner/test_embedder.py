@@ -143,7 +143,10 @@ def test_what_is_not_supported_is_refused_by_name(
     ("name", "words"),
     [
         ("cross_encoder", "BertForSequenceClassification does not embed"),
-        ("gpt2", "GPT2LMHeadModel is not supported for embeddings; supported are the models bert, .*Qwen3ForCausalLM"),
+        (
+            "gpt2",
+            "GPT2LMHeadModel of model_type gpt2 is not supported for embeddings; supported are .*Qwen3ForCausalLM",
+        ),
     ],
 )
 def test_other_architectures_are_refused(tiny: Any, name: str, words: str) -> None:

@@ -108,6 +108,7 @@ def test_graphs_take_less_than_is_left_for_them(llama_8b, monkeypatch):
 @pytest.mark.parametrize(
     ("gib", "fraction", "words"),
     [
+        (8, 0.95, r"the memory of cuda does not hold the weights and one full step \(CUDA out of memory"),
         (15, 0.95, r"the memory of cuda does not hold the weights and one full step \(CUDA out of memory"),
         (
             18,

@@ -1,5 +1,6 @@
 """GGUF files: the header reader, and models whose weights come from one."""
 
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.gguf_files import QUANT, write_gguf
 from support.model_driver import ModelDriver, load
 from support.tiny_models import make_tiny_model
 
+from ramet.launch import gguf_files
 from ramet.model_runner.config import LoadFormat
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.gguf_header import read_header
@@ -68,6 +70,56 @@ def test_rope_factors_are_honoured(tmp_path: Path) -> None:
     for folder in (scaled, unscaled):
         model = load(folder, weights=str(tmp_path / "m.gguf"), load_format=LoadFormat.GGUF)
         torch.testing.assert_close(ModelDriver(model).step({"a": TOKENS})["a"], expected, atol=1e-4, rtol=0)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rms_norm_eps": 1e-3}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("qwen2", {"rope_scaling": YARN, "rope_theta": 500.0, "use_sliding_window": False}),
+        ("qwen3", {"rope_scaling": YARN, "num_key_value_heads": 4}),
+        ("qwen3_moe", {"mlp_only_layers": [], "num_experts_per_tok": 3, "rope_theta": 1e6}),
+    ],
+)
+def test_the_config_from_a_header_gives_the_models_logits(arch: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The header as llama.cpp's converter writes it."""
+    changes = {"rope_parameters": None, "rope_theta": 10000.0} | changes
+    folder = make_tiny_model(arch, tmp_path / "model", **changes)
+    write_gguf(folder, TINY[arch], tmp_path / "m.gguf")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    rope = config.rope_parameters
+    facts = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": rope["rope_theta"],
+    }
+    if "factor" in rope:
+        facts |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+        facts["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings", 0)
+    if arch.startswith("qwen3"):
+        facts |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    else:
+        facts["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
+    if arch == "qwen3_moe":
+        facts |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+        facts["expert_feed_forward_length"] = config.moe_intermediate_size
+    metadata: dict[str, Any] = {f"{TINY[arch]}.{key}": value for key, value in facts.items()}
+    metadata |= {"general.architecture": TINY[arch], "tokenizer.ggml.tokens": [""] * config.vocab_size}
+    made = gguf_files.config_json(metadata, set(read_header(tmp_path / "m.gguf").tensors))
+    assert made is not None
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    settings = {"weights": str(tmp_path / "m.gguf"), "load_format": LoadFormat.GGUF}
+    found = ModelDriver(load(tmp_path, **settings)).step({"a": TOKENS})["a"]
+    torch.testing.assert_close(found, reference_logits(folder), atol=1e-4, rtol=0)
 
 
 def test_leftover_and_unknown_architecture_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from support.tiny_models import make_tiny_model
 
 from ramet.model_runner.config import LoadFormat
 from ramet.model_runner.models import hf_fallback
+from ramet.model_runner.models.decoder import Decoder
 from ramet.model_runner.models.hf_fallback import FallbackLM
 from ramet.model_runner.weights.errors import WeightsError
 
@@ -189,6 +190,12 @@ def test_remote_code_only_when_trusted(tmp_path: Path, monkeypatch: pytest.Monke
     with torch.no_grad():
         expected = reference(torch.tensor([[5, 6, 7]])).logits[0]
     torch.testing.assert_close(ModelDriver(model).step({"a": [5, 6, 7]})["a"], expected, atol=1e-4, rtol=0)
+    # Of a native name, it is still the folder's code that counts if it is trusted.
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    assert isinstance(load(folder), Decoder)
+    assert type(load(folder, trust_remote_code=True).model).__name__ == "HouseForCausalLM"
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:

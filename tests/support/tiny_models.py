@@ -134,14 +134,14 @@ def make_tiny_model(arch: str, folder: Path, **changes: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _randomize(model)
+        randomize(model)
     model.generation_config = transformers.GenerationConfig(**tokens)
     model.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Weights that keep activations of order one, and logits spread over several units."""
     tied = model.config.tie_word_embeddings
     for name, parameter in model.named_parameters():
