@@ -14,7 +14,7 @@ from ramet.frontend.schemas.common import Int, Rid, SamplingFields, refuse_unsup
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
-from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
+from ramet.ipc.sampling import Grammar, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -33,7 +33,10 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
     def grammars(self) -> list[Grammar | None]:
         schema = self.json_schema
         if isinstance(schema, str):
-            return [Grammar(GrammarKind.JSON_SCHEMA, schema, "json_schema"), *super().grammars()]
+            try:
+                schema = msgspec.json.decode(schema, type=dict[str, Any])
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise invalid(f"json_schema is not a JSON object: {error}", "json_schema") from None
         return [None if schema is None else json_grammar(schema, "json_schema"), *super().grammars()]
 
 

@@ -153,7 +153,7 @@ def test_logprobs(engine: ScriptedEngine, stream: bool) -> None:
     [
         ({"regex": "a+"}, GrammarKind.REGEX, "a+"),
         ({"ebnf": 'root ::= "a"'}, GrammarKind.EBNF, 'root ::= "a"'),
-        ({"json_schema": '{"type": "null"}'}, GrammarKind.JSON_SCHEMA, '{"type": "null"}'),
+        ({"json_schema": '{"type": "null"}'}, GrammarKind.JSON_SCHEMA, '{"type":"null"}'),
         ({"json_schema": {"type": "null"}}, GrammarKind.JSON_SCHEMA, '{"type":"null"}'),
     ],
 )
