@@ -32,11 +32,6 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
 
     def grammars(self) -> list[Grammar | None]:
         schema = self.json_schema
-        if isinstance(schema, str):
-            try:
-                schema = msgspec.json.decode(schema, type=dict[str, Any])
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise invalid(f"json_schema is not a JSON object: {error}", "json_schema") from None
         return [None if schema is None else json_grammar(schema, "json_schema"), *super().grammars()]
 
 

@@ -61,12 +61,16 @@ def only_one(asked: list[Grammar | None]) -> Grammar | None:
     return grammars[0] if grammars else None
 
 
-def json_grammar(schema: dict[str, Any], param: str) -> Grammar:
-    """For what must be JSON that is valid under `schema`; `param` is to be named in errors."""
+def json_grammar(schema: dict[str, Any] | str, param: str) -> Grammar:
+    """For what must be JSON that is valid under `schema`; `param` is to be named in errors. Raises `RequestError`."""
     try:
+        if isinstance(schema, str):
+            schema = msgspec.json.decode(schema, type=dict[str, Any])
         return Grammar(GrammarKind.JSON_SCHEMA, msgspec.json.encode(enforceable(schema)).decode(), param)
     except RecursionError:
         raise invalid(f"{param}: the schema nests too deep", param) from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"{param} is not a JSON object: {error}", param) from None
 
 
 def enforceable(schema: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,8 @@ def test_score_and_rerank(minilm_server: RunningServer) -> None:
     answer = minilm_server.http.post(RERANK, json={**body, "top_n": 1, "return_documents": False}).json()
     [result] = answer["results"]
     assert set(result) == {"index", "relevance_score"}
+    short = minilm_server.http.post("/rerank", json=body).json()  # where LiteLLM asks
+    assert short["results"] == minilm_server.http.post(RERANK, json=body).json()["results"]
 
 
 @pytest.mark.minilm
