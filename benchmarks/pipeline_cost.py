@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 
-from ramet.ipc.channel import Addresses
+from ramet.ipc.channel import SCHEDULER, Addresses
 from ramet.ipc.step import RowResult, StepPlan, StepResult
 from ramet.launch.child import Process
 from ramet.launch.roles import engine_processes
 from ramet.launch.serve import configure
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.supervisor import SCHEDULER, Supervisor
+from ramet.launch.supervisor import Supervisor
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.parallel import TpGroup
 from ramet.scheduler.config import SchedulerConfig

@@ -36,8 +36,4 @@ class StopMatcher:
     def _could_begin_a_stop(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop string begins."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

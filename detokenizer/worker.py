@@ -11,7 +11,7 @@ import msgspec
 
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.detokenizer.incremental import IncrementalText
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import DETOKENIZER, FRONTEND, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import (
     Abort,
@@ -34,17 +34,15 @@ from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
 
-NAME = "detokenizer"
-
 
 def run(config: DetokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
-    startup = Startup(NAME, addresses)
-    inbox: Inbox[ToDetokenizer] = Inbox(addresses.detokenizer, ToDetokenizer)
+    startup = Startup(DETOKENIZER, addresses)
+    inbox: Inbox[ToDetokenizer] = Inbox(addresses.inbox(DETOKENIZER), ToDetokenizer)
     with startup.failing_with(TokenizerError):
         detokenizer = Detokenizer(Tokenizer(config.tokenizer_dir), config.stream_interval)
-    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
-    pulse = Pulse(addresses, NAME)
+    scheduler, frontend = Outbox(addresses.inbox(SCHEDULER)), Outbox(addresses.inbox(FRONTEND))
+    pulse = Pulse(addresses, DETOKENIZER)
     startup.ready()
     while True:
         pulse.beat()
@@ -164,12 +162,6 @@ class Detokenizer:
         return _Stream(IncrementalText(self._tokenizer, admitted.params), prompt, admitted.stream)
 
     def _describe(self, logprob: Logprob) -> TokenText:
-        top = [
-            self._token_text(token_id, value)
-            for token_id, value in zip(logprob.top_ids, logprob.top_logprobs, strict=True)
-        ]
-        return self._token_text(logprob.token_id, logprob.logprob, top)
-
-    def _token_text(self, token_id: int, value: float, top: list[TokenText] | None = None) -> TokenText:
-        data = self._tokenizer.token_bytes(token_id)
-        return TokenText(data.decode("utf-8", errors="replace"), data, value, top or [], token_id)
+        top = [self._describe(Logprob(*other)) for other in zip(logprob.top_ids, logprob.top_logprobs, strict=True)]
+        data = self._tokenizer.token_bytes(logprob.token_id)
+        return TokenText(data.decode("utf-8", errors="replace"), data, logprob.logprob, top, logprob.token_id)

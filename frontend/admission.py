@@ -4,11 +4,13 @@ Knows neither ids nor messages' ways. Tokens are an estimate, since prompts are 
 """
 
 import collections
+import functools
 import math
 import time
+from collections.abc import Callable
 
 from ramet.ipc.errors import FailureKind, RequestError, invalid
-from ramet.ipc.messages import Chat, Completion, Detokenize, Embedding, FlushCache, Tokenize
+from ramet.ipc.messages import Chat, Completion, Embedding, Request
 
 # From which the rate of ends is taken: these last seconds, and so many ends.
 _RATE_WINDOW_S, _RATE_ENDS = 30.0, 100
@@ -24,9 +26,9 @@ class Admission:
         self.tokens = 0  # of the requests that have been admitted, about
         self._ends: collections.deque[float] = collections.deque(maxlen=_RATE_ENDS)
 
-    def check(self, count: int, num_tokens: int, live: int, first_at: float) -> None:
-        """Raises `RequestError` if `count` more, of so many tokens, are too many beside the `live` ones, the oldest of
-        which came at `first_at` (of `time.monotonic`)."""
+    def admit(self, count: int, num_tokens: int, live: int, first_at: float) -> Callable[[], None]:
+        """What is to be called when they have ended. Raises `RequestError` if `count` more, of so many tokens, are too
+        many beside the `live` ones, the oldest of which came at `first_at` (of `time.monotonic`)."""
         if count > self._max_live:
             raise invalid(f"at most {self._max_live} choices over all prompts of a request, got {count}", "n")
         if live + count > self._max_live:
@@ -36,9 +38,10 @@ class Admission:
         if self._max_tokens is not None and self.tokens and self.tokens + num_tokens > self._max_tokens:
             words = f"about {self.tokens} of at most {self._max_tokens} tokens are in it"
             raise self._queue_full(live, first_at, f"{words}, and this has about {num_tokens}")
+        self.tokens += num_tokens
+        return functools.partial(self._release, count, num_tokens)
 
-    def release(self, count: int, num_tokens: int) -> None:
-        """What was admitted has ended."""
+    def _release(self, count: int, num_tokens: int) -> None:
         self.tokens -= num_tokens
         self._ends.extend([time.monotonic()] * count)
 
@@ -51,7 +54,7 @@ class Admission:
         return RequestError(FailureKind.QUEUE_FULL, f"the queue is full: {words}", retry_after_s=wait_s)
 
 
-def about_tokens(message: Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache) -> int:
+def about_tokens(message: Request) -> int:
     """What a request will hold: its prompt, and for each choice the `max_tokens` that it asks for."""
     match message:
         case Chat():

@@ -11,18 +11,19 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import ramet
 from ramet.frontend import errors
+from ramet.frontend.api.base import read_body
 from ramet.frontend.api.batches import BatchesApi
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
@@ -36,9 +37,8 @@ from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.exchange import BodyRoom, json_response
 from ramet.frontend.generation import ClientDisconnectedError
-from ramet.frontend.health import Health
 from ramet.frontend.metrics import Metrics
-from ramet.frontend.openapi import Endpoint, Handler, document
+from ramet.frontend.openapi import JSON, Endpoint, document
 from ramet.frontend.request_log import RequestLog, RequestRecord
 from ramet.frontend.schemas.batches import Batch, BatchRequest
 from ramet.frontend.schemas.chat import ChatRequest
@@ -49,6 +49,7 @@ from ramet.frontend.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from ramet.frontend.store import File, Store
 from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError
+from ramet.ipc.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +58,22 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def build_app(
-    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+    config: FrontendConfig,
+    client: EngineClient,
+    metrics: Metrics,
+    store: Store,
+    worker: BatchWorker,
+    watchdog: Watchdog,
 ) -> ASGIApp:
-    table = endpoints(config, client, metrics, store, worker)
-    by_path: dict[str, dict[str, Handler]] = {}
+    table = endpoints(config, client, store, worker, Server(config, client, metrics, watchdog))
+    by_path: dict[str, dict[str, Endpoint]] = {}
     for row in table:
         for path in row.paths:
-            by_path.setdefault(path, {}).update(dict.fromkeys(row.methods, row.handler))
+            by_path.setdefault(path, {}).update(dict.fromkeys(row.methods, row))
     # One route for each path: of several, a 405 would name only the first one's methods.
-    routes = [Route(path, functools.partial(_handle, found), methods=list(found)) for path, found in by_path.items()]
+    routes = [
+        Route(path, functools.partial(_handle, found, config), methods=list(found)) for path, found in by_path.items()
+    ]
     app: ASGIApp = Starlette(
         routes=routes,
         exception_handlers={
@@ -89,16 +97,19 @@ def build_app(
     return Envelope(app, routes, metrics, config)
 
 
-async def _handle(by_method: Mapping[str, Handler], http: Request) -> ASGIApp:
-    return await by_method["GET" if http.method == "HEAD" else http.method](http)
+async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, http: Request) -> ASGIApp:
+    endpoint = by_method["GET" if http.method == "HEAD" else http.method]
+    if endpoint.body is None or endpoint.media != JSON:
+        answer = await endpoint.handler(http)
+    else:
+        answer = await endpoint.handler(http, await read_body(http, endpoint, config))
+    return answer if callable(answer) else json_response(answer)
 
 
 def endpoints(
-    config: FrontendConfig, client: EngineClient, metrics: Metrics, store: Store, worker: BatchWorker
+    config: FrontendConfig, client: EngineClient, store: Store, worker: BatchWorker, server: Server
 ) -> list[Endpoint]:
     """Every route of the server, in the order in which they are tried."""
-    health = Health(config, client, metrics)
-    server = Server(config, client, metrics)
     tokens = Tokens(config, client)
     files = Files(config, store, worker.notify)
     batches = BatchesApi(config, store, worker)
@@ -107,17 +118,19 @@ def endpoints(
     generate = NativeGenerate(config, client).create
     vectors = Embeddings(config, client)
 
-    async def describe(_request: Request) -> Response:
-        return json_response(description)
+    async def describe(_http: Request) -> dict[str, Any]:
+        return description
 
-    get, post, events = ("GET",), ("POST",), ("application/json", "text/event-stream")
+    get, post = ("GET",), ("POST",)
+    texts: Any = {"answers": (JSON, "text/event-stream"), "embeds": False}
     metrics_types = ("text/plain", "application/openmetrics-text")
     table = [
-        Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, events),
-        Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, events),
-        Endpoint("Embeddings of texts or token ids", post, ("/v1/embeddings",), vectors.embed, EmbeddingRequest),
-        Endpoint("How alike texts are", post, ("/score", "/v1/score"), vectors.score, ScoreRequest),
-        Endpoint("Documents by likeness to a query", post, ("/rerank", "/v1/rerank"), vectors.rerank, RerankRequest),
+        Endpoint("The next message of a conversation", post, ("/v1/chat/completions",), chat, ChatRequest, **texts),
+        Endpoint("Texts or token ids continued", post, ("/v1/completions",), completions, CompletionRequest, **texts),
+        Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, **texts),
+        Endpoint("Embeddings of texts or ids", post, ("/v1/embeddings",), vectors.embed, EmbeddingRequest, embeds=True),
+        Endpoint("How alike texts are", post, ("/score", "/v1/score"), vectors.score, ScoreRequest, embeds=True),
+        Endpoint("Documents by likeness", post, ("/rerank", "/v1/rerank"), vectors.rerank, RerankRequest, embeds=True),
         Endpoint("The models served", get, ("/v1/models",), server.models),
         Endpoint("One model", get, ("/v1/models/{model:path}",), server.model),
         Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media=FORM, answer=File),
@@ -129,7 +142,6 @@ def endpoints(
         Endpoint("The batches", get, ("/v1/batches",), batches.list),
         Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve, answer=Batch),
         Endpoint("A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel, answer=Batch),
-        Endpoint("Completions in SGLang's native form", post, ("/generate",), generate, GenerateRequest, events),
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),
         Endpoint("Facts about the model", get, ("/get_model_info",), server.model_info),
@@ -137,10 +149,10 @@ def endpoints(
         Endpoint("The version of Ramet", get, ("/version",), server.version),
         Endpoint("Forget cached prefixes", ("GET", "POST"), ("/flush_cache",), server.flush_cache),
         Endpoint("Abort requests by their rid, or all", post, ("/abort_request",), server.abort, AbortRequest),
-        Endpoint("Whether every process lives", get, ("/health",), health.health, open=True),
-        Endpoint("Whether requests are taken", get, ("/ready",), health.ready, open=True),
-        Endpoint("Whether a token can be computed", get, ("/health_generate",), health.generate),
-        Endpoint("Measures for Prometheus", get, ("/metrics",), health.metrics, None, metrics_types, open=True),
+        Endpoint("Whether every process lives", get, ("/health",), server.health, open=True),
+        Endpoint("Whether requests are taken", get, ("/ready",), server.ready, open=True),
+        Endpoint("Whether a token can be computed", get, ("/health_generate",), server.health_generate),
+        Endpoint("Measures for Prometheus", get, ("/metrics",), server.metrics, None, metrics_types, open=True),
         Endpoint("This document", get, ("/openapi.json",), describe, open=True),
     ]
     description = document(table, ramet.__version__, keyed=bool(config.api_keys))
@@ -204,9 +216,8 @@ class ApiKeys:
         if scope["path"] in self._open_paths or self._accepts(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)
             return
-        challenge = HTTPException(401, "missing or wrong API key", {"www-authenticate": "Bearer"})
-        response = await errors.on_http_error(Request(scope), challenge)
-        await response(scope, receive, send)
+        refusal = errors.http_error(401, "missing or wrong API key", {"www-authenticate": "Bearer"})
+        await refusal(scope, receive, send)
 
     def _accepts(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")

@@ -36,7 +36,8 @@ _FLUSH_S = 0.2
 _STEP_LINES = 500
 _TROUBLE_S = 10.0
 _BACKOFF_S = 1.0
-_IDLE_S = 3600.0
+# The clock of the wall may jump, as when the machine sleeps: what expires is late by so much at most.
+_IDLE_S = 60.0
 
 # Status, request id and body.
 Answer = tuple[int, str, bytes]

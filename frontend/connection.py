@@ -154,6 +154,3 @@ class Connection(HttpToolsProtocol):
             self.transport.close()  # it has never said a word
         else:
             self._refuse(408, f"nothing came for {self._client_timeout_s:g} seconds in the middle of the request")
-
-
-__all__ = ["MAX_HEADERS", "MAX_HEAD_BYTES", "Connection"]

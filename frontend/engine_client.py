@@ -1,14 +1,14 @@
 """`EngineClient`: the frontend's side of the engine. Owns request ids, admission, event queues and aborts.
 
-Knows nothing of HTTP. A question is asked and awaited (`ask`). One `Generation` stands for all choices of one HTTP
-request and takes their events.
+Knows nothing of HTTP. One `Generation` stands for all choices, or all questions, of one HTTP request and takes their
+events.
 
 After each `EngineUp` a `Reset` goes through every process of the engine; until it is back nothing is admitted. What the
 engine had when a process died is then sent again, once, under other ids; what its clients have had is not told again.
 
-Invariants: a request id is in `_live` from its submission to its one terminal event, to its abort, or to the loss of
-the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block aborts whatever
-of it is still live. All messages about one id go to the same tokenizer worker.
+Invariants: a request id is in `_live` (or `_questions`) from its submission to its one terminal event, to its abort, or
+to the loss of the engine; what arrives for an id that is not there is dropped. Leaving a `Generation`'s `with` block
+aborts whatever of it is still live. All messages about one id go to the same tokenizer worker.
 """
 
 import asyncio
@@ -18,20 +18,19 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
 from ramet.frontend.admission import Admission, about_tokens
 from ramet.frontend.generation import ChoiceRecord, Generation
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, Outbox
+from ramet.ipc.channel import TOKENIZER, Addresses, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
-    Answer,
     Chat,
     Completion,
-    Detokenize,
     Embedded,
     Embedding,
     EngineDown,
@@ -39,16 +38,17 @@ from ramet.ipc.messages import (
     Failed,
     Finish,
     FinishReason,
-    FlushCache,
     Job,
     PromptInfo,
+    Question,
+    Request,
     Reset,
     Stats,
     TextBatch,
     TextDelta,
     ToFrontend,
-    Tokenize,
     ToTokenizer,
+    rids_of,
 )
 from ramet.ipc.sampling import SamplingParams
 
@@ -58,34 +58,23 @@ _ABORTED = Failure(FailureKind.ABORTED, "the request was aborted")
 # Ends the id of a choice that has been in flight at a death.
 _AGAIN = "+"
 
-Question = Embedding | Tokenize | Detokenize | FlushCache
-
-
-class _Question(msgspec.Struct, gc=False):
-    """A request that ends in one `Answer`. `resumes`: it may be sent again. `asked_at` is of `time.monotonic`."""
-
-    answer: "asyncio.Future[Answer]"
-    tokenizer: int
-    message: Question
-    resumes: bool
-    asked_at: float
-
-    @property
-    def embeds(self) -> bool:
-        """Whether it is counted like a choice."""
-        return isinstance(self.message, Embedding)
-
 
 class _Live(msgspec.Struct, gc=False):
-    """A choice that the engine owes an end. `message` is that of its prompt, `told` are the tokens that it has said."""
+    """A choice or a question that the engine owes an end. `message` is that of its prompt, `told` are the tokens that a
+    choice has said."""
 
     generation: Generation
     index: int
     tokenizer: int
-    message: Chat | Completion
+    message: Request
     name: str | None
     record: ChoiceRecord
     told: list[int] = []
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is among the finished requests of the metrics: a choice or an embedding."""
+        return isinstance(self.message, Chat | Completion | Embedding)
 
 
 class EngineClient:
@@ -93,13 +82,13 @@ class EngineClient:
 
     def __init__(self, addresses: Addresses, max_live: int, metrics: Metrics, max_tokens: int | None = None) -> None:
         self.addresses = addresses
-        self._tokenizers = [Outbox(addresses.tokenizer(index)) for index in range(addresses.tokenizers)]
+        self._tokenizers = [Outbox(addresses.inbox(TOKENIZER.format(index))) for index in range(addresses.tokenizers)]
         self._turns = itertools.cycle(range(addresses.tokenizers))
         self._admission = Admission(max_live, max_tokens)
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
-        self._questions: dict[str, _Question] = {}
-        self._asking = 0  # calls of `ask_all`; each may have many questions
+        self._questions: dict[str, _Live] = {}
+        self._asking = 0  # calls of `ask`; each may have many questions
         self._down: Failure | None = None
         self._draining = False
         self._resets = 0
@@ -143,59 +132,53 @@ class EngineClient:
         choice that it ends is an error, or with `keeps_aborted` a choice whose finish reason is `abort`.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        count = len(prompts) * n
         stem = uuid.uuid4().hex
-        rids = [f"{stem}-{index}" for index in range(count)]
-        messages = []
+        messages: list[Request] = []
         for number, (make, wanted) in enumerate(zip(prompts, each, strict=True)):
             # The other choices get seed + 1, + 2, …: a fresh seed leaves room for them in 64 bits.
             seeded = msgspec.structs.replace(wanted, seed=secrets.randbits(62)) if wanted.seed is None else wanted
-            messages.append(make(Job(rids[number * n : (number + 1) * n], seeded, priority, echo, stream)))
-        num_tokens = sum(map(about_tokens, messages))
-        self._admit(count, num_tokens)
-        generation = Generation(self, rids, n, num_tokens, keeps_aborted)
+            rids = [f"{stem}-{number * n + choice}" for choice in range(n)]
+            messages.append(make(Job(rids, seeded, priority, echo, stream)))
+        return self._start(self._live, messages, self._admit(len(prompts) * n, messages), n, names, keeps_aborted)
+
+    def ask(self, makes: Sequence[Callable[[str], Question]]) -> Generation:
+        """Send what each makes of a request id: several questions of one request, which is admitted as one. Raises
+        `RequestError` if it is not."""
+        messages = [make(uuid.uuid4().hex) for make in makes]
+        release = self._admit(1, messages)
+        self._asking += 1
+
+        def end() -> None:
+            self._asking -= 1
+            release()
+
+        return self._start(self._questions, messages, end)
+
+    def _start(
+        self,
+        owed: dict[str, _Live],
+        messages: Sequence[Request],
+        release: Callable[[], None],
+        n: int = 1,
+        names: Sequence[str | None] = (),
+        keeps_aborted: bool = False,
+    ) -> Generation:
+        rids = [rid for message in messages for rid in rids_of(message)]
+        generation = Generation(rids, n, keeps_aborted, self.abort, release)
         now = time.monotonic()
         try:
             for number, message in enumerate(messages):
                 tokenizer = next(self._turns)
                 name = names[number] if names else None
-                for index, rid in enumerate(message.job.rids, number * n):
+                for index, rid in enumerate(rids_of(message), number * n):
                     generation.records.append(record := ChoiceRecord(now))
-                    self._live[rid] = _Live(generation, index, tokenizer, message, name, record)
+                    owed[rid] = _Live(generation, index, tokenizer, message, name, record)
                 self._send(tokenizer, message)
         except RequestError:
             self.abort(set(rids), "error")
-            self._admission.tokens -= num_tokens
+            release()
             raise
         return generation
-
-    async def ask(self, make: Callable[[str], Question]) -> Answer:
-        """Send what `make` makes of a request id, and wait for its answer. Raises `RequestError` if it is not admitted
-        or fails. Cancelling the task that waits aborts the request."""
-        [answer] = await self.ask_all([make])
-        return answer
-
-    async def ask_all(self, makes: Sequence[Callable[[str], Question]], resumes: bool = True) -> list[Answer]:
-        """Several questions of one request, which is admitted as one: the answers in order, or the first failure.
-        Without `resumes` they fail if the engine dies."""
-        messages = [make(uuid.uuid4().hex) for make in makes]
-        num_tokens = sum(map(about_tokens, messages))
-        self._admit(1, num_tokens)
-        self._asking += 1
-        asked: dict[str, _Question] = {}
-        try:
-            for message in messages:
-                future = asyncio.get_running_loop().create_future()
-                question = _Question(future, next(self._turns), message, resumes, time.monotonic())
-                self._questions[message.rid] = asked[message.rid] = question
-                self._send(question.tokenizer, message)
-            return await asyncio.gather(*[question.answer for question in asked.values()])
-        finally:
-            self._asking -= 1
-            self.release(1, num_tokens)
-            left = [(rid, it) for rid, it in asked.items() if self._questions.pop(rid, None)]
-            self._metrics.requests_finished.labels("abort").inc(sum(it.embeds for _, it in left))
-            self._send_aborts((rid, it.tokenizer) for rid, it in left)
 
     def _send(self, tokenizer: int, message: ToTokenizer) -> None:
         try:
@@ -204,23 +187,22 @@ class EngineClient:
             # Free-form fields may hold integers and depths that msgpack has not; Python callers, anything.
             raise invalid(f"the request cannot be encoded: {error}", code="invalid_json") from error
 
-    def release(self, count: int, num_tokens: int) -> None:
-        """What was admitted has ended."""
-        self._admission.release(count, num_tokens)
-
-    def _admit(self, count: int, num_tokens: int) -> None:
+    def _admit(self, count: int, messages: Sequence[Request]) -> Callable[[], None]:
         if self.refusal is not None:
             raise RequestError(self.refusal.kind, self.refusal.message, code=self.refusal.code)
-        now = time.monotonic()
-        first_at = next((live.record.submitted_at for live in self._live.values()), now)
-        self._admission.check(count, num_tokens, len(self._live) + self._asking, first_at)
-        self._admission.tokens += num_tokens
+        num_tokens = sum(map(about_tokens, messages))
+        first_at = next((live.record.submitted_at for live in self._live.values()), time.monotonic())
+        return self._admission.admit(count, num_tokens, len(self._live) + self._asking, first_at)
+
+    def _take(self, rid: str) -> _Live | None:
+        """Nothing more of it is waited for."""
+        return self._live.pop(rid, None) or self._questions.pop(rid, None)
 
     def abort(self, rids: set[str], reason: str = "abort") -> None:
         """Tell the engine to drop these of the requests that are live; their events are not waited for."""
-        dropped = [(rid, live.tokenizer) for rid in rids if (live := self._live.pop(rid, None)) is not None]
-        self._metrics.requests_finished.labels(reason).inc(len(dropped))
-        self._send_aborts(dropped)
+        dropped = [(rid, live) for rid in rids if (live := self._take(rid)) is not None]
+        self._metrics.requests_finished.labels(reason).inc(sum(live.is_counted for _, live in dropped))
+        self._send_aborts((rid, live.tokenizer) for rid, live in dropped)
 
     def _send_aborts(self, dropped: Iterable[tuple[str, int]]) -> None:
         """`dropped`: each id with its tokenizer worker."""
@@ -247,12 +229,10 @@ class EngineClient:
 
     def fail_all(self, failure: Failure) -> None:
         """End every live request with this failure, and abort it in what is left of the engine."""
-        ended = list(self._live.values())
-        self.abort(set(self._live), "error")
-        for live in ended:
+        ended = {**self._live, **self._questions}
+        self.abort(set(ended), "error")
+        for live in ended.values():
             live.generation.fail(live.index, failure)
-        for rid in list(self._questions):
-            self._fail(rid, failure)
 
     def dispatch(self, message: ToFrontend) -> None:
         if isinstance(message, TextBatch):
@@ -286,10 +266,10 @@ class EngineClient:
                     self.up.set()
                     self.settled.set()
                     self._resume()
-        elif (question := self._questions.pop(message.rid, None)) is not None and not question.answer.done():
-            question.answer.set_result(message)
+        elif (question := self._questions.pop(message.rid, None)) is not None:
+            question.generation.answer(question.index, message)
             if isinstance(message, Embedded):
-                self._count_embedding(message.prompt_tokens, time.monotonic() - question.asked_at)
+                self._count_embedding(message.prompt_tokens, time.monotonic() - question.record.submitted_at)
 
     def _go_down(self, reason: str) -> Failure:
         failure = Failure(FailureKind.ENGINE_DOWN, f"the engine is down: {reason}")
@@ -304,43 +284,38 @@ class EngineClient:
 
     def _lose(self, failure: Failure) -> None:
         """The engine has died under all requests: keep them, but for those that have seen one death already."""
-        for rid, live in list(self._live.items()):
-            if rid.endswith(_AGAIN) or not live.generation.resumes:
-                self._fail(rid, failure)
-                continue
-            # Another id, so that what the engine still tells of this life is not taken for the next one's.
-            del self._live[rid]
-            live.generation.open[live.index] = rid + _AGAIN
-            self._live[rid + _AGAIN] = live
-        for rid, question in list(self._questions.items()):
-            if not question.resumes:
-                self._fail(rid, failure)
-            question.resumes = False
+        for owed in (self._live, self._questions):
+            for rid, live in list(owed.items()):
+                if rid.endswith(_AGAIN) or not live.generation.resumes:
+                    self._fail(rid, failure)
+                    continue
+                # Another id, so that what the engine still tells of this life is not taken for the next one's.
+                del owed[rid]
+                live.generation.open[live.index] = rid + _AGAIN
+                owed[rid + _AGAIN] = live
 
     def _resume(self) -> None:
         """Send again what was lost: prompts with all their choices, for the sake of the seeds, less those that have
         ended."""
         self._metrics.requests_resumed.inc(self.live)
-        prompts = {id(live.message): (live.tokenizer, live.message) for live in self._live.values()}
-        for tokenizer, message in prompts.values():
-            rids = [rid + _AGAIN for rid in message.job.rids]
-            job = msgspec.structs.replace(message.job, rids=rids)
-            self._send(tokenizer, msgspec.structs.replace(message, job=job))
-            self._send_aborts((rid, tokenizer) for rid in rids if rid not in self._live)
+        owed = {**self._live, **self._questions}
+        messages = {id(live.message): (live.tokenizer, live.message) for live in owed.values()}
+        for tokenizer, message in messages.values():
+            rids = [rid + _AGAIN for rid in rids_of(message)]
+            if isinstance(message, Chat | Completion):
+                new: dict[str, Any] = {"job": msgspec.structs.replace(message.job, rids=rids)}
+            else:
+                new = {"rid": rids[0]}
+            self._send(tokenizer, msgspec.structs.replace(message, **new))
+            self._send_aborts((rid, tokenizer) for rid in rids if rid not in owed)
         for live in self._live.values():
             if live.generation.rewind(live.index):
                 live.told.clear()
-        for question in self._questions.values():
-            self._send(question.tokenizer, question.message)
 
     def _fail(self, rid: str, failure: Failure) -> None:
-        if (live := self._live.pop(rid, None)) is not None:
-            self._metrics.requests_finished.labels("error").inc()
+        if (live := self._take(rid)) is not None:
+            self._metrics.requests_finished.labels("error").inc(live.is_counted)
             live.generation.fail(live.index, failure)
-        elif (question := self._questions.pop(rid, None)) is not None and not question.answer.done():
-            self._metrics.requests_finished.labels("error").inc(question.embeds)
-            error = RequestError(failure.kind, failure.message, param=failure.param, code=failure.code)
-            question.answer.set_exception(error)
 
     def _deliver(self, delta: TextDelta, now: float) -> int:
         """How many tokens it brings."""

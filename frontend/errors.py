@@ -61,7 +61,7 @@ _ELSEWHERE = {
 }
 
 _FIELD = re.compile(r"^Object (contains unknown|missing required) field `(.*?)`")
-_PATH = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
 
 
 def no_such_model(model: str) -> RequestError:

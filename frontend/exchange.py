@@ -7,7 +7,7 @@ the request's deadline.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -103,48 +103,30 @@ def time_limit(scope: Scope, server_limit_s: float | None) -> float | None:
     return limit_s if server_limit_s is None else min(limit_s, server_limit_s)
 
 
-def _timed_out(limit_s: float | None) -> RequestError:
-    return RequestError(FailureKind.TIMEOUT, f"the request did not end within its limit of {limit_s:g} seconds")
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has left. The body must have been read before."""
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, generation: Generation, limit_s: float | None) -> AsyncIterator[None]:
-    """Stops the generation as soon as the client is gone, or its time is up."""
+async def watching(scope: Scope, receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """Stops the generation as soon as the client is gone, or its time is up, and aborts what is live of it at the end.
+    The body must have been read before."""
+    generation.resumes = scope["server"] != BATCH_SERVER
+    limit_s: float | None = scope["ramet.limit_s"]
 
     async def watch() -> None:
         try:
             async with asyncio.timeout(limit_s):
-                await _gone(receive)
+                while (await receive())["type"] != "http.disconnect":
+                    continue
         except TimeoutError:
-            generation.stop(_timed_out(limit_s))
+            words = f"the request did not end within its limit of {limit_s:g} seconds"
+            generation.stop(RequestError(FailureKind.TIMEOUT, words))
         else:
             generation.stop(ClientDisconnectedError())
 
     task = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit_s: float | None) -> T:
-    """The result of `work`. As soon as the client is gone or its time is up, cancels it and raises
-    `ClientDisconnectedError` or `RequestError`."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnectedError if gone.done() else _timed_out(limit_s)
-    finally:
-        task.cancel()
-        gone.cancel()
+    with generation:
+        try:
+            yield
+        finally:
+            task.cancel()
 
 
 def json_response(value: Any) -> Response:

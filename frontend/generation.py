@@ -1,17 +1,17 @@
-"""`Generation`: the events of one HTTP request's choices, from the engine to the one who answers.
+"""`Generation`: the events of one HTTP request's choices or questions, from the engine to the one who answers.
 
 Its queue lives in this process, so a reader that is slow, or waits for the whole answer, costs the memory of the text
 and nothing more. Leaving its `with` block aborts whatever of it is still live.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from ramet.ipc.errors import Failure, RequestError
-from ramet.ipc.messages import TextDelta
+from ramet.ipc.messages import Answer, TextDelta
 
 # Takes a choice's text as it comes; false if what follows has to wait.
 Sink = Callable[[int, TextDelta], bool]
@@ -34,25 +34,24 @@ class ChoiceRecord(msgspec.Struct, gc=False):
     tokens: int = 0
 
 
-class Submitter(Protocol):
-    """Who has submitted the choices."""
-
-    def abort(self, rids: set[str]) -> None: ...
-
-    def release(self, count: int, num_tokens: int) -> None: ...
-
-
 class Generation:
-    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`."""
+    """The events of all choices of one HTTP request; choice `prompt_i * n + j` is the j-th of prompt `prompt_i`.
+    `abort` drops choices by their ids, `release` is called when nobody waits for any of them."""
 
-    def __init__(self, client: Submitter, rids: list[str], n: int, num_tokens: int, keeps_aborted: bool) -> None:
-        self._client = client
-        self._num_rids, self._num_tokens = len(rids), num_tokens
+    def __init__(
+        self,
+        rids: list[str],
+        n: int,
+        keeps_aborted: bool,
+        abort: Callable[[set[str]], None],
+        release: Callable[[], None],
+    ) -> None:
+        self._abort, self._release = abort, release
         self.keeps_aborted = keeps_aborted
         self.resumes = True  # if the engine dies under it, it may be sent again
         self.records: list[ChoiceRecord] = []
         self.open = dict(enumerate(rids))  # the id of each choice that has not ended
-        self._pending: dict[int, list[TextDelta]] = {}
+        self._pending: dict[int, list[Any]] = {}  # deltas of choices, or the answer to a question
         self.n = n
         self._silent_prompts = set(range(len(rids) // n))
         self._error: Exception | None = None
@@ -64,19 +63,14 @@ class Generation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.abort(set(self.open.values()))
-        self._client.release(self._num_rids, self._num_tokens)
+        self._abort(set(self.open.values()))
+        self._release()
 
     async def started(self) -> None:
         """Wait until each prompt has had an event. Raises what failed: nothing has been sent to the client yet."""
         while self._silent_prompts and self._error is None:
             await self._changed()
         self._raise_error()
-
-    async def changes(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
-        """Each `change`."""
-        while changes := await self.change():
-            yield changes
 
     async def change(self, sink: Sink | None = None) -> list[tuple[int, TextDelta]]:
         """What is new, by choice; nothing if all have ended. What came in meanwhile is merged. Raises after the last
@@ -102,6 +96,10 @@ class Generation:
         self._raise_error()
         return [self._pending[index] for index in sorted(self._pending)]
 
+    async def answers(self) -> list[Any]:
+        """That to each question, in order, when all have come."""
+        return [answer for [answer] in await self.parts()]
+
     def usage(self) -> dict[str, int]:
         """Tokens so far. A prompt counts once, however many choices it has; the one that computed it tells what was
         cached, since the others found what that one computed."""
@@ -115,7 +113,7 @@ class Generation:
 
     def stop(self, error: Exception) -> None:
         """End it with this error, in the engine at once: who writes to a slow reader may take long to hear of it."""
-        self._client.abort(set(self.open.values()))
+        self._abort(set(self.open.values()))
         self._fail(error)
 
     def rewind(self, index: int) -> bool:
@@ -137,6 +135,13 @@ class Generation:
         if delta.finish is not None:
             self.open.pop(index, None)
         if self._wake_per_delta or not self.open:
+            self._wake()
+
+    def answer(self, index: int, answer: Answer) -> None:
+        """The end of a question."""
+        self._pending[index] = [answer]
+        del self.open[index]
+        if not self.open:
             self._wake()
 
     def fail(self, index: int, failure: Failure) -> None:

@@ -35,16 +35,15 @@ from ramet.frontend.engine_client import DRAINING, EngineClient
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.port import bind
 from ramet.frontend.store import Store
-from ramet.ipc.channel import Addresses, Inbox
+from ramet.ipc.channel import FRONTEND, Addresses, Inbox
 from ramet.ipc.errors import RequestError
 from ramet.ipc.messages import ToFrontend
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
+from ramet.ipc.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-NAME = "frontend"
-_BACKLOG = 2048
 # Longer than the 5 s for which the usual clients keep a connection: the side that sends must be the one to close.
 _KEEP_ALIVE_S = 75
 # After the drain: for the last bytes to reach clients that read. The launcher allows 3 s for all that follows it.
@@ -59,21 +58,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _PortError(Exception):
-    """The address cannot be listened on."""
-
-
 def run(config: FrontendConfig, addresses: Addresses) -> None:
     """Serve until SIGTERM. Exits with status 1, after a `Fatal` to the launcher, if the port cannot be had."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("ramet").setLevel(config.log_level.upper())
-    startup = Startup(NAME, addresses)
+    startup = Startup(FRONTEND, addresses)
     store = Store(config.file_storage_path, config.max_storage_bytes)
-    with contextlib.closing(store), startup.failing_with(_PortError, RequestError):
+    with contextlib.closing(store), startup.failing_with(RequestError):
         if store.exists:
             store.open()
         _raise_open_files()
-        with _bind(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with _listening(startup, config):
+            listener = bind(config.host, config.port)
+            # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
+            # request, and so does one whose peer has vanished with something still to be sent.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
+        with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, addresses, store, startup, listener))
 
 
@@ -83,21 +83,8 @@ def _raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@contextlib.contextmanager
-def _port_errors(config: FrontendConfig) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, OverflowError) as error:
-        raise _PortError(f"cannot listen on {config.host}:{config.port}: {error}") from error
-
-
-def _bind(config: FrontendConfig) -> socket.socket:
-    with _port_errors(config):
-        listener = bind(config.host, config.port)
-        # Connections inherit it. One whose peer takes nothing for so long is closed by the kernel, which ends its
-        # request, and so does one whose peer has vanished with something still to be sent.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.client_timeout_s * 1000))
-    return listener
+def _listening(startup: Startup, config: FrontendConfig) -> contextlib.AbstractContextManager[None]:
+    return startup.failing_with(OSError, words=f"cannot listen on {config.host}:{config.port}: ")
 
 
 async def _run(
@@ -105,23 +92,34 @@ async def _run(
 ) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    stopping = asyncio.create_task(stop.wait())
     metrics = Metrics(config.metrics_buckets, config.served_names[0])
     client = EngineClient(addresses, config.max_queued_requests, metrics, config.max_queued_tokens)
-    inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
+    inbox: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
     receiving = asyncio.create_task(inbox.deliver(client.dispatch))
-    beating = asyncio.create_task(_beat(Pulse(addresses, NAME)))
+    # Only a stop ends by itself; if another does, it is a bug, and the clients get their errors all the same.
+    watchdog = Watchdog(addresses, config.watchdog_timeout_s)
+    beating = asyncio.create_task(_beat(Pulse(addresses, FRONTEND), watchdog))
+    running = {receiving, beating, asyncio.create_task(stop.wait())}
     up = asyncio.create_task(client.up.wait())
     try:
-        await asyncio.wait({stopping, receiving, up}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*running, up}, return_when=asyncio.FIRST_COMPLETED)
         if up.done():
-            config = msgspec.structs.replace(
-                config,
-                context_length=int(client.info.get("context_length", config.context_length)),
-                kv_tokens=int(client.info.get("kv_tokens", 0)),
-                embedding_size=int(client.info.get("embedding_size", 0)),
-            )
-            await _serve(config, client, metrics, store, startup, listener, stopping, receiving, beating)
+            config = msgspec.structs.replace(config, **client.info)  # the scheduler's limits
+            worker = BatchWorker(config, store, client, metrics)
+            app = build_app(config, client, metrics, store, worker, watchdog)
+            server = _Server(_uvicorn_config(config, app))
+            with _listening(startup, config):  # two sockets may be bound to one port as long as neither listens
+                listener.listen()
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            batching = asyncio.create_task(worker.run(app))
+            startup.ready(port=listener.getsockname()[1])
+            await asyncio.wait({*running, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
+            worker.stop()  # a batch goes on where it was when the server is started again
+            left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
+            # Readers that are slow may use up what is left of the time.
+            server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
+            server.should_exit = True
+            await asyncio.gather(serving, batching)
         if receiving.done():
             receiving.result()
     finally:
@@ -130,40 +128,11 @@ async def _run(
         client.close()
 
 
-async def _serve(
-    config: FrontendConfig,
-    client: EngineClient,
-    metrics: Metrics,
-    store: Store,
-    startup: Startup,
-    listener: socket.socket,
-    stopping: asyncio.Task[bool],
-    receiving: asyncio.Task[None],
-    beating: asyncio.Task[None],
-) -> None:
-    worker = BatchWorker(config, store, client, metrics)
-    app = build_app(config, client, metrics, store, worker)
-    server = _Server(_uvicorn_config(config, app))
-    with _port_errors(config):  # two sockets may be bound to one port as long as neither listens
-        listener.listen(_BACKLOG)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    batching = asyncio.create_task(worker.run(app))
-    startup.ready(port=listener.getsockname()[1])
-    # Only `stopping` ends by itself; if another does, it is a bug, and the clients get their errors all the same.
-    await asyncio.wait({stopping, receiving, beating, serving, batching}, return_when=asyncio.FIRST_COMPLETED)
-    worker.stop()  # a batch goes on where it was when the server is started again
-    left_s = await _drain(client, 0.0 if receiving.done() else config.drain_timeout_s)
-    # Readers that are slow may use up what is left of the time.
-    server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
-    server.should_exit = True
-    await serving
-    await batching
-
-
-async def _beat(pulse: Pulse) -> None:
+async def _beat(pulse: Pulse, watchdog: Watchdog) -> None:
     while True:
         pulse.beat()
-        await asyncio.sleep(BEAT_S)
+        watchdog.stuck(())  # by its looks it knows whether this process ran
+        await asyncio.sleep(min(BEAT_S, watchdog.patience_s(())))
 
 
 async def _drain(client: EngineClient, timeout_s: float) -> float:
@@ -191,7 +160,6 @@ def _uvicorn_config(config: FrontendConfig, app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         **tls,
     )

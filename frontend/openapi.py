@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.types import ASGIApp
 
 from ramet.frontend.errors import ERROR_SCHEMA
 
-# Makes the response, which need not be one of starlette's.
-Handler = Callable[[Request], Awaitable[ASGIApp]]
+JSON = "application/json"
+# Gets the request, and its body if that is a struct in JSON. Returns what is to be written as JSON, or an ASGI
+# application that responds by itself.
+Handler = Callable[..., Awaitable[Any]]
 
 # What a request with a body may be answered; 404 is for a model or a file that is not there.
 _BODY_ERRORS = (400, 411, 413, 415, 499, 504)
@@ -37,17 +37,19 @@ _ERRORS = {
 
 class Endpoint(msgspec.Struct, frozen=True):
     """One operation under each of `paths`. `body` is the struct of its body, of type `media`, `answers` the media types
-    of a good answer, `answer` its struct, if it has one. An `open` one needs no key."""
+    of a good answer, `answer` its struct, if it has one. An `open` one needs no key. `embeds` says for which kind of
+    server it is; None is both."""
 
     summary: str
     methods: tuple[str, ...]
     paths: tuple[str, ...]
     handler: Handler
     body: type[msgspec.Struct] | None = None
-    answers: tuple[str, ...] = ("application/json",)
+    answers: tuple[str, ...] = (JSON,)
     open: bool = False
-    media: str = "application/json"
+    media: str = JSON
     answer: type[msgspec.Struct] | None = None
+    embeds: bool | None = None
 
 
 def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
     if keyed and not endpoint.open:
         statuses.add(401)
         operation["security"] = [{"key": []}]
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    error = {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation["responses"] = {
         "200": {"description": "The answer", "content": dict.fromkeys(endpoint.answers, _schema(endpoint.answer))},
         **{str(status): {"description": _ERRORS[status], "content": error} for status in sorted(statuses)},

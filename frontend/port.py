@@ -9,7 +9,7 @@ _PATIENCE_S = 2.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Waits for a port that is in use to become free. Raises OSError or OverflowError."""
+    """Waits for a port that is in use to become free. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # Of a name such as localhost, clients expect the IPv4 address.
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
@@ -21,8 +21,8 @@ def bind(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             return listener
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             listener.close()
-            if getattr(error, "errno", None) != errno.EADDRINUSE or time.monotonic() > deadline:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)

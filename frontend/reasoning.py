@@ -4,7 +4,7 @@ Held back is what may turn out to be a tag, and white space beside tags, which b
 one block of reasoning; tags that come later are content.
 """
 
-import enum
+from typing import Literal
 
 TAGS = {
     **dict.fromkeys(("think", "deepseek-r1", "qwen3"), ("<think>", "</think>")),
@@ -12,18 +12,12 @@ TAGS = {
 }
 
 
-class _State(enum.Enum):
-    START = enum.auto()
-    REASONING = enum.auto()
-    CONTENT = enum.auto()
-
-
 class ReasoningParser:
     def __init__(self, family: str) -> None:
         self._begin, self._end = TAGS[family]
         self._opened = False
         self._held = ""
-        self._state = _State.START
+        self._state: Literal["start", "reasoning", "content"] = "start"
         self._at_tag = False  # white space that comes now is dropped
         self.num_tokens = 0  # generated until the end tag was delivered
 
@@ -36,11 +30,11 @@ class ReasoningParser:
         been generated in all."""
         self._held += text
         reasoning = content = ""
-        if self._state is _State.START:
+        if self._state == "start":
             self._start(final)
-        if self._state is _State.REASONING:
+        if self._state == "reasoning":
             reasoning, self.num_tokens = self._reason(final), num_tokens
-        if self._state is _State.CONTENT:
+        if self._state == "content":
             self._strip()
             content, self._held = self._held, ""
         return reasoning, content
@@ -51,13 +45,13 @@ class ReasoningParser:
             self._held, self._opened = text[len(self._begin) :], True
         elif not final and self._begin.startswith(text):
             return
-        self._state, self._at_tag = (_State.REASONING, True) if self._opened else (_State.CONTENT, False)
+        self._state, self._at_tag = ("reasoning", True) if self._opened else ("content", False)
 
     def _reason(self, final: bool) -> str:
         self._strip()
         reasoning, tag, rest = self._held.partition(self._end)
         if tag:
-            self._state, self._held, self._at_tag = _State.CONTENT, rest, True
+            self._state, self._held, self._at_tag = "content", rest, True
             return reasoning.rstrip()
         if not final:
             reasoning = reasoning[: len(reasoning) - _overlap(reasoning, self._end)].rstrip()

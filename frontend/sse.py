@@ -12,7 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from ramet.frontend.errors import error_body
-from ramet.frontend.exchange import BATCH_SERVER, json_response, watching
+from ramet.frontend.exchange import json_response, watching
 from ramet.frontend.generation import ClientDisconnectedError, Generation
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import TextDelta
@@ -47,15 +47,13 @@ async def respond(
     """Answer, and abort what still runs if the client leaves or the time is up. The generation stays in the scope for
     the log. Raises what failed before an answer began."""
     scope["ramet.generation"] = generation
-    generation.resumes = scope["server"] != BATCH_SERVER
-    with generation:
-        async with watching(receive, generation, scope["ramet.limit_s"]):
-            if stream:
-                await generation.started()
-                await write_events(send, scope.get("ramet.write"), generation, rendering)
-            else:
-                response = json_response(rendering.whole(await generation.parts()))
-                await response(scope, receive, send)
+    async with watching(scope, receive, generation):
+        if stream:
+            await generation.started()
+            await write_events(send, scope.get("ramet.write"), generation, rendering)
+        else:
+            response = json_response(rendering.whole(await generation.parts()))
+            await response(scope, receive, send)
 
 
 def event(value: Any) -> bytes:

@@ -1,7 +1,8 @@
 """The grammar of an answer that must be a call, in the form that the model's own calls have.
 
 Written in llguidance's variant of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). Each tool
-has a rule of its own, and its schema is a document of its own, so that references inside it hold.
+has a rule of its own, and its schema is a document of its own, so that references inside it hold. What stands behind
+`//` in its line names it in errors (`scheduler/grammar.py`).
 """
 
 import json
@@ -33,7 +34,8 @@ def tool_grammar(use: ToolUse, config: FrontendConfig) -> Grammar:
             head = f'{{"name": {json.dumps(name)}, "{key}": '
             rules.append(f'call_{i}: {json.dumps(head)} arguments_{i} "}}"')
         try:
-            rules.append(f"arguments_{i}: %json {json.dumps({**enforceable(schema), 'x-guidance': JSON_SPELLING})}")
+            written = json.dumps({**enforceable(schema), "x-guidance": JSON_SPELLING})
+            rules.append(f"arguments_{i}: %json {written} // the parameters of {name!r}")
         except (ValueError, RecursionError) as error:
             raise invalid(f"tools: the parameters of {name!r} cannot be written as JSON: {error}", "tools") from error
     match form:

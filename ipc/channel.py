@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import time
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,10 @@ from ramet.ipc.messages import Message
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Message)
+
+# Names of processes. Beside the first, ranks are `scheduler-1` and so on.
+LAUNCHER, FRONTEND, SCHEDULER, DETOKENIZER = "launcher", "frontend", "scheduler-0", "detokenizer"
+TOKENIZER = "tokenizer-{}"
 
 # A Unix socket's path is limited by the kernel (sockaddr_un) to 108 bytes with the final NUL.
 MAX_SOCKET_PATH = 107
@@ -53,24 +58,9 @@ class Addresses(msgspec.Struct, frozen=True):
     folder: str
     tokenizers: int = 1
 
-    def tokenizer(self, index: int) -> str:
-        return f"{self.folder}/tokenizer-{index}"
-
-    @property
-    def scheduler(self) -> str:
-        return f"{self.folder}/scheduler"
-
-    @property
-    def detokenizer(self) -> str:
-        return f"{self.folder}/detokenizer"
-
-    @property
-    def frontend(self) -> str:
-        return f"{self.folder}/frontend"
-
-    @property
-    def launcher(self) -> str:
-        return f"{self.folder}/launcher"
+    def inbox(self, process: str) -> str:
+        """Of the process of this name."""
+        return f"{self.folder}/{process}"
 
     @property
     def ranks(self) -> str:
@@ -172,7 +162,9 @@ class RankServer(Generic[T]):
             self._socket.curve_publickey, self._socket.curve_secretkey = _keys(secret, b"ramet rank 0")
             self._gate = ThreadAuthenticator(context)
             self._gate.start()
-            self._gate.configure_curve_callback(credentials_provider=_Holders(secret))
+            known, _ = _keys(secret, b"ramet rank")
+            lets_in = types.SimpleNamespace(callback=lambda _domain, key: key == known)
+            self._gate.configure_curve_callback(credentials_provider=lets_in)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -247,16 +239,6 @@ class RankClient(Generic[T]):
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
-
-
-class _Holders:
-    """Lets in who has the keys that the secret gives."""
-
-    def __init__(self, secret: str) -> None:
-        self._public, _ = _keys(secret, b"ramet rank")
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return key == self._public
 
 
 def _keys(secret: str, role: bytes) -> tuple[bytes, bytes]:

@@ -348,9 +348,16 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-ToTokenizer = Chat | Completion | Embedding | Tokenize | Detokenize | FlushCache | Abort | Reset
+Question = Embedding | Tokenize | Detokenize | FlushCache
+Request = Chat | Completion | Question
+ToTokenizer = Request | Abort | Reset
 ToScheduler = Generate | Embed | FlushCache | Abort | Reset | Wake
 ToDetokenizer = TokenBatch | Reset
 Answer = Tokenized | Detokenized | Embedded | Flushed
 ToFrontend = TextBatch | Answer | Failed | Stats | Reset | EngineUp | EngineDown
 ToLauncher = Progress | Ready | Fatal
+
+
+def rids_of(request: Request) -> list[str]:
+    """The ids that a request is known by: one for each choice of a prompt."""
+    return request.job.rids if isinstance(request, Chat | Completion) else [request.rid]

@@ -43,8 +43,9 @@ class Pulse:
 
 
 def last_beat_s(addresses: Addresses, process: str) -> float:
-    """When a process last beat, on the clock of `time.monotonic`; 0 if it never did."""
+    """When a process last beat, on the clock of `time.monotonic`; now if nobody can say: it has not come so far, or a
+    cleaner of temporary files has removed its pulse."""
     try:
         return float(_SLOT.unpack(Path(addresses.pulse(process)).read_bytes())[0])
-    except (FileNotFoundError, struct.error):  # it has not come so far
-        return 0.0
+    except (FileNotFoundError, struct.error):
+        return time.monotonic()

@@ -9,7 +9,7 @@ import gc
 import logging
 from collections.abc import Iterator
 
-from ramet.ipc.channel import Addresses, Outbox
+from ramet.ipc.channel import LAUNCHER, Addresses, Outbox
 from ramet.ipc.messages import Fatal, Progress, Ready
 
 log = logging.getLogger(__name__)
@@ -18,19 +18,20 @@ log = logging.getLogger(__name__)
 class Startup:
     def __init__(self, process: str, addresses: Addresses) -> None:
         self._process = process
-        self._launcher = Outbox(addresses.launcher)
+        self._launcher = Outbox(addresses.inbox(LAUNCHER))
 
     def progress(self, text: str) -> None:
         self._launcher.send(Progress(self._process, text))
 
     @contextlib.contextmanager
-    def failing_with(self, *errors: type[Exception]) -> Iterator[None]:
-        """Set-up that may raise these: each ends the process with status 1, and the launcher gets its words."""
+    def failing_with(self, *errors: type[Exception], words: str = "") -> Iterator[None]:
+        """Set-up that may raise these: each ends the process with status 1, and the launcher gets its words, after
+        those given."""
         try:
             yield
         except errors as error:
             log.debug("set-up failed", exc_info=True)
-            self._launcher.send(Fatal(self._process, str(error)))
+            self._launcher.send(Fatal(self._process, f"{words}{error}"))
             self._launcher.close()
             raise SystemExit(1) from error
 

@@ -8,6 +8,7 @@ moves the results out of the store at the end. Lines that failed are in `OUTPUT.
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import shutil
 import sys
@@ -43,6 +44,10 @@ def run_batch(args: ServerArgs, source: Path, output: Path) -> int:
 
 
 def _run(args: ServerArgs, source: Path, output: Path) -> int:
+    if not source.is_file():  # now, for a model may take long to fetch
+        raise ConfigError(f"input {source} is not there, or not a file")
+    if not output.name or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {output} cannot be written: its folder is not there, or not writable")
     folder = output.with_name(f".{output.name}.ramet")
     is_new = not folder.exists()
     if is_new and output.exists():

@@ -31,7 +31,7 @@ def filling(folder: Path) -> Iterator[Path]:
     one's result. What killed ones left behind is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = make_folder(".filling-", folder.parent)
+    temporary, locks = make_folder(".filling-", folder.parent)
     try:
         yield temporary
         (temporary / LOCK).unlink()
@@ -42,5 +42,5 @@ def filling(folder: Path) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
     finally:
-        os.close(lock)
+        locks.close()
         shutil.rmtree(temporary, ignore_errors=True)

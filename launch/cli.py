@@ -150,7 +150,7 @@ def _words(error: msgspec.ValidationError, given: dict[str, Any]) -> str:
     words, _, place = str(error).partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
     if not name:
-        return words
+        return words.replace("Object contains unknown field", "the configuration file has an unknown setting")
     if name in given:
         words = f"{words.partition(', got')[0]}, got {given[name]!r}"
     else:

@@ -16,6 +16,7 @@ import msgspec
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.frontend.config import FrontendConfig, Tls
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
+from ramet.launch.model_info import ModelInfo
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.parsers import choose_parsers
 from ramet.launch.placement import Placement, computing, parse_cpus
@@ -65,7 +66,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
             "each running request needs a token of every step"
         )
     dtype = args.dtype if args.dtype != "auto" else _log("dtype", _choose_dtype(model.info.dtype, device, is_embedding))
-    _check_quantization(args.quantization, device, dtype)
+    _check_quantization(args, model.info, device, dtype)
     with_graphs = device == "cuda" and not args.disable_cuda_graph
     runner = RunnerConfig(
         model_dir=model.model_dir,
@@ -149,7 +150,7 @@ def _frontend(
         client_timeout_s=args.client_timeout,
         drain_timeout_s=args.drain_timeout,
         watchdog_timeout_s=args.watchdog_timeout,
-        file_storage_path=args.file_storage_path or _default_storage(args.port),
+        file_storage_path=args.file_storage_path or default_storage(args.port),
         max_file_bytes=parse_size(args.max_file_size),
         max_storage_bytes=parse_size(args.max_storage_size) if args.max_storage_size is not None else None,
         # A quarter more than run at the same time, so that the scheduler always has one to start.
@@ -167,7 +168,7 @@ def _frontend(
     )
 
 
-def _default_storage(port: int) -> str:
+def default_storage(port: int) -> str:
     """A folder in `$XDG_DATA_HOME`; one for each port, because two servers cannot share it."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return f"{base}/ramet/{port}"
@@ -212,11 +213,22 @@ def _is_embedding(args: ServerArgs, model: ResolvedModel) -> bool:
     return wanted
 
 
-def _check_quantization(wanted: str | None, device: str, dtype: str) -> None:
-    """What would be found only when all weights are loaded. Raises ConfigError."""
+def _check_quantization(args: ServerArgs, info: ModelInfo, device: str, dtype: str) -> None:
+    """What would be found only when the processes have been started. Raises ConfigError."""
+    if (wanted := args.quantization) is None:
+        return
     needed = ("cuda" if wanted == "fp8" else "cpu", "bfloat16")
-    if wanted is not None and (device, dtype) != needed:
+    if (device, dtype) != needed:
         raise ConfigError(f"quantization {wanted} needs {' and '.join(needed)}, got {device} and {dtype}")
+    if info.num_experts:
+        raise ConfigError(f"quantization {wanted} is for dense models, and this one has {info.num_experts} experts")
+    for name, limit, is_met in (  # of the C kernel of whole decoders
+        ("tp_size", "1", args.tp_size == 1),
+        ("attention_backend", "auto or cpu", args.attention_backend in ("auto", "cpu")),
+        ("page_size", "a multiple of 16", args.page_size % 16 == 0),
+    ):
+        if wanted != "fp8" and not is_met:
+            raise ConfigError(f"quantization {wanted} needs {name} to be {limit}, got {getattr(args, name)}")
 
 
 def _context_length(wanted: int | None, model: ResolvedModel, is_embedding: bool) -> int:

@@ -25,7 +25,7 @@ from ramet.frontend.schemas.common import check_token_ids
 from ramet.frontend.schemas.completions import CompletionRequest
 from ramet.frontend.schemas.tokenize import CHAT_ONLY
 from ramet.ipc.errors import RequestError, invalid
-from ramet.ipc.messages import Chat, Completion, Embedded, Embedding, FinishReason, Job, TextDelta, TokenText
+from ramet.ipc.messages import Chat, Completion, Embedding, FinishReason, Job, TextDelta, TokenText
 from ramet.ipc.sampling import SamplingParams
 from ramet.launch.host import EngineHost
 from ramet.launch.serve import configure
@@ -35,6 +35,8 @@ T = TypeVar("T")
 Prompt = str | list[int]
 Conversation = list[dict[str, Any]]
 Make = Callable[[Job], Chat | Completion]
+
+_LISTS = (list, tuple)
 
 # Settings of `ServerArgs` that mean nothing without HTTP, besides the group "server"; of that, those that do.
 _HTTP_ONLY = {"file_storage_path", "node_rank", "reasoning_parser", "served_model_name", "tool_call_parser"}
@@ -134,17 +136,18 @@ class Engine:
         return outputs[0] if _is_one(prompts) else outputs
 
     async def _chat(self, conversations: Any, params: Any, n: int, options: dict[str, Any]) -> Any:
-        one = bool(conversations) and not isinstance(conversations[0], list)
-        makes = [self._conversation(messages, **options) for messages in ([conversations] if one else conversations)]
+        many = isinstance(conversations, _LISTS) and all(isinstance(item, _LISTS) for item in conversations)
+        makes = [self._conversation(messages, **options) for messages in (conversations if many else [conversations])]
         outputs = await self._outputs(makes, params, n)
-        return outputs[0] if one else outputs
+        return outputs if many else outputs[0]
 
     async def _outputs(self, makes: list[Make], params: Any, n: int) -> list[Output | list[Output]]:
-        each = [params] * len(makes) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, _LISTS) else [params] * len(makes)
         if len(each) != len(makes):
             raise invalid(f"{len(makes)} prompts need as many params, got {len(each)}", "params")
-        if n < 1:
-            raise invalid(f"n must be at least 1, got {n}", "n")
+        most = self._config.frontend.max_queued_requests
+        if not (isinstance(n, int) and 1 <= n <= most):
+            raise invalid(f"n must be a number from 1 to max_queued_requests ({most}), got {n!r}", "n")
         return await _all([functools.partial(self._whole, *pair, n) for pair in zip(makes, each, strict=True)])
 
     async def _whole(self, make: Make, params: SamplingParams | None, n: int) -> Output | list[Output]:
@@ -159,7 +162,7 @@ class Engine:
         make = functools.partial(Completion, prompt=self._prompts(prompt)[0]) if text else self._conversation(prompt)
         async with self._host.places(1):
             with self._host.client.submit([make], self._checked(params)) as generation:
-                async for changes in generation.changes():
+                while changes := await generation.change():
                     if piece := "".join([delta.text for _, delta in changes]):
                         yield piece
 
@@ -169,13 +172,16 @@ class Engine:
 
     async def _vector(self, prompt: Prompt) -> np.ndarray:
         async with self._host.places(1):
-            answer = await self._host.client.ask(lambda rid: Embedding(rid, prompt))
-        assert isinstance(answer, Embedded)
+            with self._host.client.ask([lambda rid: Embedding(rid, prompt)]) as asked:
+                [answer] = await asked.answers()
         return np.frombuffer(answer.vector, "<f4")
 
     def _prompts(self, given: Any) -> list[Prompt]:
         """What `given` holds, checked as by the HTTP API."""
-        if given == []:
+        if not isinstance(given, (str, *_LISTS)):
+            words = "a prompt must be a text or a list of token ids, and several a list of these"
+            raise invalid(f"{words}, got {type(given).__name__}", "prompt", "invalid_type")
+        if isinstance(given, _LISTS) and not given:
             return []
         return _convert({"model": "", "prompt": given}, CompletionRequest).prompts(self._config.frontend.vocab_size)
 
@@ -190,7 +196,10 @@ class Engine:
         """Structs do not check the types they are made with, and what does not decode would never be answered."""
         if params is None:
             return self._defaults
-        checked: SamplingParams = _convert(msgspec.to_builtins(params), SamplingParams)
+        if not isinstance(params, SamplingParams):
+            words = "params must be SamplingParams, or a list of one for each prompt"
+            raise invalid(f"{words}, got {type(params).__name__}", "params", "invalid_type")
+        checked: SamplingParams = _convert(msgspec.structs.asdict(params), SamplingParams)
         checked.validate()
         for name in ("logit_bias", "stop_token_ids"):
             check_token_ids(getattr(checked, name), self._config.frontend.vocab_size, name)
@@ -212,7 +221,8 @@ def _server_args(model_path: str | Path | None, settings: dict[str, Any]) -> Ser
 
 
 def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    """Else it is a list of prompts, or of messages."""
+    return not isinstance(prompts, _LISTS) or (bool(prompts) and isinstance(prompts[0], int))
 
 
 def _convert(value: Any, kind: Any) -> Any:

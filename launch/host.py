@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Inbox
+from ramet.ipc.channel import FRONTEND, Inbox
 from ramet.ipc.messages import EngineDown, ToFrontend
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig
 from ramet.launch.roles import engine_processes
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.supervisor import FRONTEND, EngineFailed, StopRequested, Supervisor
+from ramet.launch.supervisor import EngineFailed, StopRequested, Supervisor
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class EngineHost:
 
     async def _open(self) -> None:
         addresses = self._supervisor.addresses
-        self._inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
+        self._inbox: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
         self.client = EngineClient(addresses, self._max_live, Metrics())
         self._receiving = asyncio.create_task(self._receive())
 

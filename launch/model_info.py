@@ -52,7 +52,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`context_length` is None if the config does not tell. `dtype` is that of the published weights.
 
     `eos_ids`: tokens that end generation. `default_sampling`: the model's own defaults, for parameters a request
-    leaves out. `num_heads`, `num_kv_heads`: None if the config does not tell.
+    leaves out. `num_heads`, `num_kv_heads`, `num_experts`: None if the config does not tell.
     """
 
     context_length: int | None
@@ -64,6 +64,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     embedding: EmbeddingInfo = EmbeddingInfo()
     num_heads: int | None = None
     num_kv_heads: int | None = None
+    num_experts: int | None = None
 
 
 class _SentenceConfig(msgspec.Struct):
@@ -102,6 +103,7 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
         embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
         num_heads=text.get("num_attention_heads"),
         num_kv_heads=text.get("num_key_value_heads"),
+        num_experts=text.get("num_experts") or text.get("num_local_experts"),
     )
 
 

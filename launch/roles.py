@@ -2,11 +2,10 @@
 
 import msgspec
 
-from ramet.ipc.channel import Addresses
+from ramet.ipc.channel import DETOKENIZER, FRONTEND, SCHEDULER, TOKENIZER, Addresses
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig
 from ramet.launch.placement import light
-from ramet.launch.supervisor import FRONTEND, SCHEDULER
 
 
 def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process]:
@@ -37,9 +36,9 @@ def engine_processes(config: EngineConfig, addresses: Addresses) -> list[Process
         ),
         *followers,
         process(FRONTEND, "ramet.frontend.main:run", config.frontend),
-        process("detokenizer", "ramet.detokenizer.worker:run", config.detokenizer),
+        process(DETOKENIZER, "ramet.detokenizer.worker:run", config.detokenizer),
         *(
-            process(f"tokenizer-{index}", "ramet.tokenizer_worker.worker:run", index, config.tokenizer)
+            process(TOKENIZER.format(index), "ramet.tokenizer_worker.worker:run", index, config.tokenizer)
             for index in range(addresses.tokenizers)
         ),
     ]

@@ -1,4 +1,4 @@
-"""`RunningProcess`: one started process of the engine: its end, all that it started itself, and its last words.
+"""`RunningProcess`: one started process of the engine: its end, all that it started itself, and what it said.
 
 Its stderr passes through here, line by line, so that what it said last is known when it is dead. Does not decide
 anything.
@@ -26,6 +26,12 @@ class RunningProcess:
     """Made in a thread that lives as long as the process, since the kernel kills it when that thread ends."""
 
     def __init__(self, spec: ChildSpec) -> None:
+        self.process = spec.process
+        # What its owner hears of it: `Ready`'s info, the words of `Fatal`, the latest `Progress`; and for how many
+        # seconds it had been stuck when it was killed for it.
+        self.info: dict[str, int | str | float] | None = None
+        self.fatal, self.doing = "", ""
+        self.stuck_s = 0.0
         self._popen = subprocess.Popen(
             # -P: a folder that happens to be the working directory must not shadow a library.
             [sys.executable, "-P", "-m", "ramet.launch.child", spec.process.name],

@@ -3,18 +3,18 @@
 Returns the exit code. Nothing a user can cause ends in a traceback.
 """
 
+import contextlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from ramet.frontend.port import bind
+from ramet.frontend.store import Store
 from ramet.ipc.errors import RequestError
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.child import Process
-from ramet.launch.config import EngineConfig, resolve, tls
+from ramet.launch.config import EngineConfig, default_storage, resolve, tls
 from ramet.launch.logs import set_up_logging
 from ramet.launch.model_source import resolve_model
 from ramet.launch.roles import engine_processes
@@ -32,8 +32,9 @@ def serve(args: ServerArgs) -> int:
         if args.node_rank == 0:
             check_port(args.host, args.port)
             tls(args)  # a bad file is known before the model is fetched
-            if args.file_storage_path is not None:
-                Path(os.path.expanduser(args.file_storage_path)).mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.closing(Store(args.file_storage_path or default_storage(args.port))) as store:
+                if args.file_storage_path is not None or store.exists:
+                    store.open()  # as the frontend will; another server may have it
         check_meeting_point(args)
         config = configure(args)
         supervisor = Supervisor(args)

@@ -136,8 +136,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("dist_init_addr", "dist_secret_file"):
             if self.nnodes == 1 and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for several machines: give --nnodes too")
-        for name in ("api_key", "served_model_name"):
-            if not all(text.strip() for text in getattr(self, name)):
+        for name, given in msgspec.structs.asdict(self).items():
+            if not all(str(text).strip() for text in (given if isinstance(given, tuple) else (given,))):
                 raise ValueError(f"{name} must not be empty")
         if self.cpu_bind is not None:
             parse_cpus(self.cpu_bind)

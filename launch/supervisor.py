@@ -1,7 +1,7 @@
 """Starts the processes of an engine, watches them, starts anew what dies, and stops them.
 
 Knows names and messages, not what the processes do (`launch/roles.py` does), and prints nothing but log lines. A
-process dies by itself, or is killed because it is stuck (`launch/watchdog.py`); its group is started again, within a
+process dies by itself, or is killed because it is stuck (`ipc/watchdog.py`); its group is started again, within a
 budget.
 
 Invariants: the frontend hears `EngineDown` at once when a process of the engine is dead, then `EngineUp` when all are
@@ -25,20 +25,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, LAUNCHER, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToLauncher
 from ramet.ipc.pulse import BEAT_S, Pulse
+from ramet.ipc.watchdog import Watchdog
 from ramet.launch.child import ChildSpec, Process
 from ramet.launch.owned_folder import make_folder
 from ramet.launch.running import RunningProcess
 from ramet.launch.server_args import ServerArgs
-from ramet.launch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-LAUNCHER = "launcher"
-FRONTEND = "frontend"
-SCHEDULER = "scheduler-0"
 # How long a message may take to the frontend, and from there to its clients, before the frontend is told to stop.
 _FLUSH_S = 1.0
 # How long a process that was told to stop may take before it is killed.
@@ -67,28 +64,23 @@ class Supervisor:
 
     def __init__(self, args: ServerArgs) -> None:
         # A short name: the path of a Unix socket is limited to 107 bytes.
-        folder, lock = make_folder("ramet-")
+        folder, locks = make_folder("ramet-")
         self.addresses = Addresses(str(folder), args.tokenizer_worker_num)
         self._args = args
         self._watchdog = Watchdog(self.addresses, args.watchdog_timeout)
         self._pulse = Pulse(self.addresses, LAUNCHER)
-        self._processes: dict[str, Process] = {}
         self._children: dict[str, RunningProcess] = {}
-        self._ready: dict[str, Ready] = {}
-        self._fatal: dict[str, str] = {}
-        self._stuck: dict[str, float] = {}  # those that were killed for it: how long they had been, in seconds
         self._restarts: collections.deque[tuple[float, str]] = collections.deque()  # when, and of which group
-        self._progress: dict[str, tuple[str, float]] = {}
-        self._doing: dict[str, str] = {}  # the latest progress of each
+        self._shown: dict[tuple[str, str], float] = {}  # when a line of progress was logged, by process and kind
         self._stop_requests = 0
         self._end = "it is being stopped"  # why a process that is dead or on its way will not be awaited
         # Runs at the latest when the interpreter ends.
-        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, lock)
+        self._clean_up = weakref.finalize(self, _kill_all, self._children, folder, locks)
         # Sockets, since a closed one refuses a late `request_stop`; the number of a closed pipe may be another file's.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
-        self._inbox: Inbox[ToLauncher] = Inbox(self.addresses.launcher, ToLauncher)
-        self._to_frontend = Outbox(self.addresses.frontend)
+        self._inbox: Inbox[ToLauncher] = Inbox(self.addresses.inbox(LAUNCHER), ToLauncher)
+        self._to_frontend = Outbox(self.addresses.inbox(FRONTEND))
 
     def start(self, processes: Iterable[Process]) -> None:
         """Returns when all are ready. The frontend, which may be one of them or live in this process, hears
@@ -130,7 +122,7 @@ class Supervisor:
         if not self._clean_up.alive:
             return
         try:
-            healthy = self._alive & self._ready.keys() == self._children.keys()
+            healthy = self._alive & self._ready == self._children.keys()
             if not healthy:
                 self._to_frontend.send(EngineDown(self._end, final=True))
             self._terminate({FRONTEND}, (self._args.drain_timeout if healthy else 0) + _EXIT_S)
@@ -145,10 +137,9 @@ class Supervisor:
     # ---- starting ---------------------------------------------------------------------------------------------------
 
     def _spawn(self, process: Process) -> None:
-        for known in (self._ready, self._fatal, self._stuck, self._progress):
-            known.pop(process.name, None)  # of its predecessor
-        self._processes[process.name] = process
-        spec = ChildSpec(process, os.getpid(), self.addresses.launcher, self._args.log_level, self._args.log_format)
+        spec = ChildSpec(
+            process, os.getpid(), self.addresses.inbox(LAUNCHER), self._args.log_level, self._args.log_format
+        )
         self._children[process.name] = RunningProcess(spec)
 
     def _bring_up(self) -> list[str]:
@@ -156,45 +147,47 @@ class Supervisor:
         if dead := self._await_ready(self._children.keys() - {FRONTEND}):
             return dead
         pids = {LAUNCHER: os.getpid(), **{name: child.pid for name, child in self._children.items()}}
-        if SCHEDULER in self._ready:  # else this machine only has other ranks
-            self._to_frontend.send(EngineUp(self._ready[SCHEDULER].info, pids))
+        if SCHEDULER in self._children:  # else this machine only has other ranks
+            self._to_frontend.send(EngineUp(self._children[SCHEDULER].info or {}, pids))
         return self._await_ready(set(self._children))
 
     def _await_ready(self, names: set[str]) -> list[str]:
         deadline = time.monotonic() + self._args.start_timeout
-        while missing := names - self._ready.keys():
+        while missing := names - self._ready:
             if self._stop_requests:
                 raise StopRequested
             if time.monotonic() > deadline:
-                waiting = [f"{name} ({self._doing[name]})" if name in self._doing else name for name in sorted(missing)]
+                children = [(name, self._children[name]) for name in sorted(missing)]
+                waiting = [f"{name} ({child.doing})" if child.doing else name for name, child in children]
                 raise EngineFailed(f"not ready after {self._args.start_timeout:g} s: {', '.join(waiting)}")
             if dead := self._watch(0):
                 return dead
             self._read_inbox(0.1)
-            for name in missing & self._fatal.keys():
-                raise EngineFailed(f"{name}: {self._fatal[name]}")
+            for name in missing:
+                if words := self._children[name].fatal:
+                    raise EngineFailed(f"{name}: {words}")
         return []
 
     def _read_inbox(self, timeout_s: float) -> None:
         while (message := self._inbox.receive(timeout_s)) is not None:
             timeout_s = 0
+            child = self._children[message.process]
             if isinstance(message, Progress):
+                child.doing = message.text
                 self._show_progress(message)
             elif isinstance(message, Ready):
                 facts = ", ".join(f"{key} {value}" for key, value in message.info.items())
                 logger.info("%s: ready%s", message.process, f" ({facts})" if facts else "")
-                self._ready[message.process] = message
+                child.info = message.info
             else:
-                self._fatal.setdefault(message.process, message.message)
+                child.fatal = child.fatal or message.message
 
     def _show_progress(self, message: Progress) -> None:
         """A line for each kind of work, and for the numbers in it one a second at most."""
-        self._doing[message.process] = message.text
-        kind = re.sub(r"\d+", "#", message.text)
-        shown_kind, shown_at = self._progress.get(message.process, ("", 0.0))
-        if kind != shown_kind or time.monotonic() - shown_at >= 1:
+        kind = message.process, re.sub(r"\d+", "#", message.text)
+        if time.monotonic() - self._shown.get(kind, 0.0) >= 1:
             logger.info("%s: %s", message.process, message.text)
-            self._progress[message.process] = (kind, time.monotonic())
+            self._shown[kind] = time.monotonic()
 
     # ---- restarting -------------------------------------------------------------------------------------------------
 
@@ -208,30 +201,30 @@ class Supervisor:
             now = time.monotonic()
             pause_s = max(self._take_from_budget(name, reason, now) for name, reason in reasons.items())
             groups = {self._group(name) for name in dead}
-            members = [name for name in self._children if self._group(name) in groups]
-            for name in members:
-                self._children[name].end()
+            members = [child for name, child in self._children.items() if self._group(name) in groups]
+            for child in members:
+                child.end()
             self._read_inbox(0)  # the last of it, lest it is taken for word from their successors
             dead = self._pause(pause_s)
-            for name in members:
-                self._spawn(self._processes[name])
+            for child in members:
+                self._spawn(child.process)
             dead = dead or self._bring_up()
         logger.info("all processes are ready again after %.1f s", time.monotonic() - died_at)
 
     def _take_from_budget(self, name: str, reason: str, now: float) -> float:
         """Seconds to wait before the restart. Raises EngineFailed if there is to be none."""
-        group = self._group(name)
-        if self._children[name].exit_code is None:
-            self._give_up(name, f"{reason}, and it cannot be killed")
-        if name in self._fatal and name not in self._ready:
-            self._give_up(name, reason)
+        child, group = self._children[name], self._group(name)
+        if child.exit_code is None:
+            self._give_up(child, f"{reason}, and it cannot be killed")
+        if child.fatal and child.info is None:
+            self._give_up(child, reason)
         if (now, group) in self._restarts:  # another of the group is down as well, and all are started again at once
             return 0.0
         while self._restarts and self._restarts[0][0] < now - _BUDGET_S:
             self._restarts.popleft()
         if (count := len(self._restarts)) >= self._args.max_restarts:
             tried = f", after {count} restarts in {_BUDGET_S / 60:g} minutes" if count else ""
-            self._give_up(name, reason + tried)
+            self._give_up(child, reason + tried)
         recent = sum(which == group and when > now - _CALM_S for when, which in self._restarts)
         self._restarts.append((now, group))
         pause_s = 2.0 ** (recent - 1) if recent else 0.0
@@ -239,9 +232,11 @@ class Supervisor:
         logger.error("%s; it is started again in %g s (%s)", reason, pause_s, which)
         return pause_s
 
-    def _give_up(self, name: str, reason: str) -> NoReturn:
-        lines = [] if name in self._fatal else self._children[name].last_lines
-        raise EngineFailed("\n".join([reason, *([f"the last lines of {name}:"] if lines else []), *lines]))
+    def _give_up(self, child: RunningProcess, reason: str) -> NoReturn:
+        lines = [] if child.fatal else child.last_lines
+        raise EngineFailed(
+            "\n".join([reason, *([f"the last lines of {child.process.name}:"] if lines else []), *lines])
+        )
 
     def _pause(self, seconds: float) -> list[str]:
         """Returns early with who died meanwhile."""
@@ -254,7 +249,7 @@ class Supervisor:
         return dead
 
     def _group(self, name: str) -> str:
-        return self._processes[name].group or name
+        return self._children[name].process.group or name
 
     # ---- watching and stopping --------------------------------------------------------------------------------------
 
@@ -262,13 +257,17 @@ class Supervisor:
     def _alive(self) -> set[str]:
         return {name for name, child in self._children.items() if child.exit_code is None}
 
+    @property
+    def _ready(self) -> set[str]:
+        return {name for name, child in self._children.items() if child.info is not None}
+
     def _watch(self, timeout_s: float = float("inf")) -> list[str]:
         """Sleep until something happens, or there may be something to see. Names of those that died, or hung and were
         killed."""
-        watched = self._alive & self._ready.keys()
+        watched = self._alive & self._ready
         dead = self._poll(min(timeout_s, self._watchdog.patience_s(watched)))
         for name, stuck_s in self._watchdog.stuck(watched - set(dead)).items():
-            self._stuck[name] = stuck_s
+            self._children[name].stuck_s = stuck_s
             self._children[name].end()
             dead.append(name)
         return dead
@@ -289,42 +288,34 @@ class Supervisor:
                 dead.append(names[descriptor])
         return dead
 
-    def _poll_until(self, deadline: float, names: set[str]) -> list[str]:
-        """Wait until all of `names` are dead, or the deadline, or a second stop request; returns who else died."""
-        others: list[str] = []
-        while names & self._alive and self._stop_requests < 2 and not others:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            others += [name for name in self._poll(min(left, BEAT_S)) if name not in names]
-        return others
-
     def _terminate(self, names: set[str], timeout_s: float) -> None:
+        """Until they are dead, the time is up, or a second stop is requested."""
         deadline = time.monotonic() + timeout_s
         for name in names & self._alive:
             self._children[name].terminate()
-        for name in self._poll_until(deadline, names):
-            # The requests that the frontend wants to finish will get no more tokens.
-            self._to_frontend.send(EngineDown(self._death(name), final=True))
-            deadline = min(deadline, time.monotonic() + _FLUSH_S)
-        self._poll_until(deadline, names)
+        while names & self._alive and self._stop_requests < 2 and (left_s := deadline - time.monotonic()) > 0:
+            for name in set(self._poll(min(left_s, BEAT_S))) - names:
+                # The requests that the frontend wants to finish will get no more tokens.
+                self._to_frontend.send(EngineDown(self._death(name), final=True))
+                deadline = min(deadline, time.monotonic() + _FLUSH_S)
 
     def _death(self, name: str) -> str:
         """Why a child is dead, in its own words if it left any."""
-        code = self._children[name].end()
+        child = self._children[name]
+        code = child.end()
         self._read_inbox(0.1)
-        if name in self._fatal:
-            return f"{name}: {self._fatal[name]}"
-        if name in self._stuck:
-            return f"{name} hung, silent for more than {self._stuck[name]:.1f} s"
+        if child.fatal:
+            return f"{name}: {child.fatal}"
+        if child.stuck_s:
+            return f"{name} hung, silent for more than {child.stuck_s:.1f} s"
         if code is None or code >= 0:
             return f"{name} ended with exit code {code}"
         hint = " (is the machine out of memory?)" if code == -signal.SIGKILL else ""
         return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _kill_all(children: dict[str, RunningProcess], folder: Path, lock: int) -> None:
+def _kill_all(children: dict[str, RunningProcess], folder: Path, locks: contextlib.ExitStack) -> None:
     for child in children.values():
         child.end()
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    locks.close()

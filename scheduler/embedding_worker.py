@@ -7,7 +7,7 @@ breaks a step fails alone: the others of that step are run again by themselves.
 import logging
 import time
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Abort, Embed, Embedded, Failed, FlushCache, Flushed, Generate, Reset, ToScheduler
 from ramet.ipc.pulse import BEAT_S, Pulse
@@ -18,7 +18,6 @@ from ramet.model_runner.weights.errors import WeightsError
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.embedding import EmbeddingQueue
 from ramet.scheduler.stats import StatsReporter
-from ramet.scheduler.worker import NAME
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +26,14 @@ _NO_GENERATION = Failure(FailureKind.INVALID_REQUEST, "this server embeds; one w
 
 def run(config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the model cannot be set up."""
-    startup = Startup(NAME, addresses)
-    inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+    startup = Startup(SCHEDULER, addresses)
+    inbox: Inbox[ToScheduler] = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
     with startup.failing_with(WeightsError, ValueError):
         embedder = Embedder(runner_config, startup.progress)
-    pulse = Pulse(addresses, NAME, embedder.warm_up_s)
+    pulse = Pulse(addresses, SCHEDULER, embedder.warm_up_s)
     startup.ready(context_length=config.context_length, embedding_size=embedder.embedding_size)
     queue = EmbeddingQueue(config.max_step_tokens, config.max_running)
-    worker = EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.frontend))
+    worker = EmbeddingWorker(queue, embedder, inbox, Outbox(addresses.inbox(FRONTEND)))
     while True:
         pulse.beat()
         if worker.take_messages():

@@ -35,6 +35,10 @@ _JSON_OPTIONS: Any = {**JSON_SPELLING, "whitespace_pattern": None, "coerce_one_o
 # llguidance's converter drops their leading zeros, and then cannot read them. A backslash hides the one after it.
 _GBNF_CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|\\)")
 
+# Of a schema inside a grammar: its line, what is wrong, and the lines around it.
+_SCHEMA_ERROR = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*?)\n +\d+ \| ", re.DOTALL)
+_NOT_FETCHED = " is not present in a registry and retrieving it failed: Default retriever does not fetch resources"
+
 
 class GrammarError(Exception):
     """A grammar that cannot be used; in llguidance's words where they are its own."""
@@ -61,7 +65,10 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     if not matcher.is_error():
         matcher.compute_bitmask()  # much of the work is done only now
     if matcher.is_error():
-        raise GrammarError(_words(matcher))
+        words = _words(matcher)
+        if grammar.kind is GrammarKind.LARK and (found := _SCHEMA_ERROR.match(words)):  # whose line says what it is
+            words = f"{grammar.source.splitlines()[int(found[1]) - 1].rpartition(' // ')[2]}: {found[2]}"
+        raise GrammarError(words)
     return matcher
 
 
@@ -142,4 +149,5 @@ def _spell_out(escape: re.Match[str]) -> str:
 
 def _words(matcher: LLMatcher) -> str:
     words = matcher.get_error().replace("<non-verbose/>", "").replace("NoExtensionBias", "no text can match it")
+    words = words.replace(_NOT_FETCHED, ": $schema must be a known draft, and $ref point into the schema itself")
     return words.strip() or f"the parser stopped: {matcher.stop_reason()}"

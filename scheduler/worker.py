@@ -5,7 +5,7 @@ Takes messages, plans, executes, commits, sends news; blocks on its inbox when t
 
 import time
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import DETOKENIZER, FRONTEND, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import Abort, Embed, Failed, FlushCache, Flushed, Generate, Reset, TokenBatch, ToScheduler, Wake
 from ramet.ipc.pulse import BEAT_S, Pulse
@@ -20,7 +20,6 @@ from ramet.scheduler.pipeline import Pipeline
 from ramet.scheduler.ranks import SETUP_ERRORS, lead
 from ramet.scheduler.stats import StatsReporter
 
-NAME = "scheduler-0"
 # How long messages may be taken between two steps: a prompt of 20,000 tokens takes 0.7 ms. After a long step more are
 # due, or aborts would wait for many steps.
 _INTAKE_S, _INTAKE_SHARE = 0.003, 0.1
@@ -35,17 +34,17 @@ class Worker:
     """The loop's state: the core, the runner, and the way to the detokenizer and the frontend."""
 
     def __init__(self, config: SchedulerConfig, runner_config: RunnerConfig, addresses: Addresses) -> None:
-        startup = Startup(NAME, addresses)
-        self._inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
+        startup = Startup(SCHEDULER, addresses)
+        self._inbox: Inbox[ToScheduler] = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
         with startup.failing_with(*SETUP_ERRORS):
             ranks = lead(config.tp, runner_config, startup.progress) if config.tp.size > 1 else None
             runner = ModelRunner(runner_config, startup.progress, ranks.group if ranks else None)
             self._core = core = SchedulerCore(config, runner.num_pages)
         self._distant_ranks = ranks if config.tp.host else None  # the launcher watches those on this machine
-        self._detokenizer = Outbox(addresses.detokenizer)
-        self._frontend = Outbox(addresses.frontend)
-        self._pulse = Pulse(addresses, NAME, runner.warm_up_s)
-        own_inbox = Outbox(addresses.scheduler)
+        self._detokenizer = Outbox(addresses.inbox(DETOKENIZER))
+        self._frontend = Outbox(addresses.inbox(FRONTEND))
+        self._pulse = Pulse(addresses, SCHEDULER, runner.warm_up_s)
+        own_inbox = Outbox(addresses.inbox(SCHEDULER))
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
         tell_ranks = ranks.send if ranks else None

@@ -9,8 +9,8 @@ from ramet.launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/api.md", "docs/architecture.md", "docs/batches.md"]
-PAGES += ["docs/benchmarking.md", "docs/clients.md", "docs/experiments.md", "docs/metrics.md", "docs/security.md"]
-PAGES += ["docs/tensor_parallel.md"]
+PAGES += ["docs/benchmarking.md", "docs/clients.md", "docs/experiments.md", "docs/metrics.md", "docs/performance.md"]
+PAGES += ["docs/security.md", "docs/tensor_parallel.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
@@ -21,7 +21,7 @@ OTHER_PROGRAMS = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/performance.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     missing = {path for path in PATH.findall(text) if not (ROOT / path).exists()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jinja2
 import msgspec
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, SCHEDULER, TOKENIZER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure, FailureKind, RequestError, invalid
 from ramet.ipc.messages import (
     Abort,
@@ -30,6 +30,7 @@ from ramet.ipc.messages import (
     Tokenize,
     Tokenized,
     ToTokenizer,
+    rids_of,
 )
 from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.sampling import SamplingParams
@@ -49,12 +50,12 @@ _MOST_S_PER_CHAR = 30e-6
 
 def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
     """Serve until the process is told to stop. Exits with status 1 if the tokenizer cannot be loaded."""
-    name = f"tokenizer-{index}"
+    name = TOKENIZER.format(index)
     startup = Startup(name, addresses)
-    inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(index), ToTokenizer)
+    inbox: Inbox[ToTokenizer] = Inbox(addresses.inbox(name), ToTokenizer)
     with startup.failing_with(TokenizerError, jinja2.TemplateError, OSError):
         encoder = Encoder(config, lambda next_s: pulse.beat(next_s))
-    scheduler, frontend = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+    scheduler, frontend = Outbox(addresses.inbox(SCHEDULER)), Outbox(addresses.inbox(FRONTEND))
     pulse = Pulse(addresses, name)
     startup.ready()
     while True:
@@ -68,22 +69,16 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
             for made in encoder.work(message):
                 (scheduler if isinstance(made, Generate | Embed) else frontend).send(made)
         except RequestError as error:
-            frontend.send(Failed(_rids(message), error.failure))
+            frontend.send(Failed(rids_of(message), error.failure))
         # One odd prompt must not end the process that all prompts go through. A panic in Rust is no Exception.
         except BaseException:
             log.exception("a prompt could not be encoded")
             failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
-            frontend.send(Failed(_rids(message), failure))
+            frontend.send(Failed(rids_of(message), failure))
 
 
 # Enough to hold what a template may open an answer with.
 _TAIL_CHARS = 64
-
-_Work = Chat | Completion | Embedding | Tokenize | Detokenize
-
-
-def _rids(message: _Work) -> list[str]:
-    return message.job.rids if isinstance(message, Chat | Completion) else [message.rid]
 
 
 class Encoder:
@@ -97,7 +92,9 @@ class Encoder:
         self._template: ChatTemplate | None = load_chat_template(config.tokenizer_dir, config.chat_template)
         self._infill = find_infill(self._tokenizer)
 
-    def work(self, message: _Work) -> Sequence[Generate | Embed | Tokenized | Detokenized]:
+    def work(
+        self, message: Chat | Completion | Embedding | Tokenize | Detokenize
+    ) -> Sequence[Generate | Embed | Tokenized | Detokenized]:
         """What a message becomes: requests for the scheduler, or an answer to the frontend."""
         match message:
             case Embedding():

@@ -1,16 +1,15 @@
 """`/v1/batches`: create, list, retrieve, cancel. The work is the batch worker's; here is only what the client asks."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 
-from ramet.frontend.api.files import list_response
+from ramet.frontend.api.files import page_of
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.exchange import json_response, read_json, read_query
-from ramet.frontend.schemas.batches import BatchRequest
+from ramet.frontend.exchange import read_query
+from ramet.frontend.schemas.batches import Batch, BatchRequest
 from ramet.frontend.store import Store
 
 
@@ -26,21 +25,20 @@ class BatchesApi:
         self._worker = worker
         self._batches = worker.batches
 
-    async def create(self, request: Request) -> Response:
-        body = await read_json(request, BatchRequest, self._config.max_body_bytes)
+    async def create(self, _http: Request, body: BatchRequest) -> Batch:
         body.check()
         batch = await self._store.call(self._batches.create, body, self._config.completion_window_s)
         self._worker.notify()
-        return json_response(batch)
+        return batch
 
-    async def list(self, request: Request) -> Response:
-        query = read_query(request, BatchListQuery)
-        return list_response(await self._store.call(self._batches.page, query.after, query.limit + 1), query.limit)
+    async def list(self, http: Request) -> dict[str, Any]:
+        query = read_query(http, BatchListQuery)
+        return page_of(await self._store.call(self._batches.page, query.after, query.limit + 1), query.limit)
 
-    async def retrieve(self, request: Request) -> Response:
-        return json_response(await self._store.call(self._batches.get, request.path_params["batch_id"]))
+    async def retrieve(self, http: Request) -> Batch:
+        return await self._store.call(self._batches.get, http.path_params["batch_id"])
 
-    async def cancel(self, request: Request) -> Response:
-        batch = await self._store.call(self._batches.cancel, request.path_params["batch_id"])
+    async def cancel(self, http: Request) -> Batch:
+        batch = await self._store.call(self._batches.cancel, http.path_params["batch_id"])
         self._worker.notify()
-        return json_response(batch)
+        return batch

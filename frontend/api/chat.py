@@ -27,10 +27,7 @@ _REASONING = "reasoning_content"
 
 
 class ChatCompletions(Api):
-    embeds = False
-
-    async def create(self, http: Request) -> ASGIApp:
-        request = await self._read(http, ChatRequest)
+    async def create(self, http: Request, request: ChatRequest) -> ASGIApp:
         request.check()
         params = request.sampling(self._config)
         tools, reasons = request.tool_use(), request.splits_reasoning(self._config, params)

@@ -21,10 +21,7 @@ from ramet.ipc.messages import Completion, PromptInfo, TextDelta, TokenText
 
 
 class Completions(Api):
-    embeds = False
-
-    async def create(self, http: Request) -> ASGIApp:
-        request = await self._read(http, CompletionRequest)
+    async def create(self, http: Request, request: CompletionRequest) -> ASGIApp:
         request.check()
         prompts = request.prompts(self._config.vocab_size)
         generation = self._client.submit(

@@ -10,54 +10,41 @@ import math
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from ramet.frontend.api.base import Api, head
-from ramet.frontend.exchange import json_response
 from ramet.frontend.schemas.embeddings import EmbeddingFields, EmbeddingRequest, RerankRequest, ScoreRequest
 from ramet.ipc.messages import Embedded, Embedding
 
 
 class Embeddings(Api):
-    embeds = True
-
     async def _embed(self, http: Request, request: EmbeddingFields, inputs: list[Any]) -> list[Embedded]:
         """In the order of the inputs. Raises `RequestError`, also if the time is up, and `ClientDisconnectedError` if
         the client leaves."""
         priority = self._priority(http, request.priority)
         questions = [functools.partial(Embedding, prompt=prompt, priority=priority) for prompt in inputs]
-        answers = await self._ask(http, questions)
-        embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+        embedded = await self._ask(http, questions)
         http.scope["ramet.usage"] = _usage(embedded)
         return embedded
 
-    async def embed(self, http: Request) -> Response:
-        request = await self._read(http, EmbeddingRequest)
+    async def embed(self, http: Request, request: EmbeddingRequest) -> dict[str, Any]:
         request.check_dimensions(self._config)
         answers = await self._embed(http, request, request.inputs(self._config.vocab_size))
         data = [
             {"object": "embedding", "index": index, "embedding": _encoded(answer.vector, request)}
             for index, answer in enumerate(answers)
         ]
-        return json_response({"object": "list", "data": data, "model": request.model, "usage": _usage(answers)})
+        return {"object": "list", "data": data, "model": request.model, "usage": _usage(answers)}
 
-    async def score(self, http: Request) -> Response:
-        request = await self._read(http, ScoreRequest)
+    async def score(self, http: Request, request: ScoreRequest) -> dict[str, Any]:
         first, second = request.pairs()
         answers = await self._embed(http, request, first + second)
         vectors = [_unit(_floats(answer.vector)) for answer in answers]
         left, right = vectors[: len(first)], vectors[len(first) :]
         scores = map(_dot, left * (len(right) // len(left)), right)
-        body = {
-            **head("score", request.model),
-            "object": "list",
-            "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
-            "usage": _usage(answers),
-        }
-        return json_response(body)
+        data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
+        return {**head("score", request.model), "object": "list", "data": data, "usage": _usage(answers)}
 
-    async def rerank(self, http: Request) -> Response:
-        request = await self._read(http, RerankRequest)
+    async def rerank(self, http: Request, request: RerankRequest) -> dict[str, Any]:
         request.check()
         answers = await self._embed(http, request, [request.query, *request.documents])
         query, *documents = [_unit(_floats(answer.vector)) for answer in answers]
@@ -67,7 +54,7 @@ class Embeddings(Api):
         if request.return_documents is not False:
             for result in results:
                 result["document"] = {"text": request.documents[result["index"]]}
-        return json_response({**head("rerank", request.model), "results": results, "usage": _usage(answers)})
+        return {**head("rerank", request.model), "results": results, "usage": _usage(answers)}
 
 
 def _usage(answers: list[Embedded]) -> dict[str, int]:

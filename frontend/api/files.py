@@ -12,10 +12,10 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.exchange import check_head, json_response, read_query, too_large
+from ramet.frontend.exchange import check_head, read_query, too_large
 from ramet.frontend.schemas.batches import ExpiresAfter
 from ramet.frontend.store import File, Store, Upload
 from ramet.ipc.errors import invalid
@@ -55,30 +55,29 @@ class Files:
         self._store = store
         self._changed = changed
 
-    async def create(self, request: Request) -> Response:
-        check_head(request, self._config.max_file_bytes + _FORM_BYTES)
+    async def create(self, http: Request) -> File:
+        check_head(http, self._config.max_file_bytes + _FORM_BYTES)
         try:
-            form = Form(request.headers.get("content-type", ""))
+            form = Form(http.headers.get("content-type", ""))
             upload = await self._store.call(Upload, self._store)
             try:
-                file = await self._receive(request, form, upload)
+                file = await self._receive(http, form, upload)
             except BaseException:
                 await self._store.call(upload.discard)
                 raise
         except FormParserError as error:
             raise invalid(f"the multipart body is malformed: {error}", code="invalid_multipart") from error
         self._changed()
-        return json_response(file)
+        return file
 
-    async def _receive(self, request: Request, form: "Form", upload: Upload) -> File:
-        async for chunk in request.stream():
+    async def _receive(self, http: Request, form: "Form", upload: Upload) -> File:
+        async for chunk in http.stream():
             form.feed(chunk)
             self._check_size(form)
             if len(form.pending) >= _PIECE_BYTES:
                 await self._store.call(upload.write, form.take())
-        form.finish()
+        purpose, expires_after_s = form.finish()
         self._check_size(form)  # the purpose may have come after the file
-        purpose, expires_after_s = form.checked_fields()
         await self._store.call(upload.write, form.take())
         return await self._store.call(self._store.add, upload, form.filename, purpose, expires_after_s)
 
@@ -89,29 +88,29 @@ class Files:
         if form.file_bytes > largest:
             raise too_large("file", largest, form.file_bytes)
 
-    async def list(self, request: Request) -> Response:
-        query = read_query(request, FileListQuery)
+    async def list(self, http: Request) -> dict[str, Any]:
+        query = read_query(http, FileListQuery)
         descending = query.order == "desc"
         files = await self._store.call(self._store.page, query.purpose, query.after, query.limit + 1, descending)
-        return list_response(files, query.limit)
+        return page_of(files, query.limit)
 
-    async def retrieve(self, request: Request) -> Response:
-        return json_response(await self._store.call(self._store.get, request.path_params["file_id"]))
+    async def retrieve(self, http: Request) -> File:
+        return await self._store.call(self._store.get, http.path_params["file_id"])
 
-    async def content(self, request: Request) -> Response:
-        file, content = await self._store.call(self._store.open_content, request.path_params["file_id"])
+    async def content(self, http: Request) -> StreamingResponse:
+        file, content = await self._store.call(self._store.open_content, http.path_params["file_id"])
         headers = {"content-length": str(file.bytes)}
-        return StreamingResponse(self._pieces(content, request.method), 200, headers, BINARY)
+        return StreamingResponse(self._pieces(content, http.method), 200, headers, BINARY)
 
     async def _pieces(self, content: BinaryIO, method: str) -> AsyncIterator[bytes]:
         with content:
             while method == "GET" and (piece := await self._store.call(content.read, _PIECE_BYTES)):
                 yield piece
 
-    async def delete(self, request: Request) -> Response:
-        file_id = request.path_params["file_id"]
+    async def delete(self, http: Request) -> dict[str, Any]:
+        file_id = http.path_params["file_id"]
         await self._store.call(self._store.delete, file_id)
-        return json_response({"id": file_id, "object": "file", "deleted": True})
+        return {"id": file_id, "object": "file", "deleted": True}
 
 
 class Form:
@@ -136,20 +135,13 @@ class Form:
         callbacks["on_end"] = lambda: setattr(self, "_ended", True)
         self.feed = MultipartParser(options[b"boundary"], callbacks).write
 
-    def finish(self) -> None:
+    def finish(self) -> tuple[str, int | None]:
+        """Purpose, and seconds until the file expires."""
         if not self._ended:
             raise invalid("the multipart body ends before its last boundary", code="invalid_multipart")
         for name in ("file", "purpose"):
             if name not in self.fields:
                 raise invalid(f"missing required parameter: {name!r}", name, "missing_required_parameter")
-
-    def take(self) -> bytes:
-        """What came of the file since the last time."""
-        piece, self.pending = bytes(self.pending), bytearray()
-        return piece
-
-    def checked_fields(self) -> tuple[str, int | None]:
-        """Purpose, and seconds until the file expires."""
         fields = {name: value.decode(errors="replace") for name, value in self.fields.items()}
         purpose = fields["purpose"]
         if purpose not in PURPOSES:
@@ -162,6 +154,11 @@ class Form:
         expiry = ExpiresAfter(anchor or "", int(seconds or 0))
         expiry.check("expires_after")
         return purpose, expiry.seconds
+
+    def take(self) -> bytes:
+        """What came of the file since the last time."""
+        piece, self.pending = bytes(self.pending), bytearray()
+        return piece
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -197,9 +194,9 @@ class Form:
                 raise invalid(f"{name} must be at most {_MAX_FIELD_BYTES} bytes", name)
 
 
-def list_response(entries: list[Any], limit: int) -> Response:
+def page_of(entries: list[Any], limit: int) -> dict[str, Any]:
     """A page of a list, from one entry more than the page holds, if there are so many."""
     page = entries[:limit]
     first, last = (page[0].id, page[-1].id) if page else (None, None)
     has_more = len(entries) > limit
-    return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
+    return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more}

@@ -23,11 +23,7 @@ from ramet.ipc.messages import Completion, Finish, FinishReason, TextDelta, Toke
 
 
 class NativeGenerate(Api):
-    embeds = False
-
-    async def create(self, http: Request) -> ASGIApp:
-        request = await self._read(http, GenerateRequest)
-
+    async def create(self, http: Request, request: GenerateRequest) -> ASGIApp:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await self._answer(http, request)(scope, receive, send)

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.schemas.common import Int, Rid, SamplingFields, refuse_unsupported
-from ramet.frontend.schemas.completions import CompletionRequest
+from ramet.frontend.schemas.common import Int, Rid, SamplingFields, as_prompts, refuse_unsupported
 from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
 from ramet.ipc.sampling import Grammar, SamplingParams
@@ -74,7 +73,7 @@ class GenerateRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
             if wanted and not self.return_logprob:
                 raise invalid(f"{name} is only allowed when return_logprob is true", name)
         prompt: Any = self.input_ids if self.text is None else self.text
-        prompts = CompletionRequest(model="", prompt=prompt).prompts(vocab_size)
+        prompts = as_prompts(prompt, "prompt", vocab_size)
         for name in ("sampling_params", "rid"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(prompts):

@@ -196,7 +196,7 @@ class Decoder(CausalLM):
         modules = [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
         for size in (size for module in modules for size in module.weight.shape):
             if size % FP8_SIZE_MULTIPLE:
-                raise ValueError(f"a layer's size is {size}, but must be a multiple of {FP8_SIZE_MULTIPLE}")
+                raise ValueError(f"fp8: a layer's size is {size}, but must be a multiple of {FP8_SIZE_MULTIPLE}")
         for module in modules:
             round_weight(module)
 

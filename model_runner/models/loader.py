@@ -14,7 +14,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from ramet.kernels.cpu.build import KernelUnavailable
-from ramet.kernels.cpu.decoder import Grid
+from ramet.kernels.cpu.decoder import DecoderKernel, Grid
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.layers.rope import plain_frequencies
 from ramet.model_runner.models.base import CausalLM
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 # Classes of an encoder's checkpoint that hold the encoder, and what only their heads need.
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")
 _HEADS = ("pooler.", "cls.", "lm_head.", "vocab_", "embeddings.position_ids")
+# The attention backends beside which the C kernel of whole decoders may run, and what it rounds weights to.
+_WHOLE_DECODERS = ("auto", "cpu")
+_BITS: dict[str | None, int] = {"int8": 8, "int4": 4}
 
 
 @torch.no_grad()
@@ -134,6 +137,8 @@ def _load_native(
                 model = Decoder(spec, config.context_length, group, getattr(torch, config.dtype))
         except ValueError as error:  # heads or sizes that do not divide over the ranks
             raise WeightsError(str(error)) from error
+        if not headless:
+            _check_quantization(model, config)
         parts = list(model.weight_parts())
         stored: dict[int, Grid] = {}
         if headless and not any(name.startswith(("model.", "token_embd.")) for name in source.names()):
@@ -157,45 +162,47 @@ def _read_grids(parts: list[WeightPart], source: GGUFSource) -> dict[int, Grid]:
     return grids
 
 
+def _check_quantization(model: Decoder, config: RunnerConfig) -> None:
+    """Before any weight is read. Raises WeightsError."""
+    try:
+        if config.quantization == "fp8":
+            major, minor = torch.cuda.get_device_capability(torch.device(config.device))
+            if (major, minor) < (8, 9):
+                raise ValueError(f"it needs compute capability 8.9 or newer, and {config.device} has {major}.{minor}")
+            if any(layer.moe is not None for layer in model.spec.layers):
+                raise ValueError("experts are not rounded, and would be most of the model")
+        elif (bits := _BITS.get(config.quantization)) is not None:
+            if config.attention_backend not in _WHOLE_DECODERS or not covers(model, config.page_size, bits):
+                raise ValueError(
+                    "the C kernel of whole decoders computes dense models in bfloat16 on one CPU rank, with "
+                    "--attention-backend auto or cpu, pages of a multiple of 16 tokens and layers of one of 32"
+                )
+            DecoderKernel()
+    except (KernelUnavailable, ValueError) as error:
+        raise WeightsError(f"quantization {config.quantization} cannot be used: {error}") from error
+
+
 def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> CausalLM:
     """The model in the form that is fastest here, its weights in the layout for it. Those in `stored` were not read
     otherwise; they are for 4 bits, which only the CPU's kernel computes."""
     if config.quantization == "fp8":
-        _round_to_fp8(model, config)
-    bits = {None: 16, "fp8": 16, "int8": 8, "int4": 4}[config.quantization]
-    why_not = (
-        "it computes dense models in bfloat16 on one CPU rank, with pages of a multiple of 16 tokens and layers whose "
-        f"sizes are multiples of {32 if bits < 16 else 16}"
-    )
-    if config.attention_backend in ("auto", "cpu") and covers(model, config.page_size, bits):
+        model.round_to_fp8()
+    elif config.quantization is not None:
+        return CpuDecoder(model, _BITS[config.quantization], stored).eval()
+    if config.attention_backend in _WHOLE_DECODERS and covers(model, config.page_size, 16):
         try:
-            return CpuDecoder(model, bits, stored).eval()
+            return CpuDecoder(model, 16, stored).eval()
         except KernelUnavailable as error:
             log.warning("computing with plain torch, which is slower: %s", error)
-            why_not = str(error)
-    if bits == 16 and config.attention_backend != "torch" and config.device.startswith("cuda"):
+    if config.attention_backend != "torch" and config.device.startswith("cuda"):
         # Imported when needed: a CPU has no use for triton.
         from ramet.model_runner.models import cuda_decoder
 
         if cuda_decoder.covers(model):
             return cuda_decoder.CudaDecoder(model).eval()
         log.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
-    if bits < 16:
-        raise WeightsError(f"quantization {config.quantization} needs the C kernel of whole decoders: {why_not}")
     model.pack()
     return model.eval()
-
-
-def _round_to_fp8(model: Decoder, config: RunnerConfig) -> None:
-    major, minor = torch.cuda.get_device_capability(torch.device(config.device))
-    try:
-        if (major, minor) < (8, 9):
-            raise ValueError(f"it needs compute capability 8.9 or newer, and {config.device} has {major}.{minor}")
-        if any(layer.moe is not None for layer in model.spec.layers):
-            raise ValueError("experts are not rounded, and would be most of the model")
-        model.round_to_fp8()
-    except ValueError as error:
-        raise WeightsError(f"quantization fp8 cannot be used: {error}") from error
 
 
 def _open(config: RunnerConfig, num_layers: int, head_dim: int) -> WeightSource:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from ramet.detokenizer.config import DetokenizerConfig
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import DETOKENIZER, FRONTEND, LAUNCHER, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import FailureKind
 from ramet.ipc.messages import (
     Abort,
@@ -44,7 +44,7 @@ def addresses(tiny_model, tmp_path: Path) -> Iterator[Addresses]:
     addresses = Addresses(str(tmp_path))
     config = DetokenizerConfig(tokenizer_dir=str(tiny_model("llama")))
     arguments = [msgspec.json.encode(value).decode() for value in (config, addresses)]
-    launcher: Inbox[ToLauncher] = Inbox(addresses.launcher, ToLauncher)
+    launcher: Inbox[ToLauncher] = Inbox(addresses.inbox(LAUNCHER), ToLauncher)
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], stderr=log)
     try:
@@ -58,9 +58,9 @@ def addresses(tiny_model, tmp_path: Path) -> Iterator[Addresses]:
 
 
 def test_what_cannot_be_decoded_fails_alone(addresses: Addresses, tmp_path: Path) -> None:
-    frontend: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
-    scheduler: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-    detokenizer, admitted = Outbox(addresses.detokenizer), Admitted(PromptInfo(1), SamplingParams())
+    frontend: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
+    scheduler: Inbox[ToScheduler] = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
+    detokenizer, admitted = Outbox(addresses.inbox(DETOKENIZER)), Admitted(PromptInfo(1), SamplingParams())
     try:
         # No vocabulary has a negative id.
         detokenizer.send(TokenBatch([TokenOut(rid, [token], admitted) for rid, token in (("odd", -1), ("even", 70))]))

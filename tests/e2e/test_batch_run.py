@@ -96,5 +96,22 @@ def test_wrong_input(command: list[str], tmp_path: Path) -> None:
 def test_usage(command: list[str]) -> None:
     code, errors = end(start([*command, "--port", "8000"]))
     assert code == 2 and "--port means nothing here" in errors
-    code, errors = end(start(command))
-    assert code == 1 and "in.jsonl" in errors
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "words"),
+    [
+        ("none", "out", "input {}/none is not there, or not a file"),
+        (".", "out", "input {} is not there, or not a file"),
+        ("in.jsonl", "none/out", "output {}/none/out cannot be written: its folder is not there, or not writable"),
+        ("in.jsonl", "/", "output / cannot be written: its folder is not there, or not writable"),
+    ],
+)
+def test_files_that_cannot_be_used_are_told_before_a_model_is_fetched(
+    command: list[str], tmp_path: Path, source: str, output: str, words: str
+) -> None:
+    write(tmp_path, [line("a", MODEL)])
+    given = command[: command.index("run") + 1]
+    files = [str(tmp_path / source), "-o", str(tmp_path / output)]
+    code, errors = end(start([*given, *files, "--model-path", "/nowhere/at/all"]))
+    assert (code, errors) == (1, f"error: {words.format(tmp_path)}\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import langchain_openai
+import openai
 import pytest
 from support.server import RunningServer, tiny_flags
 
@@ -73,6 +74,34 @@ def check_one_call(server: RunningServer, choice: Any, seed: int) -> None:
 @pytest.mark.parametrize("choice", ["required", *map(named, SCHEMAS)], ids=["required", *SCHEMAS])
 def test_one_call_in_the_form_of_hermes(thinker: RunningServer, choice: Any, seed: int) -> None:
     check_one_call(thinker, choice, seed)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (
+            {"properties": {"a": False}, "required": ["a"]},
+            "Unsatisfiable schema: required property 'a' is unsatisfiable",
+        ),
+        (
+            {"properties": {"a": {"pattern": "(", "type": "string"}}},
+            "regex parse error:\n    (\n    ^\nerror: unclosed group",
+        ),
+        (
+            {"$schema": "http://x/y"},
+            "Resource 'http://x/y': $schema must be a known draft, and $ref point into",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_with_the_name_of_its_tool(
+    tiny: RunningServer, parameters: dict[str, Any], words: str
+) -> None:
+    odd = {"type": "function", "function": {"name": "odd-1", "parameters": {"title": "a // b", **parameters}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tiny, tools=[*TOOLS, odd], tool_choice="required")
+    assert caught.value.param == "tool_choice"
+    message = caught.value.body["message"]
+    assert message.startswith(f"tool_choice: the parameters of 'odd-1': {words}") and "x-guidance" not in message
 
 
 def test_several_calls(thinker: RunningServer) -> None:

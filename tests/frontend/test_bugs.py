@@ -20,6 +20,7 @@ from ramet.frontend.store import Store
 from ramet.ipc.channel import Addresses
 from ramet.ipc.messages import Completion, Job, PromptInfo, TextBatch, TextDelta
 from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def test_endpoint_that_breaks(client: EngineClient, caplog: pytest.LogCaptureFix
 
     async def ask() -> httpx.Response:
         store, metrics = Store("/s"), Broken()
-        app = build_app(config, client, metrics, store, BatchWorker(config, store, client, metrics))
+        worker, watchdog = BatchWorker(config, store, client, metrics), Watchdog(client.addresses, 60)
+        app = build_app(config, client, metrics, store, worker, watchdog)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
             return await http.get("/metrics", headers={"x-request-id": "r1"})

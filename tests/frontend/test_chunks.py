@@ -18,16 +18,8 @@ from ramet.ipc.messages import PromptInfo, TextDelta
 OPTIONS = [None, {"include_usage": True}, {"continuous_usage_stats": True}]
 
 
-class Nobody:
-    """Has submitted the choices, and hears of nothing."""
-
-    def abort(self, rids: set[str]) -> None: ...
-
-    def release(self, count: int, num_tokens: int) -> None: ...
-
-
 def generation(n: int) -> Generation:
-    made = Generation(Nobody(), ["r-0", "r-1"], n, 0, False)
+    made = Generation(["r-0", "r-1"], n, False, lambda rids: None, lambda: None)
     made.records = [ChoiceRecord(0.0, prompt_tokens=2, cached_tokens=1, tokens=3) for _ in range(2)]
     return made
 

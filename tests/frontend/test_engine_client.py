@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.client_harness import Harness
+from support.client_harness import Harness, answers
 
 from ramet.frontend.engine_client import DRAINING
 from ramet.ipc.errors import Failure, FailureKind, RequestError
@@ -56,7 +56,7 @@ def test_a_backlog_is_merged(harness: Harness) -> None:
         harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1, PromptInfo(7, 0), [])]))
         harness.client.dispatch(TextBatch([TextDelta(rid, "b", 2, None, []), TextDelta(rid, "", 2, finish=STOP)]))
         with generation:
-            return [change async for changes in generation.changes() for change in changes]
+            return await generation.change()
 
     [(index, delta)] = asyncio.run(read())
     assert index == 0
@@ -116,11 +116,10 @@ def test_text_that_came_before_a_failure_is_read_first(harness: Harness) -> None
         harness.client.dispatch(TextBatch([TextDelta(rid, "a", 1)]))
         harness.client.dispatch(Failed([rid], Failure(FailureKind.INTERNAL, "broken")))
         with generation:
-            changes = generation.changes()
-            [(_, delta)] = await anext(changes)
+            [(_, delta)] = await generation.change()
             assert delta.text == "a"
             with pytest.raises(RequestError, match="broken"):
-                await anext(changes)
+                await generation.change()
 
     asyncio.run(read())
     assert harness.client.live == 0
@@ -152,8 +151,7 @@ def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: H
     client, questions = harness.client, [functools.partial(Embedding, prompt=f"{i:4}") for i in range(20)]
 
     async def ask(fail: bool) -> list[Answer]:
-        asking = asyncio.create_task(client.ask_all(questions))
-        await asyncio.sleep(0)
+        asking = asyncio.create_task(answers(client.ask(questions)))
         rids = []
         for i in range(20):
             message = harness.received()
@@ -168,9 +166,9 @@ def test_questions_of_one_request_are_admitted_as_one_and_fail_as_one(harness: H
             client.dispatch(Failed(rids[:1], Failure(FailureKind.INTERNAL, "x")))
         else:
             client.dispatch(Embedded(rids[0], 1, rids[0].encode()))
-        answers = await asking
-        assert [answer.rid for answer in answers] == rids
-        return answers
+        answered = await asking
+        assert [answer.rid for answer in answered] == rids
+        return answered
 
     ended = harness.ended()
     asyncio.run(ask(fail=False))
@@ -185,10 +183,11 @@ def test_cancelled_questions_are_aborted(harness: Harness) -> None:
     client = harness.client
 
     async def leave() -> None:
-        asking = [asyncio.create_task(client.ask_all([functools.partial(Embedding, prompt="x")] * 3)) for _ in range(8)]
+        embed = functools.partial(Embedding, prompt="x")
+        asking = [asyncio.create_task(answers(client.ask([embed] * 3))) for _ in range(8)]
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="8 of at most 8 requests"):
-            await client.ask(functools.partial(Embedding, prompt="x"))
+            client.ask([embed])
         rids = [message.rid for _ in range(24) if isinstance(message := harness.received(), Embedding)]
         client.dispatch(Embedded(rids[0], 1, b""))
         for task in asking:
@@ -242,7 +241,7 @@ def test_any_order_of_events_ends_once(harness: Harness, events: list[tuple[str,
         if not streamed:
             return {rids[index]: delta.text for index, delta in enumerate(await generation.whole())}
         heard = dict.fromkeys(rids, "")
-        async for changes in generation.changes():
+        while changes := await generation.change():
             for index, delta in changes:
                 heard[rids[index]] += delta.text
         return heard

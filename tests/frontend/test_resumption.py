@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.client_harness import Harness
+from support.client_harness import Harness, answers
 
 from ramet.frontend.engine_client import DRAINING
 from ramet.frontend.generation import Generation
@@ -191,17 +191,23 @@ def test_questions_are_asked_again_once(harness: Harness) -> None:
     client = harness.client
 
     async def live(deaths: int) -> list[Answer]:
-        asking = asyncio.create_task(client.ask_all([TOKENIZE, TOKENIZE]))
+        asking = asyncio.create_task(answers(client.ask([TOKENIZE, TOKENIZE])))
         await asyncio.sleep(0)
         one, two = harness.received(), harness.received()
         assert isinstance(one, Tokenize) and isinstance(two, Tokenize)
         client.dispatch(Tokenized(one.rid, [1], ["a"]))
+        rid = two.rid
         for _ in range(deaths):
             harness.restart("gone")
             if client.live:
-                assert harness.received() == two
-        client.dispatch(Tokenized(two.rid, [2], ["b"]))
-        return await asking
+                again = harness.received()
+                assert isinstance(again, Tokenize) and again.prompt == two.prompt and again.rid != two.rid
+                client.dispatch(Tokenized(two.rid, [3], ["of its first life"]))
+                rid = again.rid
+        client.dispatch(Tokenized(rid, [2], ["b"]))
+        answered = await asking
+        assert [answer.token_ids for answer in answered] == [[1], [2]]
+        return answered
 
     assert [answer.rid != "" for answer in asyncio.run(live(1))] == [True, True]
     with pytest.raises(RequestError, match="gone"):
@@ -213,7 +219,9 @@ def test_lines_of_batches_hear_of_each_death(harness: Harness) -> None:
     """Since the batch counts them, and sends the line again by itself."""
 
     async def ask() -> None:
-        await harness.client.ask_all([functools.partial(Embedding, prompt="x")], resumes=False)
+        asked = harness.client.ask([functools.partial(Embedding, prompt="x")])
+        asked.resumes = False
+        await answers(asked)
 
     async def live() -> None:
         generation, _ = harness.submit()
@@ -233,7 +241,7 @@ def test_lines_of_batches_hear_of_each_death(harness: Harness) -> None:
 def test_who_leaves_meanwhile_is_not_sent_again(harness: Harness) -> None:
     async def live() -> None:
         generation, message = harness.submit(2)
-        asking = asyncio.create_task(harness.client.ask(TOKENIZE))
+        asking = asyncio.create_task(answers(harness.client.ask([TOKENIZE])))
         await asyncio.sleep(0)
         harness.received()
         harness.client.dispatch(EngineDown("gone"))
@@ -289,7 +297,7 @@ def test_an_abort_while_the_stream_catches_up(harness: Harness) -> None:
 def test_nobody_waits_for_an_engine_that_will_not_come_back(harness: Harness, down: bool) -> None:
     async def live() -> None:
         generation, _ = harness.submit()
-        asking = asyncio.create_task(harness.client.ask(TOKENIZE))
+        asking = asyncio.create_task(answers(harness.client.ask([TOKENIZE])))
         await asyncio.sleep(0)
         if down:
             harness.client.dispatch(EngineDown("gone"))

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from ramet.frontend import store as store_module
+from ramet.frontend.batch_worker import BatchWorker
+from ramet.frontend.config import FrontendConfig
+from ramet.frontend.engine_client import EngineClient
+from ramet.frontend.metrics import Metrics
 from ramet.frontend.store import File, Store, Upload
+from ramet.ipc.channel import Addresses
 from ramet.ipc.errors import RequestError
 
 DAY_S = 24 * 3600
@@ -101,6 +106,19 @@ def test_expiry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert contents(store) == sorted([file.id, forever.id])
     assert store.expire() is None
     assert contents(store) == [forever.id]
+
+
+def test_a_clock_that_jumps_forward_is_noticed_within_a_minute(store: Store, tmp_path: Path) -> None:
+    """Sleep is by a clock that stands still while the machine does."""
+    add(store, expires_after_s=DAY_S)
+    config = FrontendConfig(
+        host="x", port=1, served_names=("m",), model_path="/m", context_length=9, vocab_size=9, file_storage_path="/s"
+    )
+    client = EngineClient(Addresses(str(tmp_path)), 8, Metrics())
+    try:
+        assert 0 < asyncio.run(BatchWorker(config, store, client, Metrics())._tidy()) <= 60
+    finally:
+        client.close()
 
 
 def test_quota(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import uvloop
 
-from ramet.ipc.channel import Addresses, ChannelError, Inbox, Outbox
+from ramet.ipc.channel import LAUNCHER, SCHEDULER, TOKENIZER, Addresses, ChannelError, Inbox, Outbox
 from ramet.ipc.messages import Abort, Chat, Completion, Generate, Job, Ready, ToLauncher, ToScheduler, ToTokenizer
 from ramet.ipc.sampling import SamplingParams
 
@@ -20,7 +20,8 @@ def addresses(tmp_path):
 
 
 def test_tagged_messages_arrive_in_order_and_whole(addresses):
-    inbox, outbox = Inbox(addresses.tokenizer(0), ToTokenizer), Outbox(addresses.tokenizer(0))
+    address = addresses.inbox(TOKENIZER.format(0))
+    inbox, outbox = Inbox(address, ToTokenizer), Outbox(address)
     params = SamplingParams(logit_bias={3: -1.5}, stop=("a",), seed=2**63 - 1)
     sent = [
         Chat(Job(["r1"], params), [{"role": "user", "content": "hi"}], template_kwargs={"a": [1]}),
@@ -37,7 +38,7 @@ def test_tagged_messages_arrive_in_order_and_whole(addresses):
 
 
 def test_message_of_another_type_is_dropped_and_logged(addresses, caplog):
-    inbox, outbox = Inbox(addresses.scheduler, ToScheduler), Outbox(addresses.scheduler)
+    inbox, outbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler), Outbox(addresses.inbox(SCHEDULER))
     outbox.send(Ready("nobody"))
     outbox.send(Abort(["r"]))
     assert inbox.receive(2.0) == Abort(["r"])
@@ -47,10 +48,10 @@ def test_message_of_another_type_is_dropped_and_logged(addresses, caplog):
 
 
 def test_sender_does_not_block_without_a_reader(addresses):
-    outbox = Outbox(addresses.scheduler)
+    outbox = Outbox(addresses.inbox(SCHEDULER))
     for i in range(20_000):
         outbox.send(Abort([str(i)]))
-    inbox = Inbox(addresses.scheduler, ToScheduler)
+    inbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
     got = [inbox.receive(5.0) for _ in range(20_000)]
     assert got[-1] == Abort(["19999"])
     inbox.close()
@@ -58,7 +59,7 @@ def test_sender_does_not_block_without_a_reader(addresses):
 
 
 def test_nothing_is_missed_by_asking_without_waiting(addresses):
-    inbox, outbox = Inbox(addresses.scheduler, ToScheduler), Outbox(addresses.scheduler)
+    inbox, outbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler), Outbox(addresses.inbox(SCHEDULER))
     sender = threading.Thread(target=_send_in_bursts, args=(outbox,))
     sender.start()
     got, deadline = [], time.monotonic() + 30
@@ -82,7 +83,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
             if len(got) == 3_000:
                 raise EOFError
 
-        inbox = Inbox(addresses.scheduler, ToScheduler)
+        inbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
         try:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
@@ -96,7 +97,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
         finally:
             inbox.close()
 
-    outbox = Outbox(addresses.scheduler)
+    outbox = Outbox(addresses.inbox(SCHEDULER))
     sender = threading.Thread(target=_send_in_bursts, args=(outbox,))
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         assert runner.run(read()) == [str(i) for i in range(3_000)]
@@ -107,7 +108,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_reader_may_be_cancelled_after_the_inbox_was_closed(addresses, loop_factory):
     async def close() -> None:
-        inbox = Inbox(addresses.scheduler, ToScheduler)
+        inbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
         reading = asyncio.create_task(inbox.deliver(print))
         await asyncio.sleep(0.05)
         reading.cancel()
@@ -132,7 +133,7 @@ def test_address_that_the_kernel_cannot_hold_is_refused(tmp_path):
 
 
 def test_socket_file_is_not_for_everyone(addresses, tmp_path):
-    inbox = Inbox(addresses.launcher, ToLauncher)
+    inbox = Inbox(addresses.inbox(LAUNCHER), ToLauncher)
     assert stat.S_ISSOCK((tmp_path / "launcher").stat().st_mode)
     inbox.close()
 

@@ -81,6 +81,7 @@ def test_prefixes_are_flags() -> None:
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype is not supported by this version"),
         (["--api-key", "a", ""], "api_key must not be empty"),
         (["--served-model-name", " "], "served_model_name must not be empty"),
+        (["--model-path", ""], "model_path must not be empty"),
         (["--reasoning-parser", "thoughts"], "invalid choice: 'thoughts' (choose from 'auto', 'deepseek-r1'"),
         (["--cpu-bind", "0-"], "cpu_bind '0-' is not a list of CPUs"),
         (["--log-requests", "all"], "--log-requests: invalid choice: 'all'"),
@@ -135,7 +136,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path, name: str, text: st
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("prot: 81", "unknown field `prot`"),
+        ("prot: 81", "the configuration file has an unknown setting `prot`"),
         ("port: many", "argument --port: Expected `int`, got `str` (in the configuration file)"),
         ("dp-size: 2", "dp_size is 2"),
         ("- port", "does not hold names with values"),

@@ -166,17 +166,34 @@ def test_a_meeting_point_in_use() -> None:
         ),
         ({"quantization": "int8", "device": "cuda"}, "int8 needs cpu and bfloat16, got cuda and bfloat16"),
         ({"quantization": "int4", "dtype": "float32"}, "int4 needs cpu and bfloat16, got cpu and float32"),
+        ({"quantization": "int8", "tp_size": 2}, "int8 needs tp_size to be 1, got 2"),
+        (
+            {"quantization": "int4", "attention_backend": "torch"},
+            "int4 needs attention_backend to be auto or cpu, got torch",
+        ),
+        ({"quantization": "int8", "page_size": 24}, "int8 needs page_size to be a multiple of 16, got 24"),
     ],
 )
 def test_rounding_that_the_device_cannot_compute(args: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=f"quantization .*{words}"):
-        resolve(ServerArgs(**{"device": "cpu", "dtype": "bfloat16", **args}), model())
+        resolve(ServerArgs(**{"device": "cpu", "dtype": "bfloat16", **args}), model(num_heads=4))
+
+
+@pytest.mark.parametrize(("quantization", "device"), [("fp8", "cuda"), ("int8", "cpu")])
+def test_experts_are_not_rounded(quantization: Any, device: Any) -> None:
+    with pytest.raises(ConfigError, match=f"quantization {quantization} is for dense models, .* has 8 experts"):
+        resolve(ServerArgs(quantization=quantization, device=device, dtype="bfloat16"), model(num_experts=8))
 
 
 @pytest.mark.parametrize(("quantization", "device"), [("fp8", "cuda"), ("int8", "cpu"), ("int4", "cpu")])
 def test_rounding_that_it_can(quantization: Any, device: Any) -> None:
-    config = resolve(ServerArgs(quantization=quantization, device=device, dtype="bfloat16"), model())
-    assert config.runner.quantization == quantization
+    args = ServerArgs(quantization=quantization, device=device, dtype="bfloat16", page_size=32)
+    assert resolve(args, model()).runner.quantization == quantization
+
+
+def test_float8_with_ranks_and_any_pages() -> None:
+    args = ServerArgs(quantization="fp8", device="cuda", tp_size=2, page_size=1, attention_backend="torch")
+    assert resolve(args, model(num_heads=4)).runner.quantization == "fp8"
 
 
 def test_graphs_and_steps_ahead() -> None:

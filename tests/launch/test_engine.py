@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.offline import ENDLESS, PROMPT, SMALL, nothing_left
 from support.server import until
@@ -116,7 +117,7 @@ def test_chat(quiet: Engine) -> None:
     answer = quiet.chat(HELLO, GREEDY)
     spelled = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert answer.text == quiet.generate(spelled, GREEDY).text
-    assert [out.text for out in quiet.chat([HELLO, HELLO], GREEDY)] == [answer.text] * 2
+    assert [out.text for out in quiet.chat((HELLO, tuple(HELLO)), GREEDY)] == [answer.text] * 2
     goes_on = [*HELLO, {"role": "assistant", "content": "Good"}]
     continued = quiet.chat(goes_on, GREEDY, continue_final_message=True)
     assert continued.text == quiet.generate(f"{spelled}Good", GREEDY).text
@@ -158,7 +159,9 @@ def test_async_methods_in_a_loop_of_the_user(quiet: Engine) -> None:
     [
         ({"temperature": 2.5}, "temperature must be between 0 and 2, got 2.5"),
         ({"temperature": "hot"}, "temperature: Expected `float`, got `str`"),
+        ({"temperature": np.float32(0.5)}, "temperature: Expected `float`, got `numpy.float32`"),
         ({"stop": "word"}, "stop: Expected `array`, got `str`"),
+        ({"logit_bias": {"1": 1.0}}, "logit_bias: Expected `int`, got `str`"),
         ({"logit_bias": {9999: 1.0}}, "logit_bias: token id 9999 is not in the vocabulary of 384 tokens"),
         ({"max_tokens": 4000}, "max_tokens is 4000"),
     ],
@@ -169,17 +172,38 @@ def test_params_are_refused_in_the_words_of_the_server(quiet: Engine, params: di
     assert caught.value.failure.param == next(iter(params))
 
 
+SOME_TYPE = {"set": {"a"}, "dict": {"a": 1}, "bytes": b"a", "NoneType": None, "int": 7, "ndarray": np.array([1])}
+
+
+@pytest.mark.parametrize("given", SOME_TYPE)
+@pytest.mark.parametrize("method", ["generate", "stream", "embed"])
+def test_prompts_of_another_type_are_refused(quiet: Engine, given: str, method: str) -> None:
+    with pytest.raises(RequestError, match=f"^a prompt must be a text or .*, got {given}$") as caught:
+        list(getattr(quiet, method)(SOME_TYPE[given]))
+    assert caught.value.failure.param == "prompt"
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, "hot", 7, [{"temperature": 0}], SamplingParams])
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_params_of_another_type_are_refused(quiet: Engine, given: object, method: str) -> None:
+    with pytest.raises(RequestError, match=r"^params must be SamplingParams, or a list"):
+        list(getattr(quiet, method)("a", given))
+
+
 def test_what_else_is_refused(quiet: Engine) -> None:
-    for prompt in ("", 7, ["a", 3], [[]], [384], "\ud800", [1.5]):
-        with pytest.raises(RequestError):
+    for prompt in ("", ["a", 3], [[]], [384], "\ud800", [1.5]):
+        with pytest.raises(RequestError, match=r"prompt|surrogates"):
             quiet.generate(prompt, GREEDY)
-    for messages in ([{"role": "robot", "content": "x"}], "hello", [{"role": "user", "content": object()}]):
-        with pytest.raises(RequestError):
+    robot = [{"role": "robot", "content": "x"}]
+    for messages in (robot, "hello", None, HELLO[0], [HELLO[0], HELLO], [{"role": "user", "content": object()}]):
+        with pytest.raises(RequestError, match="messages"):
             quiet.chat(messages, GREEDY)
+    with pytest.raises(RequestError, match="temperature is none of tools"):
+        quiet.chat(HELLO, GREEDY, temperature=0)
     with pytest.raises(RequestError, match="this server generates text: to embed, start one with --is-embedding"):
         quiet.embed(["a", "b"])
-    for n in (0, 9):
-        with pytest.raises(RequestError):
+    for n in (0, 9, "2", 10**30):
+        with pytest.raises(RequestError, match=f"n must be a number from 1 to max_queued_requests .8., got {n!r}"):
             quiet.generate("a", GREEDY, n=n)
     with pytest.raises(RequestError) as caught:
         quiet.generate(["a", "b", "c " * 3000], ENDLESS)

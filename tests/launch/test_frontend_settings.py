@@ -1,5 +1,7 @@
 """What the launcher settles for the frontend: https, sizes, and the settings that are shown."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from support.server import free_port
 
+from ramet.frontend.store import Store
 from ramet.launch.config import resolve, tls
 from ramet.launch.model_info import ModelInfo
 from ramet.launch.model_source import ResolvedModel
@@ -67,13 +70,33 @@ def test_tls_files_are_read_once_before_anything_else(tmp_path: Path) -> None:
             tls(ServerArgs(**arguments))
 
 
-def test_a_bad_certificate_is_told_before_the_model_is_looked_for() -> None:
-    command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at/all"]
-    arguments = ["--port", str(free_port()), "--ssl-certfile", "/nowhere.pem"]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
+def refusal(*arguments: str) -> str:
+    """What a server says that cannot start; the model, which it would look for next, is nowhere."""
+    command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at/all", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: ssl_certfile '/nowhere.pem'")
-    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_a_bad_certificate_is_told_before_the_model_is_looked_for() -> None:
+    words = refusal("--port", str(free_port()), "--ssl-certfile", "/nowhere.pem")
+    assert words.startswith("error: ssl_certfile '/nowhere.pem'")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "by default"])
+def test_a_store_in_use_is_told_before_the_model_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    port = str(free_port())
+    folder = tmp_path / "ramet" / port
+    flags = ["--port", port, *(["--file-storage-path", str(folder)] if named else [])]
+    assert refusal(*flags).startswith("error: /nowhere/at/all does not exist")
+    assert folder.exists() == named
+    with contextlib.closing(Store(str(folder))) as store:
+        store.open()
+        words = f"error: the file store {folder} is in use by another server (process {os.getpid()}); give each server"
+        assert refusal(*flags).startswith(words)
 
 
 def test_the_address_shown_is_the_one_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

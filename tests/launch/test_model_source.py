@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: py
     assert f"cannot read {folder / 'sentence_bert_config.json'}" in unavailable(model_path=str(folder))
 
 
+def test_experts_are_counted(tiny_model: Callable[[str], Path]) -> None:
+    counts = [
+        resolve_model(ServerArgs(model_path=str(tiny_model(name)), tokenizer_path=str(tiny_model("llama")))).info
+        for name in ("qwen3_moe", "llama")
+    ]
+    assert [info.num_experts for info in counts] == [8, None]
+
+
 def test_positions_of_roberta_begin_behind_the_padding(folder: Path) -> None:
     config = BERT | {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
     (folder / "config.json").write_text(json.dumps(config))
@@ -212,6 +221,16 @@ def test_files_of_the_wrong_kind(tmp_path: Path, folder: Path) -> None:
     assert "is not a readable GGUF file" in unavailable(model_path=str(path))
     (folder / "config.json").write_text("{")
     assert "config.json" in unavailable(model_path=str(folder))
+
+
+def test_a_revision_is_of_the_hub(folder: Path) -> None:
+    for name in (str(folder), "pypi:some-model"):
+        with pytest.raises(ModelUnavailable, match=f"^revision 'v1' is for models of the hub, and {name} is none$"):
+            resolve_model(ServerArgs(model_path=name, revision="v1"))
+    # It may be the tokenizer's.
+    args = ServerArgs(model_path=str(folder), revision="v1", tokenizer_path="org/nowhere")
+    with pytest.raises(ModelUnavailable, match="org/nowhere is not here"):
+        resolve_model(args)
 
 
 def test_the_default_model_names_what_was_tried() -> None:

@@ -1,5 +1,6 @@
 """What a killed process left is removed, and nothing else."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_only_stale_folders_are_removed(temporary: Path) -> None:
-    living, lock = make_folder("ramet-")
+    living, locks = make_folder("ramet-")
     stale = subprocess.run(
         [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False
     ).stdout.strip()
@@ -39,5 +40,18 @@ def test_only_stale_folders_are_removed(temporary: Path) -> None:
     assert not Path(stale).exists()
     left = {"ramet-notes", "ramet-file", "ramet-link", living.name, folder.name}
     assert {path.name for path in temporary.iterdir()} == left
-    for descriptor in (lock, second):
+    locks.close()
+    second.close()
+
+
+def test_systemd_tmpfiles_leaves_it_alone_as_long_as_it_is_in_use(temporary: Path) -> None:
+    """It tries for this lock, and passes over a folder whose lock it cannot have, with all that is in it."""
+    folder, locks = make_folder("ramet-")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.close()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
         os.close(descriptor)

@@ -1,6 +1,7 @@
 """The C kernel of a whole decoder against its plain twin and transformers, in bfloat16."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,17 @@ def test_fewer_bits_cost_what_they_should(folder: Path, quantization: str, least
     assert least * exact.std() < error.square().mean().sqrt() < most * exact.std()
 
 
-def test_rounding_is_refused_where_it_cannot_be_computed(folder: Path) -> None:
-    with pytest.raises(WeightsError, match="quantization int8 needs"):
-        load(folder, dtype="float32", quantization="int8")
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float32"}, {"page_size": 24}, {"attention_backend": "torch"}, {"weights": "qwen3_moe"}]
+)
+def test_rounding_that_cannot_be_computed_is_refused_before_weights_are_read(
+    tiny_model: Callable[[str], Path], changes: dict[str, str]
+) -> None:
+    read: list[int] = []
+    changes = {"dtype": "bfloat16", "quantization": "int8", **changes}
+    with pytest.raises(WeightsError, match="quantization int8 cannot be used: the C kernel"):
+        load(tiny_model(changes.pop("weights", "llama")), progress=lambda done, total: read.append(done), **changes)
+    assert not read
 
 
 def test_a_token_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(fused: CausalLM) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import FailureKind
 from ramet.ipc.messages import (
     Abort,
@@ -85,9 +85,9 @@ class BreakingEmbedder:
 class Harness:
     def __init__(self, folder: str) -> None:
         addresses = Addresses(folder)
-        self._inbox: Inbox[ToScheduler] = Inbox(addresses.scheduler, ToScheduler)
-        self._answers: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
-        self._outboxes = Outbox(addresses.scheduler), Outbox(addresses.frontend)
+        self._inbox: Inbox[ToScheduler] = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
+        self._answers: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
+        self._outboxes = Outbox(addresses.inbox(SCHEDULER)), Outbox(addresses.inbox(FRONTEND))
         self.embedder = BreakingEmbedder()
         queue = EmbeddingQueue(BUDGET, 16)
         self.worker = EmbeddingWorker(queue, self.embedder, self._inbox, self._outboxes[1])  # type: ignore[arg-type]

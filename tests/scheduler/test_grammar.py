@@ -181,6 +181,11 @@ def test_a_bad_grammar_is_refused_with_the_parameter_and_the_reason(pool: Pool, 
         ({"type": "integer", "minimum": 10**400}, "number out of range"),
         ({"if": {"type": "string"}, "then": {"minLength": 2}}, '"if", "then"'),
         ({"properties": []}, "properties must be an object"),
+        ({"properties": {"a": False}, "required": ["a"], "type": "object"}, "required property 'a' is unsatisfiable"),
+        (
+            {"$schema": "http://x/y"},
+            "Resource 'http://x/y': $schema must be a known draft, and $ref point into",
+        ),
     ],
     ids=repr,
 )

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from support.engine import runner_config
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import DETOKENIZER, LAUNCHER, SCHEDULER, Addresses, Inbox, Outbox
 from ramet.ipc.messages import (
     Abort,
     Finish,
@@ -47,8 +47,8 @@ class Scheduler:
     """A scheduler process whose detokenizer is the test."""
 
     def __init__(self, model: Path, addresses: Addresses) -> None:
-        self._news: Inbox[Any] = Inbox(addresses.detokenizer, ToDetokenizer)
-        self._launcher: Inbox[Any] = Inbox(addresses.launcher, ToLauncher)
+        self._news: Inbox[Any] = Inbox(addresses.inbox(DETOKENIZER), ToDetokenizer)
+        self._launcher: Inbox[Any] = Inbox(addresses.inbox(LAUNCHER), ToLauncher)
         config = SchedulerConfig(
             page_size=16,
             max_running=8,
@@ -61,7 +61,7 @@ class Scheduler:
         runner = runner_config(model, context_length=CONTEXT, max_total_tokens=2 * CONTEXT)
         arguments = [msgspec.json.encode(value).decode() for value in (config, runner, addresses)]
         self.process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments])
-        self._outbox = Outbox(addresses.scheduler)
+        self._outbox = Outbox(addresses.inbox(SCHEDULER))
         while isinstance(said := self._launcher.receive(WAIT_S), Progress):
             pass
         assert isinstance(said, Ready), said

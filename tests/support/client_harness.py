@@ -2,15 +2,21 @@
 
 import functools
 import tempfile
+from typing import Any
 
 from ramet.frontend.engine_client import EngineClient
 from ramet.frontend.generation import Generation
 from ramet.frontend.metrics import Metrics
-from ramet.ipc.channel import Addresses, Inbox
+from ramet.ipc.channel import TOKENIZER, Addresses, Inbox
 from ramet.ipc.messages import Abort, Completion, EngineDown, EngineUp, Reset, ToTokenizer
 from ramet.ipc.sampling import SamplingParams
 
 PROMPT = functools.partial(Completion, prompt="x")
+
+
+async def answers(asked: Generation) -> list[Any]:
+    with asked:
+        return await asked.answers()
 
 
 class Harness:
@@ -19,7 +25,7 @@ class Harness:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-test-")
         addresses = Addresses(self._folder.name)
-        self.inbox: Inbox[ToTokenizer] = Inbox(addresses.tokenizer(0), ToTokenizer)
+        self.inbox: Inbox[ToTokenizer] = Inbox(addresses.inbox(TOKENIZER.format(0)), ToTokenizer)
         self.metrics = Metrics()
         self.client = EngineClient(addresses, 8, self.metrics, max_tokens=1000)
 

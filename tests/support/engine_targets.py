@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, LAUNCHER, Addresses, Inbox, Outbox
 from ramet.ipc.messages import EngineDown, EngineUp, Progress, Ready, ToFrontend
 from ramet.ipc.pulse import Pulse
 from ramet.launch.child import Process
@@ -33,7 +33,7 @@ def note(diary: str, *words: object) -> None:
 def worker(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
     note(diary, name, "started")
     sys.stderr.write(f"the words of {name}\n")
-    launcher = Outbox(addresses.launcher)
+    launcher = Outbox(addresses.inbox(LAUNCHER))
     launcher.send(Progress(name, "warming up"))
     time.sleep(delay_s)
     note(diary, name, "ready")
@@ -72,8 +72,8 @@ def broken(name: str, delay_s: float, diary: str, addresses: Addresses) -> None:
 def frontend(name: str, stubborn: bool, diary: str, addresses: Addresses) -> None:
     """Ends on SIGTERM, when nothing more is told, or with `stubborn` never."""
     note(diary, name, "started")
-    inbox: Inbox[ToFrontend] = Inbox(addresses.frontend, ToFrontend)
-    launcher = Outbox(addresses.launcher)
+    inbox: Inbox[ToFrontend] = Inbox(addresses.inbox(FRONTEND), ToFrontend)
+    launcher = Outbox(addresses.inbox(LAUNCHER))
     pulse = Pulse(addresses, name)
 
     ending = False

@@ -9,7 +9,7 @@ import sys
 import msgspec
 import torch
 
-from ramet.ipc.channel import Addresses
+from ramet.ipc.channel import SCHEDULER, Addresses
 from ramet.ipc.step import StepPlan
 from ramet.launch import cli, serve
 from ramet.model_runner.config import RunnerConfig
@@ -67,7 +67,7 @@ def main() -> None:
     def with_faults(config, addresses):
         return [
             msgspec.structs.replace(process, target="support.faulty_server:run")
-            if process.name == worker.NAME
+            if process.name == SCHEDULER
             else process
             for process in real(config, addresses)
         ]

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
-from ramet.ipc.channel import Addresses, Inbox, Outbox
+from ramet.ipc.channel import FRONTEND, LAUNCHER, TOKENIZER, Addresses, Inbox, Outbox
 from ramet.ipc.errors import Failure
 from ramet.ipc.messages import (
     Abort,
@@ -84,9 +84,11 @@ class ScriptedEngine:
 
     def __enter__(self) -> "ScriptedEngine":
         folder = self._addresses
-        self._tokenizers = [Inbox[Any](folder.tokenizer(i), ToTokenizer) for i in range(folder.tokenizers)]
-        self._launcher = Inbox[Any](folder.launcher, ToLauncher)
-        self._frontend = Outbox(folder.frontend)
+        self._tokenizers = [
+            Inbox[Any](folder.inbox(TOKENIZER.format(i)), ToTokenizer) for i in range(folder.tokenizers)
+        ]
+        self._launcher = Inbox[Any](folder.inbox(LAUNCHER), ToLauncher)
+        self._frontend = Outbox(folder.inbox(FRONTEND))
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         arguments = [msgspec.json.encode(value).decode() for value in (self.config, folder)]
@@ -120,8 +122,11 @@ class ScriptedEngine:
     def exit_code(self) -> int:
         return self.process.wait(WAIT_S)
 
+    def pulse(self, process: str) -> Path:
+        return Path(self._addresses.pulse(process))
+
     def listens_for_messages(self) -> bool:
-        return Path(self._addresses.frontend).exists()
+        return Path(self._addresses.inbox(FRONTEND)).exists()
 
     def errors(self) -> str:
         """What the process has written to stderr."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ramet.ipc.channel import Addresses
 from ramet.ipc.pulse import Pulse
-from ramet.launch.watchdog import Watchdog
+from ramet.ipc.watchdog import Watchdog
 
 
 def watched(folder: Path, timeout_s: float) -> tuple[Addresses, Watchdog]:

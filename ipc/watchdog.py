@@ -1,4 +1,5 @@
 """`Watchdog`: which processes are stuck, by their pulses (`ipc/pulse.py`). Kills nobody, and knows no processes.
+The launcher has one, and so has the frontend, to answer `/health`.
 
 Its owner waits for `patience_s()` at most between two looks. If it waited much longer, it was stopped itself or the
 whole machine was, and everybody gets a fresh start.
