@@ -119,6 +119,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     versioned = {**request.scope, "path": f"/v1{request.scope['path']}"}
     if error.status_code == 404 and any(route.matches(versioned)[0].value for route in request.app.routes):
         message += f"; it is /v1{request.url.path} here"
+    elif request.url.path in ("/v1/responses", "/responses", "/v1/messages", "/api/chat"):  # OpenAI, Anthropic, Ollama
+        message += "; the nearest that this server has is /v1/chat/completions"
     return http_error(error.status_code, message, error.headers)
 
 

@@ -17,12 +17,13 @@ JSON = "application/json"
 # application that responds by itself.
 Handler = Callable[..., Awaitable[Any]]
 
-# What a request with a body may be answered; 404 is for a model that is not served.
-_BODY_ERRORS = (400, 411, 413, 415, 499)
+# What a request with a body may be answered; 404 is for a model or a file that is not there.
+_BODY_ERRORS = (400, 411, 413, 415, 499, 504)
 _ERRORS = {
     400: "A parameter or the JSON is wrong; `param` names it",
     401: "Missing or wrong API key",
     404: "Not known here",
+    409: "It has ended before",
     411: "Nothing tells where the body ends",
     413: "The body is too large",
     415: "The content type is not supported",
@@ -30,6 +31,7 @@ _ERRORS = {
     499: "The request was aborted",
     500: "A bug or a failed step",
     503: "The engine is down, or the server is stopping",
+    504: "The time that the request had is up",
 }
 
 
@@ -71,7 +73,7 @@ def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dic
 
 def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[str, Any]:
     names = re.findall(r"\{(\w+)\}", path)
-    statuses = {429, 500, 503}
+    statuses = {429, 500, 503, *([409] if path.endswith("/cancel") else [])}
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
         "summary": endpoint.summary,
@@ -82,7 +84,7 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
         operation["parameters"] = [{"name": name, **in_path} for name in names]
     if endpoint.body is not None:
         statuses.update(_BODY_ERRORS)
-        if "model" in endpoint.body.__struct_fields__:
+        if {"model", "input_file_id"} & {*endpoint.body.__struct_fields__}:
             statuses.add(404)
         operation["requestBody"] = {"required": True, "content": {endpoint.media: _schema(endpoint.body)}}
     if keyed and not endpoint.open:

@@ -8,6 +8,7 @@ has a rule of its own, and its schema is a document of its own, so that referenc
 import json
 
 from ramet.frontend.config import FrontendConfig
+from ramet.frontend.schemas.grammar import enforceable
 from ramet.frontend.schemas.tools import ToolUse
 from ramet.ipc.errors import invalid
 from ramet.ipc.sampling import JSON_SPELLING, Grammar, GrammarKind
@@ -33,7 +34,7 @@ def tool_grammar(use: ToolUse, config: FrontendConfig) -> Grammar:
             head = f'{{"name": {json.dumps(name)}, "{key}": '
             rules.append(f'call_{i}: {json.dumps(head)} arguments_{i} "}}"')
         try:
-            written = json.dumps({**schema, "x-guidance": JSON_SPELLING})
+            written = json.dumps({**enforceable(schema), "x-guidance": JSON_SPELLING})
             rules.append(f"arguments_{i}: %json {written} // the parameters of {name!r}")
         except (ValueError, RecursionError) as error:
             raise invalid(f"tools: the parameters of {name!r} cannot be written as JSON: {error}", "tools") from error

@@ -13,6 +13,7 @@ from ramet.ipc.errors import invalid
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_SOURCE_CHARS = 256 * 1024  # of a grammar
 
 
 # llguidance's options for JSON: one spelling for each value, that of `json.dumps`, so that a model cannot wander in

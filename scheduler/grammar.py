@@ -21,9 +21,8 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from ramet.ipc.errors import Failure, FailureKind
-from ramet.ipc.sampling import JSON_SPELLING, Grammar, GrammarKind
+from ramet.ipc.sampling import JSON_SPELLING, MAX_SOURCE_CHARS, Grammar, GrammarKind
 
-MAX_SOURCE_CHARS = 256 * 1024
 # Up to 0.8 KiB each. A text whose length is counted takes one for each of its bytes, and more for what may follow.
 _MAX_LEXER_STATES = 50_000
 # A matcher is renewed in the middle of a step, for which all others wait: only if its grammar compiles in this time,

@@ -9,14 +9,16 @@ from ramet.launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/api.md", "docs/architecture.md", "docs/batches.md"]
-PAGES += ["docs/benchmarking.md", "docs/experiments.md", "docs/metrics.md", "docs/performance.md"]
+PAGES += ["docs/benchmarking.md", "docs/clients.md", "docs/experiments.md", "docs/metrics.md", "docs/performance.md"]
 PAGES += ["docs/security.md", "docs/tensor_parallel.md"]
 # A path of the repository in backticks: with a folder, and a folder itself or a file of these kinds.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|toml))?|\.ci/run|[A-Z]+(?:\.md)?|pyproject\.toml)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Other programs have flags of their own.
-OTHER_PROGRAMS = re.compile(r"pip install [^`\n]*|pytest [^`\n]*|python (?:-m )?(?:benchmarks|examples)\b[^`\n]*")
+OTHER_PROGRAMS = re.compile(
+    r"pip install [^`\n]*|pytest [^`\n]*|python (?:-m )?(?:benchmarks|examples)\b[^`\n]*|lm_eval [^`]*"
+)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -104,8 +104,7 @@ class Encoder:
                     ids = self._encode(text, add_special_tokens=True, param="input")
                 self._check_ids(ids, "input")
                 if len(ids) > self._config.context_length:
-                    context = self._config.context_length
-                    raise _too_long(f"the input has {len(ids)} tokens, the context of this model {context}", "input")
+                    raise self._too_long(f"the input has {len(ids)} tokens", "input")
                 return [Embed(message.rid, ids, message.priority)]
             case Tokenize():
                 if isinstance(message.prompt, Chat):
@@ -129,7 +128,7 @@ class Encoder:
         limit = _MAX_CHARS_PER_TOKEN * self._config.context_length
         if num_chars > limit:
             what = param or "prompt"
-            raise _too_long(f"the {what} has {num_chars} characters, at most {limit} are tokenized here", param)
+            raise self._too_long(f"the {what} has {num_chars} characters, at most {limit} are tokenized here", param)
         self._expect(_MOST_S_PER_CHAR * num_chars)
 
     def encode(self, message: Chat | Completion) -> list[Generate]:
@@ -182,11 +181,16 @@ class Encoder:
         context, prompt_len, wanted = self._config.context_length, len(ids), job.params.max_tokens
         self._check_ids(ids)
         if prompt_len >= context and wanted != 0:
-            raise _too_long(f"the prompt has {prompt_len} tokens, the context of this model {context}", None)
+            raise self._too_long(f"the prompt has {prompt_len} tokens", None)
         if wanted is not None and prompt_len + wanted > context:
-            asked = f"the prompt has {prompt_len} tokens and max_tokens is {wanted}"
-            raise _too_long(f"{asked}: together more than the context of {context} tokens", "max_tokens")
+            raise self._too_long(f"the prompt has {prompt_len} tokens and max_tokens is {wanted}", "max_tokens")
         return context - prompt_len if wanted is None else wanted
+
+    def _too_long(self, words: str, param: str | None) -> RequestError:
+        """It begins with OpenAI's words, by which clients tell this error from others."""
+        message = f"this model's maximum context length is {self._config.context_length} tokens; {words}"
+        kind = FailureKind.CONTEXT_LENGTH_EXCEEDED
+        return RequestError(kind, message, param=param, code="context_length_exceeded")
 
     def _check_ids(self, ids: list[int], param: str = "prompt") -> None:
         if not ids:
@@ -194,8 +198,3 @@ class Encoder:
         outside = next((i for i in ids if not 0 <= i < self._config.vocab_size), None)
         if outside is not None:
             raise invalid(f"token id {outside} is outside the vocabulary of {self._config.vocab_size}", param)
-
-
-def _too_long(message: str, param: str | None) -> RequestError:
-    kind = FailureKind.CONTEXT_LENGTH_EXCEEDED
-    return RequestError(kind, message, param=param, code="context_length_exceeded")

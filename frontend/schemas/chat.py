@@ -56,7 +56,7 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     audio: dict[str, Any] | None = None
-    annotations: list[Any] | None = None
+    annotations: list[dict[str, Any]] | None = None
 
     def for_template(self, path: str) -> dict[str, Any]:
         """What the template sees: text content, and only the fields that were given. `path` names it in errors."""

@@ -13,7 +13,7 @@ from ramet.frontend.config import FrontendConfig
 from ramet.frontend.schemas.common import Int, Rid, SamplingFields, as_prompts, refuse_unsupported
 from ramet.frontend.schemas.grammar import json_grammar
 from ramet.ipc.errors import RequestError, invalid
-from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
+from ramet.ipc.sampling import Grammar, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -31,8 +31,6 @@ class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True, r
 
     def grammars(self) -> list[Grammar | None]:
         schema = self.json_schema
-        if isinstance(schema, str):
-            return [Grammar(GrammarKind.JSON_SCHEMA, schema, "json_schema"), *super().grammars()]
         return [None if schema is None else json_grammar(schema, "json_schema"), *super().grammars()]
 
 

@@ -1,7 +1,8 @@
 """`response_format`, and how it and other fields become the `Grammar` that the text of an answer must match.
 
 Only the form is checked here; the scheduler compiles the grammar and refuses what it cannot honour. The rules that
-OpenAI adds for `strict` schemas are not asked for: every schema is followed as it stands, strict or not.
+OpenAI adds for `strict` schemas are not asked for: strict or not, an answer is valid under its schema. `enforceable`
+says in other words what those who write schemas (pydantic, zod) say and llguidance does not know.
 """
 
 import re
@@ -10,9 +11,18 @@ from typing import Any
 import msgspec
 
 from ramet.ipc.errors import invalid
-from ramet.ipc.sampling import Grammar, GrammarKind
+from ramet.ipc.sampling import MAX_SOURCE_CHARS, Grammar, GrammarKind
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# Keywords of JSON Schema that hold schemas: by a name, and one or a list.
+_BY_NAME = {"$defs", "definitions", "properties", "patternProperties"}
+_NESTED = {"items", "prefixItems", "additionalItems", "additionalProperties", "allOf", "anyOf", "oneOf"}
+# An object with one of these may have, or may need, names that its `properties` do not list.
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"}
+# The formats that JSON Schema defines; it says of any other that it asserts nothing.
+_FORMATS = {"date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"}
+_FORMATS |= {"uri", "uri-reference", "iri", "iri-reference", "uri-template", "uuid", "regex"}
+_FORMATS |= {"json-pointer", "relative-json-pointer"}
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -51,9 +61,74 @@ def only_one(asked: list[Grammar | None]) -> Grammar | None:
     return grammars[0] if grammars else None
 
 
-def json_grammar(schema: dict[str, Any], param: str) -> Grammar:
-    """For what must be JSON that is valid under `schema`; `param` is to be named in errors."""
-    return Grammar(GrammarKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), param)
+def json_grammar(schema: dict[str, Any] | str, param: str) -> Grammar:
+    """For what must be JSON that is valid under `schema`; `param` is to be named in errors. Raises `RequestError`."""
+    try:
+        if isinstance(schema, str):
+            schema = msgspec.json.decode(schema, type=dict[str, Any])
+        return Grammar(GrammarKind.JSON_SCHEMA, msgspec.json.encode(enforceable(schema)).decode(), param)
+    except RecursionError:
+        raise invalid(f"{param}: the schema nests too deep", param) from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"{param} is not a JSON object: {error}", param) from None
+
+
+def enforceable(schema: dict[str, Any]) -> dict[str, Any]:
+    """A copy that allows nothing which the schema does not. An object whose `properties` are listed gets no others
+    unless the schema speaks of them: they would be valid, but models make them up without end."""
+    source = msgspec.json.encode(schema)
+    if len(source) > MAX_SOURCE_CHARS:
+        return schema  # to be refused for that
+    copy: dict[str, Any] = msgspec.json.decode(source)
+    parts = _schemas_in(copy)
+    for part in parts:
+        if isinstance(form := part.get("format"), str) and form not in _FORMATS:
+            del part["format"]
+        if isinstance(names := part.get("propertyNames"), dict):
+            _list_names(part, names)
+    if any(map(_is_scattered, parts)):
+        return copy
+    for part in parts:
+        listed, required = part.get("properties"), part.get("required", [])
+        if isinstance(listed, dict) and listed and isinstance(required, list) and not part.keys() & _OPEN:
+            part["additionalProperties"] = not {*map(str, required)} <= listed.keys()
+    return copy
+
+
+def _list_names(schema: dict[str, Any], names: dict[str, Any]) -> None:
+    """Do without `propertyNames` where that only says that names are strings, and where it lists those of a map."""
+    said = {key: value for key, value in names.items() if key not in ("title", "description")}
+    match {"type": "string", **said}:
+        case {"type": "string", "enum": [*known], **rest} if not rest and not schema.keys() & _BY_NAME:
+            value = schema.get("additionalProperties", True)
+            listed = dict.fromkeys([name for name in known if isinstance(name, str)], value)
+            schema |= {"properties": listed, "additionalProperties": False}
+            del schema["propertyNames"]
+        case {"type": "string", **rest} if not rest:
+            del schema["propertyNames"]
+
+
+def _is_scattered(schema: dict[str, Any]) -> bool:
+    """Whether one object may be described in several places, none of which lists all of its names."""
+    elsewhere = schema.keys() & {"anyOf", "$ref"} and schema.keys() & {"properties", "required"}
+    return bool(elsewhere or schema.keys() & {"allOf", "oneOf"})
+
+
+def _schemas_in(schema: Any) -> list[dict[str, Any]]:
+    """Each schema in it, whatever is wrong with some."""
+    found, rest = [], [schema]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, list):
+            rest += part
+        elif isinstance(part, dict):
+            found.append(part)
+            for keyword, value in part.items():
+                if keyword in _NESTED:
+                    rest.append(value)
+                elif keyword in _BY_NAME and isinstance(value, dict):
+                    rest += value.values()
+    return found
 
 
 def requested_format(asked: ResponseFormat | None) -> Grammar | None:

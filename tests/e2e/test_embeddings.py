@@ -93,7 +93,7 @@ def test_an_input_longer_than_the_context_fails_the_request_and_no_other(minilm_
     )
     error = error_of(response)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
-    assert error["message"] == "the input has 257 tokens, the context of this model 256"
+    assert error["message"] == "this model's maximum context length is 256 tokens; the input has 257 tokens"
     assert len(embed(minilm_server, input="word " * 254)) == 1
     assert minilm_server.quiet_metrics()["ramet_scheduler_failed_total"] == before
 
@@ -164,6 +164,8 @@ def test_score_and_rerank(minilm_server: RunningServer) -> None:
     answer = minilm_server.http.post(RERANK, json={**body, "top_n": 1, "return_documents": False}).json()
     [result] = answer["results"]
     assert set(result) == {"index", "relevance_score"}
+    short = minilm_server.http.post("/rerank", json=body).json()  # where LiteLLM asks
+    assert short["results"] == minilm_server.http.post(RERANK, json=body).json()["results"]
 
 
 @pytest.mark.minilm

@@ -50,7 +50,7 @@ def test_nobody_is_killed_who_is_idle_busy_or_frozen(servers: Any, tmp_path: Pat
         body = {"model": server.model, "prompt": "a b c 12, " * (CONTEXT * 128 // 10)}
         answer = server.http.post("/v1/completions", json=body)
         assert answer.json()["error"]["code"] == "context_length_exceeded"
-        assert " tokens, the context of this model " in answer.json()["error"]["message"]
+        assert "maximum context length is " in answer.json()["error"]["message"]
         check_health(server, pids)
         assert not re.search(" (WARNING|ERROR) ", server.log())
 

@@ -153,7 +153,7 @@ def test_logprobs(engine: ScriptedEngine, stream: bool) -> None:
     [
         ({"regex": "a+"}, GrammarKind.REGEX, "a+"),
         ({"ebnf": 'root ::= "a"'}, GrammarKind.EBNF, 'root ::= "a"'),
-        ({"json_schema": '{"type": "null"}'}, GrammarKind.JSON_SCHEMA, '{"type": "null"}'),
+        ({"json_schema": '{"type": "null"}'}, GrammarKind.JSON_SCHEMA, '{"type":"null"}'),
         ({"json_schema": {"type": "null"}}, GrammarKind.JSON_SCHEMA, '{"type":"null"}'),
     ],
 )
@@ -184,6 +184,9 @@ def test_grammars_reach_the_engine(
         ({"text": "a", "sampling_params": {"max_tokens": 3}}, "sampling_params.max_tokens"),
         ({"text": "a", "sampling_params": {"sampling_seed": 2**64}}, "sampling_params.sampling_seed"),
         ({"text": "a", "sampling_params": {"regex": "a", "ebnf": "b"}}, "sampling_params.ebnf"),
+        ({"text": "a", "sampling_params": {"json_schema": "{"}}, "sampling_params.json_schema"),
+        ({"text": "a", "sampling_params": {"json_schema": "[]"}}, "sampling_params.json_schema"),
+        ({"text": "a", "sampling_params": {"json_schema": '{"a":' * 5000}}, "sampling_params.json_schema"),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
         ({"text": ["a", "b"], "sampling_params": [{"n": 2}, {}]}, "sampling_params.n"),
         ({"text": ["a", "b"], "rid": ["x"]}, "rid"),

@@ -99,6 +99,9 @@ def test_unknown_paths_methods_and_models(client: httpx.Client) -> None:
     for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("DELETE", "/files/file-1")):
         message = check_error(client.request(method, path), 404, "not_found")["message"]
         assert message == f"Not Found: {method} {path}; it is /v1{path} here"
+    for path in ("/v1/responses", "/v1/messages", "/api/chat"):
+        message = check_error(client.post(path, json={}), 404, "not_found")["message"]
+        assert message == f"Not Found: POST {path}; the nearest that this server has is /v1/chat/completions"
     assert check_error(client.get("/nothing"), 404, "not_found")["message"] == "Not Found: GET /nothing"
     response = client.get("/v1/chat/completions")
     check_error(response, 405, "method_not_allowed")

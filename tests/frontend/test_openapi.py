@@ -78,6 +78,27 @@ def test_the_routes_are_those_of_the_server(engine: ScriptedEngine, document: An
             assert keyed == bool(operation.get("security")) == ("401" in operation["responses"]), path
 
 
+def test_what_may_not_be_there_or_has_ended(document: Any) -> None:
+    """By file and by batch; a fuzzer takes an answer that is not described for a fault."""
+    paths = document["paths"]
+    assert "404" in paths["/v1/batches"]["post"]["responses"]
+    assert {"404", "409"} <= paths["/v1/batches/{batch_id}/cancel"]["post"]["responses"].keys()
+    assert "409" not in paths["/v1/files/{file_id}"]["get"]["responses"]
+    assert "504" in paths["/v1/chat/completions"]["post"]["responses"]
+
+
+def test_each_array_says_what_it_holds(document: Any) -> None:
+    """Generators of clients cannot do without."""
+    rest: list[Any] = [document["components"]["schemas"]]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, dict):
+            assert part.get("type") != "array" or part.keys() & {"items", "prefixItems"}, part
+            rest += part.values()
+        elif isinstance(part, list):
+            rest += part
+
+
 def test_bodies(document: Any) -> None:
     schema = document["components"]["schemas"]["ChatRequest"]
     assert set(schema["required"]) == {"model", "messages"}

@@ -18,7 +18,7 @@ def test_an_engine_that_embeds(tmp_path: Path) -> None:
         assert (one.shape, several.shape, one.dtype) == ((64,), (40, 64), np.float32)
         assert np.array_equal(several[::2], np.stack([one] * 20))
         assert np.linalg.norm(several, axis=1) == pytest.approx(1)
-        with pytest.raises(RequestError, match="the input has 131 tokens, the context of this model 130"):
+        with pytest.raises(RequestError, match="maximum context length is 130 tokens; the input has 131 tokens"):
             engine.embed([[5] * 131])
         with pytest.raises(RequestError, match="this server embeds; one without --is-embedding generates"):
             engine.generate("Rome")

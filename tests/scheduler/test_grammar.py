@@ -12,9 +12,9 @@ from support.engine import InlineEngine
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import FinishReason, Generate
-from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams
+from ramet.ipc.sampling import MAX_SOURCE_CHARS, Grammar, GrammarKind, SamplingParams
 from ramet.scheduler.config import SchedulerConfig
-from ramet.scheduler.grammar import MAX_SOURCE_CHARS, Matcher, load_tokenizer
+from ramet.scheduler.grammar import Matcher, load_tokenizer
 from ramet.scheduler.grammar_pool import GrammarPool
 from ramet.scheduler.request import Request
 

@@ -113,7 +113,7 @@ def test_a_text_to_embed(make_encoder, folder):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ([7] * 65, "the input has 65 tokens, the context of this model 64"),
+        ([7] * 65, "this model's maximum context length is 64 tokens; the input has 65 tokens"),
         ([], "the input is empty"),
         ("x" * 10_000, "the input has 10000 characters, at most 8192"),
         ([512], "token id 512 is outside the vocabulary of 512"),
