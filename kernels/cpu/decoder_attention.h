@@ -129,10 +129,15 @@ static float weigh(__m512 *scores, int64_t from, int64_t to, float softcap, uint
     return keep;
 }
 
+/* A block's keys and values of one head, in parts of 16 tokens. */
+typedef struct {
+    const uint16_t *keys[PARTS], *values[PARTS];
+} Place;
+
 typedef struct {
     const Op *op;
-    const uint16_t *q, *keys[PARTS], *values[PARTS];
-    const uint16_t *next_keys[PARTS], *next_values[PARTS]; /* of the block that this thread computes next */
+    const uint16_t *q;
+    Place here, next; /* of this block, and of the one that this thread computes next */
     uint16_t *weights;
     float *scores, *sums, *max, *sum, *keep;
     int64_t stride;       /* from one pair of a key's numbers to the next */
@@ -141,15 +146,16 @@ typedef struct {
     int64_t start, pair;  /* row i is of the token at position start + (pair + i) / group */
 } Block;
 
-/* One head's keys and values of the 64 tokens of request `row` from `first` on, as far as there are any before `end`. */
-static inline void locate(const Op *op, const Step *step, int64_t row, int64_t kv, int64_t first, int64_t end,
-                          const uint16_t **keys, const uint16_t **values) {
+/* The 64 tokens of request `row` from `first` on, as far as there are any before `end`. */
+static inline Place locate(const Op *op, const Step *step, int64_t row, int64_t kv, int64_t first, int64_t end) {
+    Place place;
     for (int64_t i = 0; i < PARTS; i++) { /* parts beyond the end are masked; they only must be readable */
         const int64_t position = first + i * LANES < end ? first + i * LANES : first, size = step->page_size;
         const int64_t page = step->block_table[row * step->table_width + position / size], offset = position % size;
-        keys[i] = op->keys + (page * op->kv_heads + kv) * size * op->dim + 2 * offset;
-        values[i] = op->values + ((page * op->kv_heads + kv) * size + offset) * op->dim;
+        place.keys[i] = op->keys + (page * op->kv_heads + kv) * size * op->dim + 2 * offset;
+        place.values[i] = op->values + ((page * op->kv_heads + kv) * size + offset) * op->dim;
     }
+    return place;
 }
 
 /* Rows i..i+rows-1 of a tile over one block of keys. */
@@ -157,14 +163,14 @@ static inline __attribute__((always_inline)) void attend_rows(const Block *b, in
     const int64_t dim = b->op->dim, window = b->op->window;
     __m512 scores[MOST_ROWS][PARTS];
     float keep[MOST_ROWS];
-    score_rows(b->q + i * dim, b->keys, b->next_keys, b->stride, dim, scores, rows);
+    score_rows(b->q + i * dim, b->here.keys, b->next.keys, b->stride, dim, scores, rows);
     for (int r = 0; r < rows; r++) {
         const int64_t position = b->start + (b->pair + i + r) / b->group, from = position - window + 1 - b->first;
         const int64_t to = position + 1 - b->first;
         keep[r] = weigh(scores[r], window && from > 0 ? from : 0, to < BLOCK ? to : BLOCK, b->op->softcap,
                         b->weights + r * BLOCK, b->max + i + r, b->sum + i + r);
     }
-    add_values(b->weights, b->values, b->next_values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
+    add_values(b->weights, b->here.values, b->next.values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
 }
 
 static void attend_narrow(const Block *b) {
@@ -183,7 +189,7 @@ static void attend_narrow(const Block *b) {
 /* Scores of `at_once` keys at a time, `vectors` vectors of rows. */
 static inline __attribute__((always_inline)) void score_wide(const Block *b, const int vectors, const int at_once) {
     for (int64_t key = 0; key < b->count; key += at_once) {
-        const uint16_t *k = b->keys[key / LANES] + 2 * (key % LANES), *q = b->q;
+        const uint16_t *k = b->here.keys[key / LANES] + 2 * (key % LANES), *q = b->q;
         __m512 sum[LANES][TILE_ROWS / LANES];
         for (int c = 0; c < at_once; c++)
             for (int v = 0; v < vectors; v++) sum[c][v] = _mm512_setzero_ps();
@@ -256,7 +262,7 @@ static inline __attribute__((always_inline)) void add_values_wide(const Block *b
                 sum[c][v] = _mm512_mul_ps(_mm512_loadu_ps(sums + c * TILE_ROWS + v * LANES),
                                           _mm512_loadu_ps(b->keep + v * LANES));
         for (int64_t j = 0; j < pairs; j++) {
-            const uint16_t *values = b->values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
+            const uint16_t *values = b->here.values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
             for (int c = 0; c < at_once; c++) {
                 const __m512bh x = pair_of(values + 2 * c);
                 for (int v = 0; v < vectors; v++)

@@ -110,8 +110,7 @@ static void attention_tile(const Op *op, const Step *step, float *scratch, const
     gather_queries(&whole, from, q, wide);
     memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t->rows) * dim);
     for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
-    const uint16_t *keys[PARTS], *values[PARTS]; /* of the block that this thread computes next */
-    locate(op, step, t->row, kv, t->first, end_of(op, step, t, 0), keys, values);
+    Place next = locate(op, step, t->row, kv, t->first, end_of(op, step, t, 0));
     /* First the shared keys, then each member's own. */
     for (int64_t i = t->shared ? -1 : 0; i < t->members; i++) {
         Block b = whole;
@@ -122,12 +121,12 @@ static void attention_tile(const Op *op, const Step *step, float *scratch, const
         const int64_t row = t->row + (i > 0 ? i : 0), end = i < 0 ? t->shared : end_of(op, step, t, i);
         for (b.first = i < 0 ? 0 : t->first + t->shared; b.first < end; b.first += BLOCK) {
             b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
-            memcpy(b.keys, keys, sizeof keys), memcpy(b.values, values, sizeof values);
-            if (b.first + BLOCK < end) locate(op, step, row, kv, b.first + BLOCK, end, keys, values);
-            else if (i + 1 < t->members) {
-                locate(op, step, t->row + i + 1, kv, t->shared, end_of(op, step, t, i + 1), keys, values);
-            } else locate(op, step, after->row, after_kv, after->first, end_of(op, step, after, 0), keys, values);
-            memcpy(b.next_keys, keys, sizeof keys), memcpy(b.next_values, values, sizeof values);
+            b.here = next;
+            if (b.first + BLOCK < end) next = locate(op, step, row, kv, b.first + BLOCK, end);
+            else if (i + 1 < t->members)
+                next = locate(op, step, t->row + i + 1, kv, t->shared, end_of(op, step, t, i + 1));
+            else next = locate(op, step, after->row, after_kv, after->first, end_of(op, step, after, 0));
+            b.next = next;
             if (wide) attend_wide(&b);
             else attend_narrow(&b);
         }
