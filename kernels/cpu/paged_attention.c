@@ -38,14 +38,10 @@ static vec load16(const void *at, int64_t index, int bfloat16) {
 /* A key or value of `dim` numbers, the last vector filled up with zeros. */
 static vec load_part(const void *at, int64_t index, int64_t d, int64_t dim, int bfloat16) {
     if (d + LANES <= dim) return load16(at, index + d, bfloat16);
-    vec part = {0};
-    for (int64_t i = d; i < dim; i++) {
-        uint32_t bits;
-        if (bfloat16) bits = (uint32_t)((const uint16_t *)at)[index + i] << 16;
-        else memcpy(&bits, (const float *)at + index + i, 4);
-        memcpy((float *)&part + (i - d), &bits, 4);
-    }
-    return part;
+    const int64_t size = bfloat16 ? 2 : 4;
+    float part[LANES] = {0};
+    memcpy(part, (const char *)at + (index + d) * size, (dim - d) * size);
+    return load16(part, 0, bfloat16);
 }
 
 /* Exchange the off-diagonal squares of size s in a 16 x 16 matrix of rows v. */
