@@ -30,12 +30,9 @@ class PagedRows(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What a plan depends on beside the rows."""
+    """What a plan depends on beside the rows. `sizes`: heads, KV heads, their dimensions, tokens of a page."""
 
-    heads: int
-    kv_heads: int
-    dim: int
-    page_size: int
+    sizes: tuple[int, int, int, int]
     dtype: torch.dtype
     scale: float
     window: int | None
@@ -91,8 +88,8 @@ class FlashInferBackend(AttentionBackend):
                 f"the flashinfer backend takes heads of {', '.join(map(str, HEAD_DIMS))} dimensions, not {dim} and "
                 f"{values.shape[3]}: use --attention-backend triton"
             )
-        options = (keys.dtype, spec.scale, spec.sliding_window, spec.softcap)
-        key = self._captured, _Kind(query.shape[1], kv_heads, dim, page_size, *options)
+        sizes = (query.shape[1], kv_heads, dim, page_size)
+        key = self._captured, _Kind(sizes, keys.dtype, spec.scale, spec.sliding_window, spec.softcap)
         if key not in self._wrappers:
             self._wrappers[key] = self._wrapper(ctx.block_table.numel())
         if key not in self._planned:
@@ -118,10 +115,7 @@ class FlashInferBackend(AttentionBackend):
             torch.from_numpy(rows.indptr),
             to_device({"indices": rows.indices}, self._workspace.device)["indices"],
             torch.from_numpy(rows.last_page_len),
-            kind.heads,
-            kind.kv_heads,
-            kind.dim,
-            kind.page_size,
+            *kind.sizes,
             causal=True,
             sm_scale=kind.scale,
             # The window counts the keys to the left of a token, without itself.
