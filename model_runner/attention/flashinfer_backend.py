@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ramet.model_runner.attention.base import AttentionBackend
-from ramet.model_runner.batch import to_device
 from ramet.model_runner.context import AttentionSpec, ForwardContext
+from ramet.model_runner.logits import send
 
 HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 384 * 2**20  # the parts of split rows
@@ -55,8 +55,6 @@ def paged_rows(step: Mapping[str, np.ndarray], pages: np.ndarray, page_size: int
 
 class FlashInferBackend(AttentionBackend):
     """Raises ImportError if the package is missing."""
-
-    name = "flashinfer"
 
     def __init__(self, device: torch.device) -> None:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -113,7 +111,7 @@ class FlashInferBackend(AttentionBackend):
         self._wrappers[key].plan(
             torch.from_numpy(rows.cu_q),
             torch.from_numpy(rows.indptr),
-            to_device({"indices": rows.indices}, self._workspace.device)["indices"],
+            send(torch.from_numpy(rows.indices), self._workspace.device),
             torch.from_numpy(rows.last_page_len),
             *kind.sizes,
             causal=True,

@@ -12,7 +12,6 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 
 
 class TorchBackend(AttentionBackend):
-    name = "torch"
     capturable = False
 
     def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:
