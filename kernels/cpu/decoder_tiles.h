@@ -8,19 +8,22 @@ static int64_t scratch_floats(const Op *op) {
     return TILE_ROWS * (op->dim + op->dim / 2 + BLOCK + BLOCK / 2 + 3);
 }
 
-static void gather_queries(const Block *b, const uint16_t *const *from, uint16_t *q, int wide) {
+/* `at`: where each row's numbers begin in the queries, and in the outputs. */
+static void gather_queries(const Block *b, const int64_t *at, uint16_t *q, int wide) {
     const int64_t dim = b->op->dim;
+    const uint16_t *in = b->op->in;
     if (wide) memset(q, 0, sizeof *q * dim * TILE_ROWS);
     for (int64_t i = 0; i < b->rows; i++) {
         if (wide)
-            for (int64_t d = 0; d < dim; d += 2) memcpy(q + d * TILE_ROWS + 2 * i, from[i] + d, 2 * sizeof *q);
-        else memcpy(q + i * dim, from[i], sizeof *q * dim);
+            for (int64_t d = 0; d < dim; d += 2) memcpy(q + d * TILE_ROWS + 2 * i, in + at[i] + d, 2 * sizeof *q);
+        else memcpy(q + i * dim, in + at[i], sizeof *q * dim);
     }
 }
 
 /* The sums, divided by each row's sum of weights, to where the rows' outputs stand. */
-static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
+static void scatter_sums(const Block *b, const int64_t *at, int wide) {
     const int64_t dim = b->op->dim;
+    uint16_t *out = b->op->out;
     for (int64_t i = 0; i < TILE_ROWS; i++) b->sum[i] = 1.0f / b->sum[i];
     for (int64_t d = 0; d < dim; d += LANES) {
         uint16_t turned[LANES][TILE_ROWS];
@@ -29,8 +32,8 @@ static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
                 store_bfloat16(turned[c] + i, *(vec *)(b->sums + (d + c) * TILE_ROWS + i) * *(vec *)(b->sum + i));
         for (int64_t i = 0; i < b->rows; i++) {
             if (wide)
-                for (int64_t c = 0; c < LANES; c++) to[i][d + c] = turned[c][i];
-            else store_bfloat16(to[i] + d, *(vec *)(b->sums + i * dim + d) * b->sum[i]);
+                for (int64_t c = 0; c < LANES; c++) out[at[i] + d + c] = turned[c][i];
+            else store_bfloat16(out + at[i] + d, *(vec *)(b->sums + i * dim + d) * b->sum[i]);
         }
     }
 }
@@ -98,16 +101,13 @@ static void attention_tile(const Op *op, const Step *step, float *scratch, const
     float *sums = scratch, *max = sums + TILE_ROWS * dim, *sum = max + TILE_ROWS, *keep = sum + TILE_ROWS;
     float *scores = keep + TILE_ROWS;
     uint16_t *weights = (uint16_t *)(scores + TILE_ROWS * BLOCK), *q = weights + TILE_ROWS * BLOCK;
-    const uint16_t *from[TILE_ROWS];
-    uint16_t *to[TILE_ROWS];
-    for (int64_t i = 0; i < t->rows; i++) {
-        const int64_t at = ((begin + (t->pair + i) / group) * op->heads + kv * group + (t->pair + i) % group) * dim;
-        from[i] = (const uint16_t *)op->in + at, to[i] = (uint16_t *)op->out + at;
-    }
+    int64_t at[TILE_ROWS];
+    for (int64_t i = 0; i < t->rows; i++)
+        at[i] = ((begin + (t->pair + i) / group) * op->heads + kv * group + (t->pair + i) % group) * dim;
     const Block whole = {.op = op, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
                          .keep = keep, .stride = 2 * step->page_size, .rows = t->rows, .group = group,
                          .start = t->start, .pair = t->pair};
-    gather_queries(&whole, from, q, wide);
+    gather_queries(&whole, at, q, wide);
     memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t->rows) * dim);
     for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
     Place next = locate(op, step, t->row, kv, t->first, end_of(op, step, t, 0));
@@ -131,5 +131,5 @@ static void attention_tile(const Op *op, const Step *step, float *scratch, const
             else attend_narrow(&b);
         }
     }
-    scatter_sums(&whole, to, wide);
+    scatter_sums(&whole, at, wide);
 }
