@@ -184,7 +184,7 @@ static void attend_tile(const Args *a, float *scratch, Tile tile, int64_t kv) {
             float keep[ROWS] = {1, 1, 1, 1};
             scores_of(q + i * kpad, kt, scores, kpad);
             for (int64_t r = 0; r < ROWS; r++) {
-                const int64_t position = start + (i + r < n ? i + r : n - 1) / group;
+                const int64_t position = start + (i + r) / group;
                 int64_t from = a->window ? position - a->window + 1 - first : 0, to = position + 1 - first;
                 from = from < 0 ? 0 : from;
                 to = to > BLOCK ? BLOCK : to;
