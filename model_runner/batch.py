@@ -39,7 +39,8 @@ class Batch:
 
 class SlotTable:
     """State per slot. A slot's page table is a row of `pages` [slots + 1, max_pages]; unused entries are stale. The
-    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`."""
+    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`. `rows`: how to sample for the
+    requests that have a slot."""
 
     def __init__(self, num_slots: int, max_pages: int, dummy_page: int, vocab_size: int, device: torch.device) -> None:
         self.padding = num_slots
