@@ -22,7 +22,6 @@ from ramet.model_runner.sampler import CHOOSING, Choices, SampledRow, choice_arr
 Arrays = Mapping[str, np.ndarray]
 
 _ALIGNMENT = 16  # bytes; of each array in a packed step
-_TORCH_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Batch:
 
 class SlotTable:
     """State per slot. A slot's page table is a row of `pages` [slots + 1, max_pages]; unused entries are stale. The
-    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`. `rows`: how to sample for the
-    requests that have a slot."""
+    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`. `rows`: how those who
+    have a slot are sampled."""
 
     def __init__(self, num_slots: int, max_pages: int, dummy_page: int, vocab_size: int, device: torch.device) -> None:
         self.padding = num_slots
@@ -181,7 +180,7 @@ def pack(arrays: Arrays, *, pinned: bool) -> Tensor:
 def unpack(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:
     """Views of what `pack` made of arrays of these shapes; `packed` may be longer."""
     return {
-        name: packed[start : start + array.nbytes].view(_TORCH_TYPES[array.dtype.name]).view(array.shape)
+        name: packed[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
         for name, start, array in _places(arrays)
     }
 
