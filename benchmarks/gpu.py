@@ -133,7 +133,7 @@ class Engine:
         )
         self.spec = self.runner._model.spec
         self._core = SchedulerCore(scheduler, self.runner.num_pages)
-        self._pipeline = Pipeline(self._core, self.runner, _no_masks, ahead)
+        self._pipeline = Pipeline(self._core, self.runner, ahead)
         self._random = random.Random(0)
         self._count = 0
 
@@ -180,10 +180,6 @@ class Run(NamedTuple):
         last = max(self.times_s, key=lambda times: times[0])
         first_end_s = min(times[-1] for times in self.times_s)
         return statistics.median(b - a for a, b in itertools.pairwise(last) if b <= first_end_s)
-
-
-def _no_masks(rows: list) -> Any:
-    raise AssertionError("no grammars here")
 
 
 def decode(engine: Engine, machine: Machine, rows: int, context: int) -> Result:

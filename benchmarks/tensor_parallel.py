@@ -19,6 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ramet.ipc.step import StepPlan
+    from ramet.model_runner.parallel import TpGroup
 
 ROWS = (1, 8, 64)
 WARM_STEPS = 5
@@ -84,8 +89,6 @@ def start_ranks(count: int, threads: int, folder: Path, steps: int) -> dict[str,
 
 
 def run_rank(rank: int, size: int, folder: Path, steps: int) -> None:
-    import torch
-
     from ramet.ipc.sampling import SamplingParams
     from ramet.ipc.step import Admission, PageGrant, Row, StepPlan
     from ramet.model_runner.config import LoadFormat, RunnerConfig
@@ -108,56 +111,52 @@ def run_rank(rank: int, size: int, folder: Path, steps: int) -> None:
         max_total_tokens=max(ROWS) * pages * 16,
     )
     config = TpConfig(rank=rank, size=size, address=f"ipc://{folder}/ranks")
+    slots = range(max(ROWS))
+    decodes = [Row(slot, CONTEXT, 1, sample=True) for slot in slots]
+    plans = {rows: StepPlan(1, decodes[:rows], [7] * rows) for rows in ROWS}
     if rank:
         link, group = join(config, runner_config, quiet)
-    else:
-        ranks = lead(config, runner_config, quiet)
-        group = ranks.group
-
-    def row_plan(rows: int) -> StepPlan:
-        return StepPlan(1, [Row(slot, CONTEXT, 1, sample=True) for slot in range(rows)], [7] * rows)
-
-    def collective(call: Callable[..., object], *shape: int) -> Callable[[], object]:
-        tensor = torch.zeros(*shape)
-        return lambda: call(tensor)
-
-    parts: dict[str, Callable[[], object]] = {}
-    if size > 1:
-        meet = parts["all-reduce of 1 number"] = collective(group.all_reduce, 1)
-        for rows in ROWS:
-            plan = row_plan(rows)
-
-            def pass_plan(plan: StepPlan = plan) -> None:
-                link.receive() if rank else ranks.send(plan)
-                meet()
-
-            parts[f"a plan of {rows} rows, then all-reduce of 1 number"] = pass_plan
-        for rows in ROWS:
-            width, vocab = MODEL["hidden_size"], MODEL["vocab_size"]
-            parts[f"all-reduce of {rows} x {width} float32"] = collective(group.all_reduce, rows, width)
-            parts[f"all-gather of {rows} x {vocab} logits"] = collective(group.all_gather, rows, vocab // size)
-    timings = {"parts": {what: median_s(work, steps) for what, work in parts.items()}, "steps": {}}
-
-    runner = ModelRunner(runner_config, quiet, group)
-    if rank:
+        time_parts(group, plans, lambda plan: link.receive(), steps)
+        runner = ModelRunner(runner_config, quiet, group)
         for _ in range(1 + len(ROWS) * (steps + WARM_STEPS)):
             message = link.receive()
             assert isinstance(message, StepPlan)
             runner.execute(message)
         return
+    ranks = lead(config, runner_config, quiet)
+    parts = time_parts(ranks.group, plans, ranks.send, steps) if size > 1 else {}
+    runner = ModelRunner(runner_config, quiet, ranks.group)
 
     def step(plan: StepPlan) -> None:
         ranks.send(plan)
         runner.execute(plan)
 
     params = SamplingParams(max_tokens=2, temperature=0.0, seed=0)
-    slots = range(max(ROWS))
     admissions = [Admission(slot, [7] * CONTEXT, CONTEXT, params, []) for slot in slots]
     grants = [PageGrant(slot, 0, list(range(slot * pages, (slot + 1) * pages))) for slot in slots]
     step(StepPlan(0, [Row(0, 0, 1, sample=True)], [7], admissions, grants))
-    for rows in ROWS:
-        timings["steps"][str(rows)] = median_s(functools.partial(step, row_plan(rows)), steps)
-    (folder / "result.json").write_text(json.dumps(timings))
+    times = {rows: median_s(functools.partial(step, plan), steps) for rows, plan in plans.items()}
+    (folder / "result.json").write_text(json.dumps({"parts": parts, "steps": times}))
+
+
+def time_parts(
+    group: "TpGroup", plans: dict[int, "StepPlan"], pass_on: Callable[["StepPlan"], object], steps: int
+) -> dict[str, float]:
+    """Seconds of what the ranks do together, by its name. `pass_on` sends a plan, or receives one."""
+    import torch
+
+    def collective(call: Callable[..., object], *shape: int) -> Callable[[], object]:
+        return functools.partial(call, torch.zeros(*shape))
+
+    meet = collective(group.all_reduce, 1)
+    parts: dict[str, Callable[[], object]] = {"all-reduce of 1 number": meet}
+    for rows, plan in plans.items():
+        parts[f"a plan of {rows} rows, then all-reduce of 1 number"] = lambda plan=plan: (pass_on(plan), meet())
+    width, vocab = MODEL["hidden_size"], MODEL["vocab_size"]
+    for rows in plans:
+        parts[f"all-reduce of {rows} x {width} float32"] = collective(group.all_reduce, rows, width)
+        parts[f"all-gather of {rows} x {vocab} logits"] = collective(group.all_gather, rows, vocab // group.size)
+    return {what: median_s(work, steps) for what, work in parts.items()}
 
 
 def median_s(work: Callable[[], object], count: int) -> float:

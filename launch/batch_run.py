@@ -33,7 +33,6 @@ from ramet.launch.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.3
-_PIECE_BYTES = 1 << 20
 _CHECKED_LINES = 10_000
 _FOR_EVER_S = 10 * 365 * 24 * 3600
 
@@ -99,8 +98,7 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
             return batch
         upload = Upload(store)
         with source.open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                upload.write(piece)
+            shutil.copyfileobj(file, upload)
         stored = store.add(upload, source.name, "batch", None)
         request = BatchRequest(
             input_file_id=stored.id,

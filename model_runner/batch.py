@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramet.ipc.sampling import SamplingParams
 from ramet.ipc.step import UNKNOWN_TOKEN, Admission, PageGrant, StepPlan
 from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.context import ForwardContext
@@ -23,7 +22,6 @@ from ramet.model_runner.sampler import CHOOSING, Choices, SampledRow, choice_arr
 Arrays = Mapping[str, np.ndarray]
 
 _ALIGNMENT = 16  # bytes; of each array in a packed step
-_TORCH_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,8 @@ class Batch:
 
 class SlotTable:
     """State per slot. A slot's page table is a row of `pages` [slots + 1, max_pages]; unused entries are stale. The
-    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`."""
+    last slot is that of padding rows: all of its pages are the pool's dummy, `dummy_page`. `rows`: how those who
+    have a slot are sampled."""
 
     def __init__(self, num_slots: int, max_pages: int, dummy_page: int, vocab_size: int, device: torch.device) -> None:
         self.padding = num_slots
@@ -50,17 +49,16 @@ class SlotTable:
         self.device_pages = torch.from_numpy(self.pages).to(device)
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self.choosing = np.zeros(num_slots + 1, dtype=CHOOSING)
-        self.params: list[SamplingParams | None] = [None] * num_slots
-        self.prompts: list[list[int]] = [[] for _ in range(num_slots)]
-        self.processors: list[LogitsProcessor | None] = [None] * num_slots
+        self.rows: dict[int, SampledRow] = {}
+        self.prompts: dict[int, list[int]] = {}  # of those whose log-probabilities are wanted
         self.device = device
         self._vocab_size = vocab_size
 
     def update(self, plan: StepPlan) -> None:
         """Take in what changed: released slots first, for one may be given again in the same plan."""
         for slot in plan.released:
-            self.params[slot] = self.processors[slot] = None
-            self.prompts[slot] = []
+            self.rows.pop(slot, None)
+            self.prompts.pop(slot, None)
         for admission in plan.admissions:
             self._admit(admission)
         for grant in plan.grants:
@@ -68,25 +66,19 @@ class SlotTable:
         if plan.grants and self.device.type != "cpu":
             self._grant_on_device(plan.grants)
 
-    def sampled_row(self, slot: int) -> SampledRow:
-        params = self.params[slot]
-        assert params is not None, f"slot {slot} holds no request"
-        return SampledRow(params, self.processors[slot])
-
     def keep_tokens(self, slots: Tensor, tokens: Tensor) -> None:
         """The tokens [S] just chosen in `slots` [S], for a next step that is planned before the host knows them. A row
         that failed may have chosen what is no token: an index beyond the embedding would end the process."""
         self.last_tokens.index_copy_(0, slots, tokens.clamp(0, self._vocab_size - 1))
 
     def _admit(self, admission: Admission) -> None:
-        slot = admission.slot
-        assert self.params[slot] is None, f"slot {slot} is taken"
-        self.params[slot] = admission.params
-        self.choosing[slot] = choosing(admission.params)
-        if admission.params.prompt_logprobs is not None:
+        slot, params = admission.slot, admission.params
+        assert slot not in self.rows, f"slot {slot} is taken"
+        processor = LogitsProcessor(admission, self._vocab_size, self.device) if params.processed else None
+        self.rows[slot] = SampledRow(params, processor)
+        self.choosing[slot] = choosing(params)
+        if params.prompt_logprobs is not None:
             self.prompts[slot] = admission.token_ids[: admission.prompt_len]
-        if admission.params.processed:
-            self.processors[slot] = LogitsProcessor(admission, self._vocab_size, self.device)
 
     def _grant_on_device(self, grants: list[PageGrant]) -> None:
         width = self.pages.shape[1]
@@ -188,7 +180,7 @@ def pack(arrays: Arrays, *, pinned: bool) -> Tensor:
 def unpack(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:
     """Views of what `pack` made of arrays of these shapes; `packed` may be longer."""
     return {
-        name: packed[start : start + array.nbytes].view(_TORCH_TYPES[array.dtype.name]).view(array.shape)
+        name: packed[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
         for name, start, array in _places(arrays)
     }
 

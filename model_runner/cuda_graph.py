@@ -155,27 +155,19 @@ class StepGraphs:
 
 
 @torch.inference_mode()
-def capture_graphs(
-    config: RunnerConfig,
-    model: CausalLM,
-    slots: SlotTable,
-    pool: KVPool,
-    backend: AttentionBackend,
-    choose: Chooser,
-    progress: Callable[[str], None],
-) -> StepGraphs | None:
-    """None, with a warning, for a model that cannot be captured."""
-    free = torch.cuda.mem_get_info(slots.device)[0]
+def capture_graphs(make: Callable[[Capture], StepGraphs], most_requests: int) -> StepGraphs | None:
+    """What `make` makes; None, with a warning, for a model that cannot be captured."""
+    free = torch.cuda.mem_get_info()[0]
     started_s = time.perf_counter()
     try:
-        graphs = StepGraphs(config, model, slots, pool, backend, choose, _cuda_capture(), progress)
+        graphs = make(_cuda_capture())
     except RuntimeError as error:
         log.warning("decoding without CUDA graphs, which is slower: %s", error)
         return None
-    taken = free - torch.cuda.mem_get_info(slots.device)[0]
+    taken = free - torch.cuda.mem_get_info()[0]
     log.info(
         "CUDA graphs for up to %d requests: %d MiB, %.1f s; --disable-cuda-graph and --cuda-graph-max-bs change it",
-        config.cuda_graph_max_bs,
+        most_requests,
         taken // 2**20,
         time.perf_counter() - started_s,
     )

@@ -33,12 +33,15 @@ class KVPool:
     def __init__(
         self, specs: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.specs = specs
         self.num_pages = num_pages
         self.page_size = page_size
 
         def allocate(heads: int, dim: int) -> Tensor:
-            return _zeros((num_pages + 1, page_size, heads, dim), dtype, device)
+            """Zeroed: a NaN left in what is not written yet would survive a masked softmax (0 * NaN)."""
+            shape = (num_pages + 1, page_size, heads, dim)
+            if device.type == "cpu":  # only mapped when it is written, so that a large pool costs what is used of it
+                return huge_pages.zeros(shape, dtype)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self.keys = [allocate(spec.num_kv_heads, spec.key_dim) for spec in specs]
         self.values = [allocate(spec.num_kv_heads, spec.value_dim) for spec in specs]
@@ -55,13 +58,3 @@ class KVPool:
         keys, values = self.keys[layer], self.values[layer]
         keys.flatten(0, 1).index_copy_(0, slot_mapping, key.to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, slot_mapping, value.to(values.dtype))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeroed memory: a NaN left in what is not written yet would survive a masked softmax (0 * NaN).
-
-    On a CPU pages are zero and only mapped when they are written, so that a large pool costs what is used of it.
-    """
-    if device.type == "cpu":
-        return huge_pages.zeros(shape, dtype)
-    return torch.zeros(shape, dtype=dtype, device=device)

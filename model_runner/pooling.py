@@ -27,7 +27,8 @@ def _weighted_mean(hidden: Tensor) -> Tensor:
 
 
 # [length, hidden] -> [hidden]
-_MODES: dict[str, Callable[[Tensor], Tensor]] = {
+Pooling = Callable[[Tensor], Tensor]
+_MODES: dict[str, Pooling] = {
     "cls": lambda hidden: hidden[0],
     "lasttoken": lambda hidden: hidden[-1],
     "max": lambda hidden: hidden.amax(0),
@@ -37,28 +38,14 @@ _MODES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Pooling:
-    """`mode` is a name that sentence-transformers uses; with `normalize` the embedding has length 1."""
-
-    def __init__(self, mode: str, normalize: bool) -> None:
-        if mode not in _MODES:
-            raise WeightsError(f"pooling {mode!r} is not supported; known are {', '.join(_MODES)}")
-        self.mode, self.normalize = mode, normalize
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[length, hidden] -> [hidden] float32."""
-        pooled = _MODES[self.mode](hidden.float())
-        return F.normalize(pooled, dim=0) if self.normalize else pooled
-
-
 def read_pooling(weights: Path, default_mode: str) -> Pooling:
-    """`weights`: the model's folder or .gguf file. Raises WeightsError for modules that are not supported.
+    """To float32. `weights`: the model's folder or .gguf file. Raises WeightsError for what is not supported in them.
 
     Without sentence-transformers files: `default_mode`, and vectors of length 1, which users of this API expect.
     """
     if not (weights / MODULES).exists():
         log.info("pooling: %s, normalised (automatic: the model has no %s)", default_mode, MODULES)
-        return Pooling(default_mode, normalize=True)
+        return lambda hidden: F.normalize(_MODES[default_mode](hidden.float()), dim=0)
     mode, normalize = None, False
     for module in _read(weights / MODULES):
         # The class has moved within sentence-transformers over time; its name has stayed.
@@ -71,8 +58,11 @@ def read_pooling(weights: Path, default_mode: str) -> Pooling:
             raise WeightsError(f"module {name!r} ({kind}) of {weights / MODULES} is not supported for embeddings")
     if mode is None:
         raise WeightsError(f"{weights / MODULES} has no module that pools")
+    if mode not in _MODES:
+        raise WeightsError(f"pooling {mode!r} is not supported; known are {', '.join(_MODES)}")
     log.info("pooling: %s%s", mode, ", normalised" if normalize else "")
-    return Pooling(mode, normalize)
+    pool = _MODES[mode]
+    return lambda hidden: F.normalize(pool(hidden.float()), dim=0) if normalize else pool(hidden.float())
 
 
 def _mode(config: dict[str, Any]) -> str:

@@ -5,11 +5,13 @@ Plans are executed in the order in which they are launched; on CUDA, `launch` do
 plan may be launched before the result is read.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class PendingStep:
         results = [next(sampled) if row.sample else RowResult() for row in self._plan.rows]
         for i, ranked in self._scored.items():
             logprobs = [logprob for some in ranked for logprob in some.logprobs()]
-            results[i] = RowResult(results[i].token_id, results[i].logprob, logprobs, results[i].error)
+            results[i] = msgspec.structs.replace(results[i], prompt_logprobs=logprobs)
         return StepResult(self._plan.step, results)
 
 
@@ -88,9 +90,9 @@ class ModelRunner:
         reserve = self._measure_steps() + graph_bytes(config, self.vocab_size)
         self._make_pool(size_pool(config, self._model.kv_specs, self._dtype, self.device, reserve))
         if config.cuda_graph_max_bs and self._backend.capturable and self._model.capturable:
-            self._graphs = capture_graphs(
-                config, self._model, self._slots, self._pool, self._backend, self._choose, progress
-            )
+            parts = (self._model, self._slots, self._pool, self._backend, self._choose)
+            make = functools.partial(StepGraphs, config, *parts, progress=progress)
+            self._graphs = capture_graphs(make, config.cuda_graph_max_bs)
             if self._graphs is None and self._group.size > 1:  # the others may have theirs
                 raise ValueError("several ranks must all have CUDA graphs or none: use --disable-cuda-graph")
 
@@ -128,12 +130,12 @@ class ModelRunner:
         rows allow; only rank 0 has them."""
         cuda = self.device.type == "cuda"
         self._slots.update(plan)
-        rows = [self._slots.sampled_row(row.slot) for row in plan.rows if row.sample]
+        rows = [self._slots.rows[row.slot] for row in plan.rows if row.sample]
         plain = all(is_plain(row) for row in rows)
         if self._graphs is not None and (bucket := self._graphs.find(plan)) is not None:
             logits, choices, sampled_slots, chosen = self._graphs.replay(plan, bucket)
             if plain:
-                return PendingStep(plan, Sampled(rows, *chosen), {}, cuda)
+                return PendingStep(plan, Sampled(*chosen), {}, cuda)
             scored = {}
         else:
             batch = build(plan, self._slots, self._pool, self._backend)
@@ -171,14 +173,13 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def _score(self, hidden: Tensor, row: Row) -> list[Ranked]:
-        prompt, params = self._slots.prompts[row.slot], self._slots.params[row.slot]
-        assert params is not None
-        targets = prompt[row.start + 1 : row.start + row.length + 1]
+        count = self._slots.rows[row.slot].params.prompt_logprobs or 0
+        targets = self._slots.prompts[row.slot][row.start + 1 : row.start + row.length + 1]
         scored: list[Ranked] = []
         for at in range(0, len(targets), _SCORED_POSITIONS):
             some = send(torch.tensor(targets[at : at + _SCORED_POSITIONS]), self.device)
             logprobs = self._model.logits(hidden[at : at + len(some)]).log_softmax(dim=-1)
-            scored.append(Ranked(logprobs, some, [params.prompt_logprobs or 0] * len(some)))
+            scored.append(Ranked(logprobs, some, [count] * len(some)))
         return scored
 
     def _run_prompts(self, lengths: list[int], **params: Any) -> None:

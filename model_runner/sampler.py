@@ -17,8 +17,8 @@ A row whose choice is NaN, or has no token left, is an error of that row alone. 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,7 +68,8 @@ def choosing(params: SamplingParams) -> tuple[float, float, float, int, int]:
     seed = (params.seed or 0) & MASK64
     if params.greedy:
         return 0.0, 1.0, -math.inf, 0, seed
-    return 1 / params.temperature, params.top_p, _log(params.min_p), max(params.top_k, 0), seed
+    log_min_p = math.log(params.min_p) if params.min_p else -math.inf
+    return 1 / params.temperature, params.top_p, log_min_p, max(params.top_k, 0), seed
 
 
 def choice_arrays(rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,7 +81,7 @@ def choice_arrays(rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarr
 def make_chooser(device: torch.device) -> Chooser:
     """The C kernel on a CPU, where it can be built, and Triton kernels on CUDA; else plain torch."""
     if device.type == "cuda":
-        return DeviceChooser()
+        return choose_on_cuda
     try:
         kernel = ChooseKernel()
     except KernelUnavailable as error:
@@ -90,20 +91,15 @@ def make_chooser(device: torch.device) -> Chooser:
 
 
 class Sampled:
-    """Chosen tokens [R] and what they won with [R], and copies of them on their way to the host."""
+    """Chosen tokens [R] and what they won with [R], and copies of them on their way to the host; `ranked` are the
+    log-probabilities of the rows `wanted`."""
 
-    def __init__(self, rows: list[SampledRow], tokens: Tensor, best: Tensor) -> None:
+    def __init__(
+        self, tokens: Tensor, best: Tensor, wanted: Sequence[int] = (), ranked: "Ranked | None" = None
+    ) -> None:
         self.tokens = tokens
-        self._rows = rows
         self._tokens, self._best = _to_host(tokens), _to_host(best)
-        self._ranked: Ranked | None = None
-        self._wanted: list[int] = []
-
-    def rank(self, wanted: list[int], logprobs: Tensor) -> None:
-        """Attach log-probabilities [W, vocab] to the rows `wanted` [W]."""
-        counts = [self._rows[i].params.logprobs or 0 for i in wanted]
-        tokens = self.tokens.index_select(0, send(torch.tensor(wanted), logprobs.device))
-        self._wanted, self._ranked = wanted, Ranked(logprobs, tokens, counts)
+        self._wanted, self._ranked = wanted, ranked
 
     def results(self) -> list[RowResult]:
         """One per row; the device has been waited for."""
@@ -120,7 +116,9 @@ def sample(
 ) -> Sampled:
     """logits: [R, vocab] float32, overwritten."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    logprobs = logits.index_select(0, send(torch.tensor(wanted), logits.device)).log_softmax(dim=-1) if wanted else None
+    if wanted:
+        at = send(torch.tensor(wanted), logits.device)
+        logprobs = logits.index_select(0, at).log_softmax(dim=-1)
     if masks is not None:
         apply_masks(logits, masks)
     for i, row in enumerate(rows):
@@ -130,10 +128,10 @@ def sample(
     for i, row in enumerate(rows):
         if row.processor is not None:
             row.processor.observe(tokens[i : i + 1])
-    sampled = Sampled(rows, tokens, best)
-    if logprobs is not None:
-        sampled.rank(wanted, logprobs)
-    return sampled
+    if not wanted:
+        return Sampled(tokens, best)
+    counts = [rows[i].params.logprobs or 0 for i in wanted]
+    return Sampled(tokens, best, wanted, Ranked(logprobs, tokens.index_select(0, at), counts))
 
 
 def is_plain(row: SampledRow) -> bool:
@@ -165,20 +163,13 @@ def _border(scaled: Tensor, choices: Choices) -> Tensor:
     return border.maximum(ordered[:, :1] + choices.log_min_p[:, None])
 
 
-class DeviceChooser:
+def choose_on_cuda(logits: Tensor, choices: Choices, filtered: bool) -> tuple[Tensor, Tensor]:
     """The same in Triton kernels."""
+    from ramet.kernels.triton.sampling import choose  # a server on a CPU has no use for triton
 
-    def __init__(self) -> None:
-        # Imported when needed: a server on a CPU has no use for triton.
-        from ramet.kernels.triton import sampling
-
-        self._kernels: Any = sampling
-
-    def __call__(self, logits: Tensor, choices: Choices, filtered: bool) -> tuple[Tensor, Tensor]:
-        # Sorting costs more than all the rest.
-        borders = _border(logits * choices.scales[:, None], choices) if filtered else None
-        tokens, best = self._kernels.choose(logits, choices.scales, choices.keys, borders)
-        return tokens, best
+    # Sorting costs more than all the rest.
+    borders = _border(logits * choices.scales[:, None], choices) if filtered else None
+    return choose(logits, choices.scales, choices.keys, borders)
 
 
 class Ranked:
@@ -203,10 +194,6 @@ class Ranked:
 
 def _filters(params: SamplingParams) -> bool:
     return not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value else -math.inf
 
 
 def _to_host(tensor: Tensor) -> Tensor:

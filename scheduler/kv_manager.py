@@ -84,9 +84,9 @@ class KVManager:
         size, own = self.cache.page_bytes, request.pages[first:whole]
         request.node, adopted = self.cache.extend(request.node, request.key[first * size : whole * size], own)
         # Where another request computed the same page before, use that one from now on.
-        self.allocator.free([page for page, kept in zip(own, adopted, strict=True) if page != kept])
-        changed = next((i for i, pair in enumerate(zip(own, adopted, strict=True)) if pair[0] != pair[1]), len(own))
-        request.num_granted = min(request.num_granted, first + changed)
+        if replaced := [i for i, (page, kept) in enumerate(zip(own, adopted, strict=True)) if page != kept]:
+            self.allocator.free([own[i] for i in replaced])
+            request.num_granted = min(request.num_granted, first + replaced[0])
         request.pages[first:whole] = adopted
         request.num_shared = whole
         self._announce(request)

@@ -37,8 +37,8 @@ class Runner(Protocol):
 
 
 class Pipeline:
-    """`fill` starts to compute the masks of rows under a grammar, and returns a function that waits for them.
-    `tell_ranks` has the other ranks, if there are any, execute a plan too.
+    """`fill` starts to compute the masks of rows under a grammar, and returns a function that waits for them; without
+    it no request may have one. `tell_ranks` has the other ranks, if there are any, execute a plan too.
 
     `report` hears of each step that has ended: the times (of `time.monotonic`) at which its planning began, at which it
     was planned and at which its result was there, and its number of rows."""
@@ -47,8 +47,8 @@ class Pipeline:
         self,
         core: SchedulerCore,
         runner: Runner,
-        fill: Callable[[list[tuple[int, Request]]], Callable[[], TokenMasks]],
         ahead: int,
+        fill: Callable[[list[tuple[int, Request]]], Callable[[], TokenMasks]] | None = None,
         tell_ranks: Callable[[StepPlan], None] | None = None,
         report: Callable[[float, float, float, int], None] = lambda begun, planned, ran, rows: None,
     ) -> None:
@@ -75,8 +75,9 @@ class Pipeline:
     def _launch(self, plan: StepPlan, begun: float) -> bool:
         planned = time.monotonic()
         with self._failing_alone(plan):
-            constrained = self._core.constrained(plan)
-            masks = self._fill(constrained) if constrained else None
+            masks = None
+            if self._fill is not None and (constrained := self._core.constrained(plan)):
+                masks = self._fill(constrained)
             if self._tell_ranks is not None:
                 self._tell_ranks(plan)
             self._flying.append((plan, self._runner.launch(plan, masks), begun, planned))

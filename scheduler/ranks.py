@@ -7,13 +7,14 @@ notice by the channel or in a collective, and exit as well, since nobody can say
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import msgspec
 import torch
@@ -37,17 +38,11 @@ _RETRY_S = 1.0
 _PROBE_S = 3.0
 
 
-class Ranks:
-    """The other ranks, from rank 0."""
+class Ranks(NamedTuple):
+    """The other ranks, from rank 0. `send`: a plan for them to execute too, or a sign of life; raises PeerLost."""
 
-    def __init__(self, server: RankServer[Hello], peers: list[bytes], group: TpGroup) -> None:
-        self._server = server
-        self._peers = peers
-        self.group = group
-
-    def send(self, message: StepPlan | Ping) -> None:
-        """A plan for them to execute too, or a sign of life. Raises PeerLost."""
-        self._server.send(self._peers, message)
+    send: Callable[[StepPlan | Ping], None]
+    group: TpGroup
 
 
 def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]) -> Ranks:
@@ -83,7 +78,7 @@ def lead(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]
         place = f"{config.address.removeprefix('ipc://')}-{secrets.token_hex(4)}"
         store = dist.FileStore(place, config.size)
     server.send(peers.values(), Welcome(place))
-    return Ranks(server, list(peers.values()), _open(config, runner, store))
+    return Ranks(functools.partial(server.send, list(peers.values())), _open(config, runner, store))
 
 
 def join(config: TpConfig, runner: RunnerConfig, progress: Callable[[str], None]) -> tuple[RankClient[ToRank], TpGroup]:

@@ -48,7 +48,7 @@ class Worker:
         self._grammars = GrammarPool(config, runner.vocab_size, lambda: own_inbox.send(Wake()))
         self._stats = StatsReporter(self._frontend.send, core.counters)
         tell_ranks = ranks.send if ranks else None
-        self._pipeline = Pipeline(core, runner, self._grammars.fill, config.steps_ahead, tell_ranks, self._stats.add)
+        self._pipeline = Pipeline(core, runner, config.steps_ahead, self._grammars.fill, tell_ranks, self._stats.add)
         self._taken_s = time.monotonic()
         capacity = runner.num_pages * config.page_size
         startup.ready(kv_tokens=capacity, context_length=min(config.context_length, capacity))

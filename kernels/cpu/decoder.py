@@ -25,7 +25,7 @@ _SIZES = ("bits", "width", "inner", "effect", "heads", "kv_heads", "dim", "windo
 
 
 class Op(ctypes.Structure):
-    """The struct of the same name in decoder.c, which says what each kind of operation reads."""
+    """The struct of the same name in decoder_ops.h, which says what each kind of operation reads."""
 
     _fields_ = [
         ("kind", ctypes.c_int64),
@@ -95,7 +95,7 @@ class Grid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A matrix as the kernel wants it, of 16, 8 or 4 bits a weight; decoder.c says what the scales are."""
+    """A matrix as the kernel wants it, of 16, 8 or 4 bits a weight; decoder_matmul.h says what the scales are."""
 
     bits: int
     weight: Tensor

@@ -15,39 +15,12 @@
  * fetched into the second-level cache, and requests that share leading pages pass their keys together. (Fetched in one
  * burst before each block, or into the first-level cache, attention took 1.4 times as long.)
  */
-#include "vector.h"
-
-#include <immintrin.h>
+#include "decoder_ops.h"
 
 #define BLOCK 64
 #define PARTS (BLOCK / LANES)
-#define TILE_ROWS 48    /* rows of a tile of work, three vectors of lanes */
-#define NARROW_ROWS 12  /* so many rows at most are computed with keys in the lanes */
-#define MOST_ROWS 6     /* of these at once: 24 accumulators */
-
-typedef struct {
-    const int64_t *positions, *slots; /* [n]; a slot is page * page_size + offset */
-    const int32_t *block_table;       /* [rows, table_width] */
-    const int32_t *cu_q;              /* [rows + 1] */
-    const int32_t *seq_lens;          /* [rows], new tokens included */
-    int64_t n, rows, table_width, page_size;
-} Step;
-
-typedef struct {
-    const uint16_t *query; /* [tokens, heads, dim], scaled by log2(e) / sqrt(dim) or the like */
-    uint16_t *out;         /* [tokens, heads, dim] */
-    const uint16_t *keys, *values;
-    int64_t heads, kv_heads, dim, window; /* window 0: the whole context */
-    float softcap;                        /* 0: none; in base 2, too */
-} Heads;
-
-static inline void store_bfloat16(uint16_t *at, vec x) {
-    _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-}
-
-static inline __m512 widen(const uint16_t *at) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
-}
+#define TILE_ROWS 48 /* rows of a tile of work, three vectors of lanes */
+#define MOST_ROWS 6  /* of a few rows at once: 24 accumulators */
 
 static inline __m512bh pair_of(const uint16_t *at) {
     int32_t pair;
@@ -57,17 +30,17 @@ static inline __m512bh pair_of(const uint16_t *at) {
 
 static inline __m512bh load_pairs(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
-static void store_key(uint16_t *keys, int64_t heads, int64_t head, int64_t dim, const Step *step, int64_t token,
-                      const float *key) {
+static void store_key(const Op *op, int64_t head, const Step *step, int64_t token, const float *key) {
     const int64_t size = step->page_size, page = step->slots[token] / size, offset = step->slots[token] % size;
-    uint16_t *at = keys + (page * heads + head) * size * dim + 2 * offset;
+    const int64_t dim = op->dim;
+    uint16_t *at = op->keys + (page * op->kv_heads + head) * size * dim + 2 * offset;
     for (int64_t d = 0; d < dim; d += 2, at += 2 * size) at[0] = to_bfloat16(key[d]), at[1] = to_bfloat16(key[d + 1]);
 }
 
-static void store_value(uint16_t *values, int64_t heads, int64_t head, int64_t dim, const Step *step, int64_t token,
-                        const float *value) {
+static void store_value(const Op *op, int64_t head, const Step *step, int64_t token, const float *value) {
     const int64_t size = step->page_size, page = step->slots[token] / size, offset = step->slots[token] % size;
-    uint16_t *at = values + (page * heads + head) * size * dim + offset / 2 * 2 * dim + offset % 2;
+    const int64_t dim = op->dim;
+    uint16_t *at = op->values + (page * op->kv_heads + head) * size * dim + offset / 2 * 2 * dim + offset % 2;
     for (int64_t d = 0; d < dim; d++) at[2 * d] = to_bfloat16(value[d]);
     /* The other half of the last token's pairs is multiplied with a weight of zero: it must not hold a stale NaN. */
     if (offset % 2 == 0 && (token + 1 == step->n || step->slots[token + 1] != step->slots[token] + 1))
@@ -124,25 +97,10 @@ static inline __attribute__((always_inline)) void add_values(const uint16_t *wei
     }
 }
 
-/* 2^x to 1.1e-4, far closer than a weight's rounding to bfloat16, and 1 for 0: 2^n times a cubic for 2^f, |f| <= 1/2. */
-static inline __m512 exp2_of(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.055008948f), _mm512_set1_ps(0.242211f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6932829f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 static vec soft_cap(vec x, float cap) {
     const vec u = x / cap, magnitude = (vec)((ivec)u & 0x7fffffff), e = exp_vec(-2.0f * magnitude);
     const vec t = (1.0f - e) / (1.0f + e);
     return cap * (vec)(((ivec)u & (int32_t)0x80000000) | (ivec)t);
-}
-
-/* Lanes from..to-1 of those that there are. */
-static inline __mmask16 lanes(int64_t from, int64_t to) {
-    const uint32_t below = to <= 0 ? 0 : to >= LANES ? 0xffff : (1u << to) - 1;
-    return (__mmask16)(from <= 0 ? below : from >= LANES ? 0 : below & ~((1u << from) - 1));
 }
 
 /* Sums of weights, in pairs of tokens: 16 sums over pairs i and i + 16, to be added up as a tree of halves. */
@@ -171,10 +129,15 @@ static float weigh(__m512 *scores, int64_t from, int64_t to, float softcap, uint
     return keep;
 }
 
+/* A block's keys and values of one head, in parts of 16 tokens. */
 typedef struct {
-    const Heads *heads;
-    const uint16_t *q, *keys[PARTS], *values[PARTS];
-    const uint16_t *next_keys[PARTS], *next_values[PARTS]; /* of the block that this thread computes next */
+    const uint16_t *keys[PARTS], *values[PARTS];
+} Place;
+
+typedef struct {
+    const Op *op;
+    const uint16_t *q;
+    Place here, next; /* of this block, and of the one that this thread computes next */
     uint16_t *weights;
     float *scores, *sums, *max, *sum, *keep;
     int64_t stride;       /* from one pair of a key's numbers to the next */
@@ -183,30 +146,31 @@ typedef struct {
     int64_t start, pair;  /* row i is of the token at position start + (pair + i) / group */
 } Block;
 
-/* One head's keys and values of the 64 tokens of request `row` from `first` on, as far as there are any before `end`. */
-static inline void locate(const Heads *h, const Step *step, int64_t row, int64_t kv, int64_t first, int64_t end,
-                          const uint16_t **keys, const uint16_t **values) {
+/* The 64 tokens of request `row` from `first` on, as far as there are any before `end`. */
+static inline Place locate(const Op *op, const Step *step, int64_t row, int64_t kv, int64_t first, int64_t end) {
+    Place place;
     for (int64_t i = 0; i < PARTS; i++) { /* parts beyond the end are masked; they only must be readable */
         const int64_t position = first + i * LANES < end ? first + i * LANES : first, size = step->page_size;
         const int64_t page = step->block_table[row * step->table_width + position / size], offset = position % size;
-        keys[i] = h->keys + (page * h->kv_heads + kv) * size * h->dim + 2 * offset;
-        values[i] = h->values + ((page * h->kv_heads + kv) * size + offset) * h->dim;
+        place.keys[i] = op->keys + (page * op->kv_heads + kv) * size * op->dim + 2 * offset;
+        place.values[i] = op->values + ((page * op->kv_heads + kv) * size + offset) * op->dim;
     }
+    return place;
 }
 
 /* Rows i..i+rows-1 of a tile over one block of keys. */
 static inline __attribute__((always_inline)) void attend_rows(const Block *b, int64_t i, const int rows) {
-    const int64_t dim = b->heads->dim, window = b->heads->window;
+    const int64_t dim = b->op->dim, window = b->op->window;
     __m512 scores[MOST_ROWS][PARTS];
     float keep[MOST_ROWS];
-    score_rows(b->q + i * dim, b->keys, b->next_keys, b->stride, dim, scores, rows);
+    score_rows(b->q + i * dim, b->here.keys, b->next.keys, b->stride, dim, scores, rows);
     for (int r = 0; r < rows; r++) {
         const int64_t position = b->start + (b->pair + i + r) / b->group, from = position - window + 1 - b->first;
         const int64_t to = position + 1 - b->first;
-        keep[r] = weigh(scores[r], window && from > 0 ? from : 0, to < BLOCK ? to : BLOCK, b->heads->softcap,
+        keep[r] = weigh(scores[r], window && from > 0 ? from : 0, to < BLOCK ? to : BLOCK, b->op->softcap,
                         b->weights + r * BLOCK, b->max + i + r, b->sum + i + r);
     }
-    add_values(b->weights, b->values, b->next_values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
+    add_values(b->weights, b->here.values, b->next.values, (b->count + 1) / 2, dim, keep, b->sums + i * dim, rows);
 }
 
 static void attend_narrow(const Block *b) {
@@ -225,11 +189,11 @@ static void attend_narrow(const Block *b) {
 /* Scores of `at_once` keys at a time, `vectors` vectors of rows. */
 static inline __attribute__((always_inline)) void score_wide(const Block *b, const int vectors, const int at_once) {
     for (int64_t key = 0; key < b->count; key += at_once) {
-        const uint16_t *k = b->keys[key / LANES] + 2 * (key % LANES), *q = b->q;
+        const uint16_t *k = b->here.keys[key / LANES] + 2 * (key % LANES), *q = b->q;
         __m512 sum[LANES][TILE_ROWS / LANES];
         for (int c = 0; c < at_once; c++)
             for (int v = 0; v < vectors; v++) sum[c][v] = _mm512_setzero_ps();
-        for (int64_t d = 0; d < b->heads->dim; d += 2, k += b->stride, q += 2 * TILE_ROWS)
+        for (int64_t d = 0; d < b->op->dim; d += 2, k += b->stride, q += 2 * TILE_ROWS)
             for (int c = 0; c < at_once; c++) {
                 const __m512bh x = pair_of(k + 2 * c);
                 for (int v = 0; v < vectors; v++)
@@ -244,7 +208,7 @@ static inline __attribute__((always_inline)) void score_wide(const Block *b, con
 /* Rows from `lane` on that see a key, as a mask of 16. */
 static inline __mmask16 seen_by(const Block *b, int64_t key, int64_t lane) {
     const int64_t from = (b->first + key - b->start) * b->group - b->pair - lane;
-    return lanes(from, b->heads->window ? from + b->heads->window * b->group : LANES);
+    return lanes(from, b->op->window ? from + b->op->window * b->group : LANES);
 }
 
 /* Puts 16-bit numbers i and i + 16 side by side. */
@@ -259,8 +223,8 @@ static inline __attribute__((always_inline)) void weigh_wide(const Block *b, int
     __m512 top = before;
     for (int64_t key = 0; key < b->count; key++) {
         __m512 score = _mm512_loadu_ps(scores + key * TILE_ROWS);
-        if (b->heads->softcap > 0) {
-            score = (__m512)soft_cap((vec)score, b->heads->softcap);
+        if (b->op->softcap > 0) {
+            score = (__m512)soft_cap((vec)score, b->op->softcap);
             _mm512_storeu_ps(scores + key * TILE_ROWS, score);
         }
         top = _mm512_mask_max_ps(top, all ? 0xffff : seen_by(b, key, lane), top, score);
@@ -289,7 +253,7 @@ static inline __attribute__((always_inline)) void weigh_wide(const Block *b, int
 
 /* `at_once` dimensions at a time. */
 static inline __attribute__((always_inline)) void add_values_wide(const Block *b, const int vectors, const int at_once) {
-    const int64_t dim = b->heads->dim, pairs = (b->count + 1) / 2;
+    const int64_t dim = b->op->dim, pairs = (b->count + 1) / 2;
     for (int64_t d = 0; d < dim; d += at_once) {
         float *sums = b->sums + d * TILE_ROWS;
         __m512 sum[LANES][TILE_ROWS / LANES];
@@ -298,7 +262,7 @@ static inline __attribute__((always_inline)) void add_values_wide(const Block *b
                 sum[c][v] = _mm512_mul_ps(_mm512_loadu_ps(sums + c * TILE_ROWS + v * LANES),
                                           _mm512_loadu_ps(b->keep + v * LANES));
         for (int64_t j = 0; j < pairs; j++) {
-            const uint16_t *values = b->values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
+            const uint16_t *values = b->here.values[j / (LANES / 2)] + (j % (LANES / 2) * dim + d) * 2;
             for (int c = 0; c < at_once; c++) {
                 const __m512bh x = pair_of(values + 2 * c);
                 for (int v = 0; v < vectors; v++)
@@ -311,12 +275,12 @@ static inline __attribute__((always_inline)) void add_values_wide(const Block *b
 }
 
 static void weigh_block(const Block *b, int vectors) {
-    const int64_t window = b->heads->window, last = b->start + (b->pair + b->rows - 1) / b->group;
+    const int64_t window = b->op->window, last = b->start + (b->pair + b->rows - 1) / b->group;
     /* The last pair's second key, which may lie beyond the end, included. */
     const int all = b->first + ((b->count - 1) | 1) <= b->start + b->pair / b->group &&
                     (!window || b->first > last - window);
     for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
-        if (all && b->heads->softcap == 0) weigh_wide(b, lane, 1);
+        if (all && b->op->softcap == 0) weigh_wide(b, lane, 1);
         else weigh_wide(b, lane, 0);
     }
 }
@@ -330,138 +294,4 @@ static void weigh_block(const Block *b, int vectors) {
 
 static void attend_wide(const Block *b) {
     switch ((b->rows + LANES - 1) / LANES) { WIDE_CASE(1, 8) WIDE_CASE(2, 8) WIDE_CASE(3, 4) }
-}
-
-/* ---- tiles of work -------------------------------------------------------------------------------------------------*/
-
-/* What one thread needs for any tile: sums, queries, scores, weights; maximum, sum and factor of each row. */
-static int64_t scratch_floats(const Heads *h) {
-    return TILE_ROWS * (h->dim + h->dim / 2 + BLOCK + BLOCK / 2 + 3);
-}
-
-static void gather_queries(const Block *b, const uint16_t *const *from, uint16_t *q, int wide) {
-    const int64_t dim = b->heads->dim;
-    if (wide) memset(q, 0, sizeof *q * dim * TILE_ROWS);
-    for (int64_t i = 0; i < b->rows; i++) {
-        if (wide)
-            for (int64_t d = 0; d < dim; d += 2) memcpy(q + d * TILE_ROWS + 2 * i, from[i] + d, 2 * sizeof *q);
-        else memcpy(q + i * dim, from[i], sizeof *q * dim);
-    }
-}
-
-/* The sums, divided by each row's sum of weights, to where the rows' outputs stand. */
-static void scatter_sums(const Block *b, uint16_t *const *to, int wide) {
-    const int64_t dim = b->heads->dim;
-    for (int64_t i = 0; i < TILE_ROWS; i++) b->sum[i] = 1.0f / b->sum[i];
-    for (int64_t d = 0; d < dim; d += LANES) {
-        uint16_t turned[LANES][TILE_ROWS];
-        for (int64_t c = 0; wide && c < LANES; c++)
-            for (int64_t i = 0; i < b->rows; i += LANES)
-                store_bfloat16(turned[c] + i, *(vec *)(b->sums + (d + c) * TILE_ROWS + i) * *(vec *)(b->sum + i));
-        for (int64_t i = 0; i < b->rows; i++) {
-            if (wide)
-                for (int64_t c = 0; c < LANES; c++) to[i][d + c] = turned[c][i];
-            else store_bfloat16(to[i] + d, *(vec *)(b->sums + i * dim + d) * b->sum[i]);
-        }
-    }
-}
-
-/* Rows pair..pair+rows-1 of those that request `row` has for one key/value head, over the keys from `first` on. Or those
- * of several requests that decode, `members`, which begin with the same `shared` keys: these are read once for all. */
-typedef struct {
-    int64_t row, members, pair, rows, start, first, shared;
-} Tile;
-
-/* How many requests from `row` on, at most `most`, have one token each and the same pages in their first whole blocks. */
-static int64_t members_from(const Step *step, int64_t row, int64_t most, int64_t *shared) {
-    const int32_t *pages = step->block_table + row * step->table_width;
-    int64_t members = 1, common = (step->seq_lens[row] - 1) / BLOCK * BLOCK;
-    for (int64_t other = row + 1; members < most && other < step->rows; other++, members++) {
-        const int32_t *theirs = pages + members * step->table_width;
-        const int64_t own = (step->seq_lens[other] - 1) / BLOCK * BLOCK, most_common = own < common ? own : common;
-        int64_t same = 0;
-        while (same < most_common && pages[same / step->page_size] == theirs[same / step->page_size])
-            same += step->page_size;
-        same = (same < most_common ? same : most_common) / BLOCK * BLOCK;
-        if (step->cu_q[other + 1] - step->cu_q[other] != 1 || same == 0) break;
-        common = same;
-    }
-    *shared = members > 1 ? common : 0;
-    return members;
-}
-
-static int64_t most_tiles(const Heads *h, const Step *step) {
-    return step->rows + step->n * (h->heads / h->kv_heads) / TILE_ROWS;
-}
-
-/* Into `tiles`, which has room for `most_tiles`; returns how many there are for each key/value head. Requests share tiles
- * as far as there remain enough for all threads; the numbers are the same either way. */
-static int64_t list_tiles(const Heads *h, const Step *step, int64_t threads, Tile *tiles) {
-    const int64_t group = h->heads / h->kv_heads, spare = step->rows * h->kv_heads / (2 * threads);
-    const int64_t most = h->window ? 1 : spare < NARROW_ROWS / group ? spare : NARROW_ROWS / group;
-    int64_t count = 0;
-    for (int64_t row = 0, members; row < step->rows; row += members) {
-        const int64_t length = step->cu_q[row + 1] - step->cu_q[row], start = step->seq_lens[row] - length;
-        int64_t shared = 0;
-        members = members_from(step, row, length == 1 ? most : 1, &shared);
-        const int64_t rows = (length > members ? length : members) * group;
-        /* The last of a prompt see the longest context, and come first. */
-        for (int64_t pair = (rows - 1) / TILE_ROWS * TILE_ROWS; pair >= 0; pair -= TILE_ROWS) {
-            const int64_t oldest = h->window ? start + pair / group - h->window + 1 : 0;
-            const int64_t left = rows - pair < TILE_ROWS ? rows - pair : TILE_ROWS;
-            tiles[count++] = (Tile){row, members, pair, left, start, oldest > 0 ? oldest / BLOCK * BLOCK : 0, shared};
-        }
-    }
-    return count;
-}
-
-/* The end of the keys of one of a tile's members. */
-static int64_t end_of(const Heads *h, const Step *step, const Tile *t, int64_t member) {
-    if (t->members > 1) return step->seq_lens[t->row + member];
-    return t->start + (t->pair + t->rows - 1) / (h->heads / h->kv_heads) + 1;
-}
-
-/* Tile `t` of head `kv`; `after`, of head `after_kv`, is what this thread takes next. */
-static void attention_tile(const Heads *h, const Step *step, float *scratch, const Tile *t, int64_t kv, const Tile *after,
-                           int64_t after_kv) {
-    const int64_t group = h->heads / h->kv_heads, begin = step->cu_q[t->row], dim = h->dim;
-    const int wide = t->rows > NARROW_ROWS;
-    float *sums = scratch, *max = sums + TILE_ROWS * dim, *sum = max + TILE_ROWS, *keep = sum + TILE_ROWS;
-    float *scores = keep + TILE_ROWS;
-    uint16_t *weights = (uint16_t *)(scores + TILE_ROWS * BLOCK), *q = weights + TILE_ROWS * BLOCK;
-    const uint16_t *from[TILE_ROWS];
-    uint16_t *to[TILE_ROWS];
-    for (int64_t i = 0; i < t->rows; i++) {
-        const int64_t at = ((begin + (t->pair + i) / group) * h->heads + kv * group + (t->pair + i) % group) * dim;
-        from[i] = h->query + at, to[i] = h->out + at;
-    }
-    const Block whole = {.heads = h, .q = q, .weights = weights, .scores = scores, .sums = sums, .max = max, .sum = sum,
-                         .keep = keep, .stride = 2 * step->page_size, .rows = t->rows, .group = group,
-                         .start = t->start, .pair = t->pair};
-    gather_queries(&whole, from, q, wide);
-    memset(sums, 0, sizeof(float) * (wide ? TILE_ROWS : t->rows) * dim);
-    for (int64_t i = 0; i < TILE_ROWS; i++) max[i] = -1e30f, sum[i] = 0;
-    const uint16_t *keys[PARTS], *values[PARTS]; /* of the block that this thread computes next */
-    locate(h, step, t->row, kv, t->first, end_of(h, step, t, 0), keys, values);
-    /* First the shared keys, then each member's own. */
-    for (int64_t i = t->shared ? -1 : 0; i < t->members; i++) {
-        Block b = whole;
-        if (i >= 0 && t->members > 1) {
-            b.q += i * group * dim, b.sums += i * group * dim, b.max += i * group, b.sum += i * group;
-            b.rows = group, b.start = step->seq_lens[t->row + i] - 1;
-        }
-        const int64_t row = t->row + (i > 0 ? i : 0), end = i < 0 ? t->shared : end_of(h, step, t, i);
-        for (b.first = i < 0 ? 0 : t->first + t->shared; b.first < end; b.first += BLOCK) {
-            b.count = end - b.first < BLOCK ? end - b.first : BLOCK;
-            memcpy(b.keys, keys, sizeof keys), memcpy(b.values, values, sizeof values);
-            if (b.first + BLOCK < end) locate(h, step, row, kv, b.first + BLOCK, end, keys, values);
-            else if (i + 1 < t->members) {
-                locate(h, step, t->row + i + 1, kv, t->shared, end_of(h, step, t, i + 1), keys, values);
-            } else locate(h, step, after->row, after_kv, after->first, end_of(h, step, after, 0), keys, values);
-            memcpy(b.next_keys, keys, sizeof keys), memcpy(b.next_values, values, sizeof values);
-            if (wide) attend_wide(&b);
-            else attend_narrow(&b);
-        }
-    }
-    scatter_sums(&whole, to, wide);
 }

@@ -38,14 +38,10 @@ static vec load16(const void *at, int64_t index, int bfloat16) {
 /* A key or value of `dim` numbers, the last vector filled up with zeros. */
 static vec load_part(const void *at, int64_t index, int64_t d, int64_t dim, int bfloat16) {
     if (d + LANES <= dim) return load16(at, index + d, bfloat16);
-    vec part = {0};
-    for (int64_t i = d; i < dim; i++) {
-        uint32_t bits;
-        if (bfloat16) bits = (uint32_t)((const uint16_t *)at)[index + i] << 16;
-        else memcpy(&bits, (const float *)at + index + i, 4);
-        memcpy((float *)&part + (i - d), &bits, 4);
-    }
-    return part;
+    const int64_t size = bfloat16 ? 2 : 4;
+    float part[LANES] = {0};
+    memcpy(part, (const char *)at + (index + d) * size, (dim - d) * size);
+    return load16(part, 0, bfloat16);
 }
 
 /* Exchange the off-diagonal squares of size s in a 16 x 16 matrix of rows v. */
@@ -148,90 +144,82 @@ static float weigh(float *s, int64_t from, int64_t to, float softcap, float *max
     return keep[0];
 }
 
+/* Tokens from..from+31, as far as there are any, of row `row`, counted within it. */
 typedef struct {
-    float *q, *acc, *scores, *max, *sum, *kt, *vb;
-} Scratch;
+    int64_t row, from;
+} Tile;
 
-/* Tokens t0..t1-1 of row `row` (counted within it) for one key/value head. */
-static void attend_tile(const Args *a, Scratch *x, int64_t row, int64_t kv, int64_t t0, int64_t t1) {
-    const int64_t group = a->heads / a->kv_heads, n = (t1 - t0) * group, padded = (n + ROWS - 1) / ROWS * ROWS;
-    const int64_t kpad = (a->key_dim + LANES - 1) / LANES * LANES, vpad = (a->value_dim + LANES - 1) / LANES * LANES;
-    const int64_t begin = a->cu_q[row], start = a->seq_lens[row] - (a->cu_q[row + 1] - begin); /* position of token 0 */
-    memset(x->q, 0, sizeof(float) * padded * kpad);
-    memset(x->acc, 0, sizeof(float) * padded * vpad);
-    for (int64_t i = 0; i < padded; i++) x->max[i] = -1e30f, x->sum[i] = 0;
+static int64_t padded_to(int64_t unit, int64_t size) { return (size + unit - 1) / unit * unit; }
+
+/* What `attend_tile` needs: each part is a multiple of LANES. */
+static int64_t scratch_floats(const Args *a) {
+    const int64_t most = TILE_TOKENS * a->heads / a->kv_heads;
+    const int64_t pads = padded_to(LANES, a->key_dim) + padded_to(LANES, a->value_dim);
+    return (most + BLOCK) * pads + 2 * most + ROWS * BLOCK;
+}
+
+/* A tile's rows (token, head) for one key/value head. */
+static void attend_tile(const Args *a, float *scratch, Tile tile, int64_t kv) {
+    const int64_t row = tile.row, group = a->heads / a->kv_heads, most = TILE_TOKENS * group;
+    const int64_t kpad = padded_to(LANES, a->key_dim), vpad = padded_to(LANES, a->value_dim);
+    float *q = scratch, *acc = q + most * kpad, *scores = acc + most * vpad, *max = scores + ROWS * BLOCK;
+    float *sum = max + most, *kt = sum + most, *vb = kt + kpad * BLOCK;
+    const int64_t begin = a->cu_q[row], length = a->cu_q[row + 1] - begin, left = length - tile.from;
+    const int64_t start = a->seq_lens[row] - length + tile.from; /* position of the tile's first token */
+    const int64_t tokens = left < TILE_TOKENS ? left : TILE_TOKENS, n = tokens * group, padded = padded_to(ROWS, n);
+    memset(q, 0, sizeof(float) * padded * kpad);
+    memset(acc, 0, sizeof(float) * padded * vpad);
+    for (int64_t i = 0; i < padded; i++) max[i] = -1e30f, sum[i] = 0;
     for (int64_t i = 0; i < n; i++) {
-        const float *q = a->query + ((begin + t0 + i / group) * a->heads + kv * group + i % group) * a->key_dim;
-        for (int64_t d = 0; d < a->key_dim; d++) x->q[i * kpad + d] = q[d] * a->scale;
+        const float *from = a->query + ((begin + tile.from + i / group) * a->heads + kv * group + i % group) * a->key_dim;
+        for (int64_t d = 0; d < a->key_dim; d++) q[i * kpad + d] = from[d] * a->scale;
     }
-    const int64_t end = start + t1; /* one past the last key that any token here sees */
-    int64_t first = a->window ? start + t0 - a->window + 1 : 0;
+    const int64_t end = start + tokens; /* one past the last key that any token here sees */
+    int64_t first = a->window ? start - a->window + 1 : 0;
     first = first > 0 ? first / BLOCK * BLOCK : 0;
     for (; first < end; first += BLOCK) {
         const int64_t last = first + BLOCK < end ? first + BLOCK : end;
-        load_block(a, a->block_table + row * a->table_width, kv, first, last, x->kt, x->vb, kpad, vpad);
+        load_block(a, a->block_table + row * a->table_width, kv, first, last, kt, vb, kpad, vpad);
         for (int64_t i = 0; i < padded; i += ROWS) {
             float keep[ROWS] = {1, 1, 1, 1};
-            scores_of(x->q + i * kpad, x->kt, x->scores, kpad);
+            scores_of(q + i * kpad, kt, scores, kpad);
             for (int64_t r = 0; r < ROWS; r++) {
-                const int64_t position = start + t0 + (i + r < n ? i + r : n - 1) / group;
+                const int64_t position = start + (i + r) / group;
                 int64_t from = a->window ? position - a->window + 1 - first : 0, to = position + 1 - first;
                 from = from < 0 ? 0 : from;
                 to = to > BLOCK ? BLOCK : to;
                 if (from < to && i + r < n)
-                    keep[r] = weigh(x->scores + r * BLOCK, from, to, a->softcap, x->max + i + r, x->sum + i + r);
+                    keep[r] = weigh(scores + r * BLOCK, from, to, a->softcap, max + i + r, sum + i + r);
                 else
-                    memset(x->scores + r * BLOCK, 0, sizeof(float) * BLOCK);
+                    memset(scores + r * BLOCK, 0, sizeof(float) * BLOCK);
             }
-            add_values(x->scores, x->vb, keep, x->acc + i * vpad, last - first, vpad);
+            add_values(scores, vb, keep, acc + i * vpad, last - first, vpad);
         }
     }
     for (int64_t i = 0; i < n; i++) {
-        float *out = a->out + ((begin + t0 + i / group) * a->heads + kv * group + i % group) * a->value_dim;
-        for (int64_t d = 0; d < a->value_dim; d++) out[d] = x->acc[i * vpad + d] / x->sum[i];
+        float *out = a->out + ((begin + tile.from + i / group) * a->heads + kv * group + i % group) * a->value_dim;
+        for (int64_t d = 0; d < a->value_dim; d++) out[d] = acc[i * vpad + d] / sum[i];
     }
 }
 
 /* Returns 0, or 1 if memory for the scratch space could not be had. */
 int paged_attention(const Args *a) {
-    const int64_t group = a->heads / a->kv_heads, most = (TILE_TOKENS * group + ROWS - 1) / ROWS * ROWS;
-    const int64_t kpad = (a->key_dim + LANES - 1) / LANES * LANES, vpad = (a->value_dim + LANES - 1) / LANES * LANES;
-    int64_t *tiles = malloc(sizeof(int64_t) * (a->rows + 1)); /* first tile of each row */
+    Tile *tiles = malloc(sizeof(Tile) * (a->rows + a->cu_q[a->rows] / TILE_TOKENS + 1));
     if (!tiles) return 1;
-    tiles[0] = 0;
-    for (int64_t r = 0; r < a->rows; r++)
-        tiles[r + 1] = tiles[r] + (a->cu_q[r + 1] - a->cu_q[r] + TILE_TOKENS - 1) / TILE_TOKENS;
-    const int64_t items = tiles[a->rows] * a->kv_heads;
-    const int64_t sizes[] = {most * kpad, most * vpad, ROWS * BLOCK, most, most, kpad * BLOCK, BLOCK * vpad};
-    int64_t total = 0;
-    for (int i = 0; i < 7; i++) total += (sizes[i] + LANES - 1) / LANES * LANES;
+    int64_t count = 0;
+    for (int64_t row = 0; row < a->rows; row++)
+        for (int64_t from = 0; from < a->cu_q[row + 1] - a->cu_q[row]; from += TILE_TOKENS)
+            tiles[count++] = (Tile){row, from};
     int failed = 0;
-#pragma omp parallel
+#pragma omp parallel reduction(| : failed)
     {
-        float *memory = aligned_alloc(64, sizeof(float) * total), *at = memory;
-        Scratch x;
-        float **parts[] = {&x.q, &x.acc, &x.scores, &x.max, &x.sum, &x.kt, &x.vb};
-        if (memory)
-            for (int i = 0; i < 7; i++) *parts[i] = at, at += (sizes[i] + LANES - 1) / LANES * LANES;
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
+        float *scratch = aligned_alloc(64, sizeof(float) * scratch_floats(a));
+        failed = !scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < items; item++) {
-            if (!memory) continue;
+        for (int64_t item = 0; item < count * a->kv_heads; item++)
             /* Last tiles first: those of a prompt see the longest context. */
-            const int64_t tile = tiles[a->rows] - 1 - item / a->kv_heads, kv = item % a->kv_heads;
-            int64_t row = 0;
-            for (int64_t low = 0, high = a->rows - 1; low <= high;) {
-                const int64_t middle = (low + high) / 2;
-                if (tiles[middle] <= tile) row = middle, low = middle + 1;
-                else high = middle - 1;
-            }
-            const int64_t t0 = (tile - tiles[row]) * TILE_TOKENS, length = a->cu_q[row + 1] - a->cu_q[row];
-            attend_tile(a, &x, row, kv, t0, t0 + TILE_TOKENS < length ? t0 + TILE_TOKENS : length);
-        }
-        free(memory);
+            if (scratch) attend_tile(a, scratch, tiles[count - 1 - item / a->kv_heads], item % a->kv_heads);
+        free(scratch);
     }
     free(tiles);
     return failed;

@@ -165,9 +165,10 @@ int choose(const Args *a) {
     const int64_t chunks = (a->vocab + CHUNK - 1) / CHUNK, items = a->rows * chunks;
     float *best = malloc(sizeof(float) * (items + a->rows)), *borders = best + items;
     int64_t *tokens = malloc(sizeof(int64_t) * items);
-    int failed = !best || !tokens;
-#pragma omp parallel if (!failed)
-    if (!failed) {
+    const int ready = best && tokens;
+    int failed = !ready;
+#pragma omp parallel if (ready) reduction(| : failed)
+    if (ready) {
         uint32_t *keys = NULL; /* and the weights behind them */
 #pragma omp for schedule(dynamic, 1)
         for (int64_t row = 0; row < a->rows; row++) {
@@ -175,10 +176,7 @@ int choose(const Args *a) {
             if (!is_filtered(a, row)) continue;
             if (!keys) keys = malloc(2 * sizeof(float) * a->vocab);
             if (keys) borders[row] = border_of(a, row, keys, (float *)(keys + a->vocab));
-            else {
-#pragma omp atomic write
-                failed = 1;
-            }
+            else failed = 1;
         }
         free(keys);
 #pragma omp for schedule(dynamic, 1)

@@ -12,12 +12,9 @@ class _Args(ctypes.Structure):
     """The struct of the same name in sampling.c."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("logits", "scales", "top_p", "log_min_p", "top_k", "keys", "tokens", "best")
-        ),
-        ("rows", ctypes.c_int64),
-        ("vocab", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("logits", "scales", "top_p", "log_min_p", "top_k", "keys")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "best")),
+        *((name, ctypes.c_int64) for name in ("rows", "vocab")),
     ]
 
 

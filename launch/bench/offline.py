@@ -4,7 +4,6 @@ What it measures is the ceiling of a server with the same flags. Loads torch: im
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,20 +11,18 @@ import tqdm
 
 from ramet.ipc.messages import Generate
 from ramet.ipc.sampling import SamplingParams
-from ramet.ipc.step import TokenMasks
 from ramet.launch.bench.workload import Scale, Workload, draw_items
 from ramet.launch.config import EngineConfig
 from ramet.model_runner.runner import ModelRunner
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.pipeline import Pipeline
-from ramet.scheduler.request import Request
 
 
 def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
     """All requests wait from the start. Raises ValueError for one that this engine would refuse."""
     runner = ModelRunner(config.runner, lambda text: None)
     core = SchedulerCore(config.scheduler, runner.num_pages)
-    pipeline = Pipeline(core, runner, _no_masks, config.scheduler.steps_ahead)
+    pipeline = Pipeline(core, runner, config.scheduler.steps_ahead)
     items = draw_items(load, range(runner.vocab_size), Scale(), "measured", load.num_requests)
     for index, item in enumerate(items):
         params = SamplingParams(
@@ -45,7 +42,3 @@ def run_offline(config: EngineConfig, load: Workload) -> dict[str, Any]:
     wall_s, totals = time.perf_counter() - started_s, msgspec.structs.asdict(core.counters)
     rates = {f"{name}_per_s": totals[name] / wall_s for name in ("finished", "prompt_tokens", "generated_tokens")}
     return {"wall_s": wall_s, **totals, **rates}
-
-
-def _no_masks(rows: list[tuple[int, Request]]) -> Callable[[], TokenMasks]:
-    raise AssertionError("no request of a benchmark has a grammar")

@@ -16,7 +16,6 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 class AttentionBackend(abc.ABC):
     """Rows mix freely: one-token decodes first, then prefill chunks of any length."""
 
-    name: str
     # Whether `forward` takes the rows' lengths from `plan` or from the device alone, beside `num_decodes` and the
     # longest query, and never waits for it: a step can then be captured in a CUDA graph.
     capturable: bool = True

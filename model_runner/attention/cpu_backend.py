@@ -10,7 +10,6 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 class CpuBackend(AttentionBackend):
     """Raises KernelUnavailable if there is no compiler."""
 
-    name = "cpu"
     capturable = False
 
     def __init__(self) -> None:

@@ -9,8 +9,6 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 class Fa3Backend(AttentionBackend):
     """Raises ImportError if the package is missing."""
 
-    name = "fa3"
-
     def __init__(self) -> None:
         from flash_attn_interface import flash_attn_with_kvcache
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ramet.model_runner.attention.base import AttentionBackend
-from ramet.model_runner.batch import to_device
 from ramet.model_runner.context import AttentionSpec, ForwardContext
+from ramet.model_runner.logits import send
 
 HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 384 * 2**20  # the parts of split rows
@@ -30,12 +30,9 @@ class PagedRows(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What a plan depends on beside the rows."""
+    """What a plan depends on beside the rows. `sizes`: heads, KV heads, their dimensions, tokens of a page."""
 
-    heads: int
-    kv_heads: int
-    dim: int
-    page_size: int
+    sizes: tuple[int, int, int, int]
     dtype: torch.dtype
     scale: float
     window: int | None
@@ -58,8 +55,6 @@ def paged_rows(step: Mapping[str, np.ndarray], pages: np.ndarray, page_size: int
 
 class FlashInferBackend(AttentionBackend):
     """Raises ImportError if the package is missing."""
-
-    name = "flashinfer"
 
     def __init__(self, device: torch.device) -> None:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -91,8 +86,8 @@ class FlashInferBackend(AttentionBackend):
                 f"the flashinfer backend takes heads of {', '.join(map(str, HEAD_DIMS))} dimensions, not {dim} and "
                 f"{values.shape[3]}: use --attention-backend triton"
             )
-        options = (keys.dtype, spec.scale, spec.sliding_window, spec.softcap)
-        key = self._captured, _Kind(query.shape[1], kv_heads, dim, page_size, *options)
+        sizes = (query.shape[1], kv_heads, dim, page_size)
+        key = self._captured, _Kind(sizes, keys.dtype, spec.scale, spec.sliding_window, spec.softcap)
         if key not in self._wrappers:
             self._wrappers[key] = self._wrapper(ctx.block_table.numel())
         if key not in self._planned:
@@ -116,12 +111,9 @@ class FlashInferBackend(AttentionBackend):
         self._wrappers[key].plan(
             torch.from_numpy(rows.cu_q),
             torch.from_numpy(rows.indptr),
-            to_device({"indices": rows.indices}, self._workspace.device)["indices"],
+            send(torch.from_numpy(rows.indices), self._workspace.device),
             torch.from_numpy(rows.last_page_len),
-            kind.heads,
-            kind.kv_heads,
-            kind.dim,
-            kind.page_size,
+            *kind.sizes,
             causal=True,
             sm_scale=kind.scale,
             # The window counts the keys to the left of a token, without itself.

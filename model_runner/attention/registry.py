@@ -22,11 +22,11 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
 
     Raises ValueError, with words for the user, for a backend that is not known or does not work here.
     """
-    if name == TorchBackend.name:
+    if name == "torch":
         return TorchBackend()
     if name in _CUDA_BACKENDS or (name == "auto" and device.type == "cuda"):
         return _cuda_backend(name, device, dtype)
-    if name not in ("auto", CpuBackend.name):
+    if name not in ("auto", "cpu"):
         raise ValueError(f"attention backend {name!r} is not known; there are: {_NAMES}")
     try:
         if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
@@ -35,9 +35,9 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
             )
         return CpuBackend()
     except KernelUnavailable as error:
-        if name == CpuBackend.name:
+        if name == "cpu":
             raise ValueError(str(error)) from error
-        log.log(logging.WARNING if device.type == "cpu" else logging.INFO, "attention backend: torch (%s)", error)
+        log.warning("attention backend: torch (%s)", error)
         return TorchBackend()
 
 

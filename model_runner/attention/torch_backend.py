@@ -12,40 +12,23 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 
 
 class TorchBackend(AttentionBackend):
-    name = "torch"
     capturable = False
 
     def forward(self, spec: AttentionSpec, query: Tensor, ctx: ForwardContext) -> Tensor:
-        pool, decodes = ctx.kv_pool, ctx.num_decodes
+        pool, decodes, lengths = ctx.kv_pool, ctx.num_decodes, ctx.query_lens
         keys, values = pool.keys[spec.layer], pool.values[spec.layer]
-        outputs = []
-        if decodes:
-            longest = max(ctx.context_lens[:decodes])
-            pages = ctx.block_table[:decodes, : -(-longest // pool.page_size)].long()
-            # [D, pages, page_size, heads, dim] -> [D, context, heads, dim]
-            outputs.append(
-                _attend(
-                    spec,
-                    query[:decodes, None],
-                    keys[pages].flatten(1, 2),
-                    values[pages].flatten(1, 2),
-                    ctx.positions[:decodes, None],
-                ).squeeze(1)
-            )
-        first = decodes
-        for row in range(decodes, len(ctx.query_lens)):
-            last = first + ctx.query_lens[row]
-            pages = ctx.block_table[row, : -(-ctx.context_lens[row] // pool.page_size)].long()
-            outputs.append(
-                _attend(
-                    spec,
-                    query[None, first:last],
-                    keys[pages].flatten(0, 1)[None],
-                    values[pages].flatten(0, 1)[None],
-                    ctx.positions[None, first:last],
-                ).squeeze(0)
-            )
-            first = last
+        together = [(0, decodes)] if decodes else []
+        together += [(row, row + 1) for row in range(decodes, len(lengths))]
+        outputs, first = [], 0
+        for row, end in together:
+            shape = (end - row, lengths[row])
+            tokens = slice(first, first + shape[0] * shape[1])
+            pages = ctx.block_table[row:end, : -(-max(ctx.context_lens[row:end]) // pool.page_size)].long()
+            # [R, pages, page_size, heads, dim] -> [R, context, heads, dim]
+            key, value = keys[pages].flatten(1, 2), values[pages].flatten(1, 2)
+            attended = _attend(spec, query[tokens].unflatten(0, shape), key, value, ctx.positions[tokens].view(shape))
+            outputs.append(attended.flatten(0, 1))
+            first = tokens.stop
         return torch.cat(outputs)
 
 

@@ -15,8 +15,6 @@ from ramet.model_runner.context import AttentionSpec, ForwardContext
 
 
 class TritonBackend(AttentionBackend):
-    name = "triton"
-
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._seen: set[int] = set()  # layers

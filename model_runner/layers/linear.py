@@ -128,16 +128,13 @@ class ColumnParallelLinear(nn.Module):
         return linear(hidden, self.weight, self.bias, self.weight_scale)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
-        first = 0
-        for name, span in self.spans.items():
-            last = first + len(span)
-            features = self.outputs[name]
-            yield WeightPart(
-                f"{prefix}{name}.weight", self.weight[first:last], (features, self.in_features), dim=0, span=span
-            )
-            if self.bias is not None:
-                yield WeightPart(f"{prefix}{name}.bias", self.bias[first:last], (features,), dim=0, span=span)
-            first = last
+        weights = self.weight.split(self.local_sizes)
+        biases = None if self.bias is None else self.bias.split(self.local_sizes)
+        for i, (name, features) in enumerate(self.outputs.items()):
+            span = self.spans[name]
+            yield WeightPart(f"{prefix}{name}.weight", weights[i], (features, self.in_features), dim=0, span=span)
+            if biases is not None:
+                yield WeightPart(f"{prefix}{name}.bias", biases[i], (features,), dim=0, span=span)
 
 
 class RowParallelLinear(nn.Module):

@@ -48,17 +48,12 @@ class MoE(nn.Module):
         tokens = order // self.spec.top_k
         counts = torch.bincount(chosen.flatten(), minlength=self.router.shape[0]).tolist()
         output = torch.zeros_like(hidden)
-        first = 0
-        for expert, count in enumerate(counts):
-            if not count:
+        for expert, (assigned, rows) in enumerate(zip(order.split(counts), tokens.split(counts), strict=True)):
+            if not len(rows):
                 continue
-            last = first + count
-            rows = tokens[first:last]
             gate, up = linear(hidden[rows], self.gate_up[expert]).chunk(2, dim=-1)
             expert_output = linear(self.act(gate) * up, self.down[expert])
-            share = weights.flatten()[order[first:last], None]
-            output.index_add_(0, rows, expert_output * share)
-            first = last
+            output.index_add_(0, rows, expert_output * weights.flatten()[assigned, None])
         return self.group.all_reduce(output)
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

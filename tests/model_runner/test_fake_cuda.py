@@ -20,7 +20,6 @@ from ramet.model_runner.batch import pack
 from ramet.model_runner.cuda_graph import StepGraphs, capture_graphs
 from ramet.model_runner.embedder import Embedder
 from ramet.model_runner.models.cuda_decoder import CudaDecoder
-from ramet.model_runner.sampler import DeviceChooser
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
 PROMPTS = [[(17 * i + 5 * j) % 300 for j in range(length)] for i, length in enumerate((3, 40, 17))]
@@ -140,8 +139,8 @@ def results_left_to_the_next_step(monkeypatch) -> None:
 
 
 def a_wait(monkeypatch) -> None:
-    choose = DeviceChooser.__call__
-    monkeypatch.setattr(DeviceChooser, "__call__", lambda self, *args: (args[0].max().item(), choose(self, *args))[1])
+    choose = sampler.choose_on_cuda
+    monkeypatch.setattr(sampler, "choose_on_cuda", lambda *args: (args[0].max().item(), choose(*args))[1])
 
 
 def a_tensor_of_the_host(monkeypatch) -> None:

@@ -30,7 +30,7 @@ def kernel() -> None:
 
 
 def unpacked(packed: Packed) -> Tensor:
-    """[out, in] float32, from the layout that decoder.c describes."""
+    """[out, in] float32, from the layout that decoder_matmul.h describes."""
     assert packed.bits == 4 and packed.scales is not None
     low_high = torch.stack([packed.weight & 15, packed.weight >> 4], dim=2)  # [tiles, in / 8, 2, 32, 4]
     numbers = low_high.permute(0, 3, 1, 2, 4).flatten(2).unflatten(2, (-1, 32))  # [tiles, 32, groups, 32]

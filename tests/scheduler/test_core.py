@@ -63,6 +63,14 @@ def test_a_plan_tells_all_tokens_only_if_the_runner_reads_them(make_driver):
         assert plan.admissions[0].token_ids == ([2, 3, 4, 5, 6] if told else [])
 
 
+def test_a_page_is_granted_once(make_driver):
+    driver = make_driver(max_step_tokens=10)
+    driver.add("a", list(range(2, 27)), max_tokens=6)  # chunks that end within a page of 4 tokens
+    driver.finish()
+    granted = [page for plan in driver.plans for grant in plan.grants for page in grant.pages]
+    assert len(granted) == len(set(granted)) == 8
+
+
 def test_prefix_is_computed_again_if_its_owner_is_aborted(make_driver):
     driver = make_driver(num_pages=200, max_step_tokens=8)
     prefix = list(range(2, 66))

@@ -54,7 +54,7 @@ def runner():
 
 def engine(runner: ScriptedRunner, ahead: int) -> tuple[SchedulerCore, Pipeline]:
     core = SchedulerCore(CONFIG, num_pages=50)
-    return core, Pipeline(core, runner, lambda rows: pytest.fail("no masks here"), ahead)
+    return core, Pipeline(core, runner, ahead)
 
 
 def add(core: SchedulerCore, rid: str, max_tokens: int = 3) -> None:

@@ -68,7 +68,7 @@ class InlineEngine:
         self.core = SchedulerCore(config, self.runner.num_pages)
         self.grammars = GrammarPool(config, self.runner.vocab_size, lambda: None)
         tell_ranks = followers.send if followers is not None else None
-        self.pipeline = Pipeline(self.core, self.runner, self.grammars.fill, config.steps_ahead, tell_ranks)
+        self.pipeline = Pipeline(self.core, self.runner, config.steps_ahead, self.grammars.fill, tell_ranks)
         self.tokens: dict[str, list[int]] = {}
         self.outputs: dict[str, list[TokenOut]] = {}
 

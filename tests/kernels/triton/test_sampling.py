@@ -7,7 +7,7 @@ from support.noise import gumbel
 from support.triton_device import DEVICE, kernel_test, randn
 
 from ramet.ipc.sampling import SamplingParams
-from ramet.model_runner.sampler import CHOOSING, Choices, DeviceChooser, choice_arrays, choose_plainly, choosing
+from ramet.model_runner.sampler import CHOOSING, Choices, choice_arrays, choose_on_cuda, choose_plainly, choosing
 
 pytestmark = kernel_test
 VOCAB = 5000  # more than a block
@@ -27,7 +27,7 @@ def both(logits: torch.Tensor, rows: list[Row]):
     filtered = any(not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params)
     plain = choose_plainly(logits.clone(), choices, filtered)
     there = Choices(*(tensor.to(DEVICE) for tensor in choices))
-    tokens, best = DeviceChooser()(logits.clone().to(DEVICE), there, filtered)
+    tokens, best = choose_on_cuda(logits.clone().to(DEVICE), there, filtered)
     return plain, (tokens.cpu(), best.cpu())
 
 
