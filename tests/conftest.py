@@ -9,10 +9,27 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
+import hypothesis
 import pytest
 import torch
 import transformers
+from support.server import PATIENCE_S
 from support.tiny_models import make_tiny_model
+
+# Other processes may hold the cores: that an example, or its making, took long says nothing.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_httpx():
+    """An `httpx.get` for which no timeout is given gives up after five seconds, which a busy machine may well need."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "read", "write", "pool"):
+            patch.setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, name, PATIENCE_S)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
