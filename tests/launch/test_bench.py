@@ -40,7 +40,7 @@ def command(*argv: str) -> list[str]:
 
 
 def run_command(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*argv), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command(*argv), capture_output=True, text=True, timeout=300, check=False)
 
 
 # ---- workloads ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ tests' process, or the thread that started it, is gone.
 import contextlib
 import functools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from ramet.launch.child import die_with_parent
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
 POLL_S = 0.02
+DAWDLE = "dawdle"  # the file that says how many seconds
 SETTLE_S = 0.25  # far more than the Stats of the scheduler take
 START_S = 120.0
 # For what takes a moment, unless others hold the cores: costs nothing when all goes well.
@@ -127,7 +129,10 @@ class RunningServer:
 
     def pids(self) -> dict[str, int]:
         """The processes of the engine by name, and the launcher."""
-        children = {child.cmdline()[-1]: child.pid for child in psutil.Process(self.process.pid).children()}
+        children = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, or reaped meanwhile
+                children[child.cmdline()[-1]] = child.pid
         assert set(children) >= set(self.roles), children
         return {"launcher": self.process.pid, **children}
 
@@ -193,6 +198,18 @@ class RunningServer:
         self.assert_nothing_left()
         self.start_again()
 
+    @contextlib.contextmanager
+    def dawdling(self, step_s: float = 0.02) -> Iterator[None]:
+        """Each step of the model takes so much longer in the block: what is under way does not end by itself while a
+        busy machine keeps the test from going on. For a server of `support.faulty_server`."""
+        dawdle = self._sockets / DAWDLE
+        dawdle.with_suffix(".new").write_text(str(step_s))
+        dawdle.with_suffix(".new").rename(dawdle)
+        try:
+            yield
+        finally:
+            dawdle.unlink()
+
     def start_again(self) -> None:
         """After its end, with the same flags, on the same port."""
         self._start()
@@ -245,6 +262,10 @@ def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], st
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None of those that the kernel gives to clients: it may take a server seconds to come and listen on it."""
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(first_of_clients, 20_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
