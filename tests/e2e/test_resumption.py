@@ -176,9 +176,9 @@ def test_a_request_under_two_deaths_fails(server: RunningServer) -> None:
 def test_a_client_that_leaves_while_the_engine_is_down(server: RunningServer) -> None:
     before = server.quiet_metrics()
     body = {"model": server.model, **SEEDED, "n": 2, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as stream:
+    with server.dawdling(), server.http.stream("POST", "/v1/completions", json=body) as stream:
         next(stream.iter_text())
-        kill(server, "tokenizer-0")
+        kill(server, "scheduler-0")  # which takes longest to come back
         until(lambda: not server.is_ready(), PATIENCE_S, server.log)
     server.wait_until_ready()
     after = server.quiet_metrics()

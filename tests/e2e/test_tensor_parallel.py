@@ -65,10 +65,10 @@ def check_tokens(server: RunningServer, folder: Path) -> None:
         assert answer.json()["output_ids"] == engine.tokens[name], answer.text
 
 
-def endless_stream(server: RunningServer) -> Iterator[str]:
-    """Pieces of an answer that no test waits for the end of, after the first."""
+def long_stream(server: RunningServer) -> Iterator[str]:
+    """Pieces of an answer, after the first."""
     stream = server.client.completions.create(
-        model=server.model, prompt=PROMPT, max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        model=server.model, prompt=PROMPT, max_tokens=600, stream=True, extra_body={"ignore_eos": True}
     )
     pieces = (chunk.choices[0].text for chunk in stream)
     next(pieces)
@@ -89,7 +89,7 @@ def test_two_ranks_serve_and_start_again_when_one_is_killed(tiny_model: Callable
             model=server.model, messages=[{"role": "user", "content": "Hello!"}], max_tokens=8
         )
         assert chat.usage is not None and chat.usage.completion_tokens > 0
-        pieces = endless_stream(server)
+        pieces = long_stream(server)
         os.kill(server.pids()["scheduler-1"], signal.SIGKILL)
         assert len("".join(pieces)) > 100  # it goes on when both ranks are there again
         assert server.metrics()["ramet_requests_resumed_total"] == 1
@@ -122,11 +122,11 @@ def test_two_machines_serve_and_find_each_other_again(tiny_model: Callable[[str]
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_machine_without_the_other_gives_up(tiny_model: Callable[[str], Path], rank: int) -> None:
     address = address_of_node_0()
-    with Node(*node_flags(tiny_model("llama"), rank, address), "--dist-timeout", "3") as node:
+    with Node(*node_flags(tiny_model("llama"), rank, address), "--dist-timeout", "1") as node:
         until(lambda: f"scheduler-{rank}: waiting" in node.log(), FAILS_S, node.log)
         assert node.exit_code() == 1
         missing = "rank 1 did not come to rank 0" if rank == 0 else "rank 0 did not answer"
-        words = f"error: scheduler-{rank}: {missing} at tcp://{address} within 3 s (--dist-timeout): "
+        words = f"error: scheduler-{rank}: {missing} at tcp://{address} within 1 s (--dist-timeout): "
         assert words in node.log()
         node.assert_nothing_left()
 

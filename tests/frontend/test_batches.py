@@ -486,7 +486,7 @@ def test_kills_at_any_moment(storage: str) -> None:
             if not batch_id:
                 batch_id = create(client, lines(total)).id
             runs += 1
-            if runs < 8:
+            if runs < 6:
                 time.sleep(rng.uniform(0, 0.4))
                 engine.process.kill()
                 continue
