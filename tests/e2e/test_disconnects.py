@@ -89,7 +89,7 @@ def test_nothing_is_left_of_clients_that_leave(tiny: RunningServer) -> None:
         assert after[f'ramet_kv_pages{{state="{state}"}}'] >= 0
     aborted = after["ramet_scheduler_aborted_total"] - before["ramet_scheduler_aborted_total"]
     assert aborted >= NUM_REQUESTS / 12
-    assert after["ramet_scheduler_failed_total"] == 0
+    assert after["ramet_scheduler_failed_total"] == before["ramet_scheduler_failed_total"]
 
     # What is kept of each client is kept of the next ones too; a peak, on a busy machine, is not reached again.
     for attempt in range(3):
