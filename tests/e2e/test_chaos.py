@@ -194,8 +194,10 @@ def hurt(server: RunningServer, load: Load, role: str, number: signal.Signals) -
         (each.ended_at - max(hurt_at, each.started_at), each.started_at) for each in ended if each.how == error
     )
     assert not heard or (heard[len(heard) // 2][0] < limit_s and heard[-1][0] < limit_s + AT_THE_LATEST_S), heard
-    assert error == "broken" or all(started_at > hurt_at for _, started_at in heard), heard
     survivors = [each for each in ended if each.how == "done" and each.started_at < hurt_at < each.ended_at]
+    # Some had been sent before the death, and were read after it.
+    early = [started_at for _, started_at in heard if started_at <= hurt_at]
+    assert error == "broken" or len(early) <= len(survivors), (early, survivors)
     for each in survivors[-CHECKED:]:
         assert each.texts == load.again(each), each
 

@@ -208,7 +208,7 @@ class RunningServer:
         try:
             yield
         finally:
-            dawdle.unlink()
+            dawdle.unlink(missing_ok=True)  # with its folder, if the server did not come back
 
     def start_again(self) -> None:
         """After its end, with the same flags, on the same port."""
