@@ -24,9 +24,9 @@ def new_prefix() -> list[int]:
 
 
 def test_starts_within_reason(smollm2: RunningServer) -> None:
-    """The bound is for a loaded machine; a quiet one takes a fraction of it."""
-    print(f"from start to ready: {smollm2.start_s:.1f} s")
-    assert smollm2.start_s < 60
+    """By CPU time, which others that hold the cores do not take. Ten seconds were seen."""
+    print(f"from start to ready: {smollm2.start_cpu_s:.1f} s of CPU time")
+    assert 1 < smollm2.start_cpu_s < 60
 
 
 def test_the_capital_of_france(smollm2: RunningServer) -> None:

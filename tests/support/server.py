@@ -75,7 +75,6 @@ class RunningServer:
         return self
 
     def _start(self) -> None:
-        started_at = time.monotonic()
         command = [sys.executable, "-m", self._module, "--port", str(self.port), *self._flags]
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
@@ -94,7 +93,10 @@ class RunningServer:
             )
         try:
             self.wait_until_ready()
-            self.start_s = time.monotonic() - started_at
+            self.start_cpu_s = 0.0
+            for pid in self.alive():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.start_cpu_s += sum(psutil.Process(pid).cpu_times()[:2])
         except BaseException:
             self._clean_up()
             raise
