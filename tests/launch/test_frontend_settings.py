@@ -70,7 +70,7 @@ def test_tls_files_are_read_once_before_anything_else(tmp_path: Path) -> None:
 def test_a_bad_certificate_is_told_before_the_model_is_looked_for() -> None:
     command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at/all"]
     arguments = ["--port", str(free_port()), "--ssl-certfile", "/nowhere.pem"]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ssl_certfile '/nowhere.pem'")
     assert "Traceback" not in ended.stderr
