@@ -34,7 +34,6 @@ import psutil
 
 from ramet.launch.child import die_with_parent
 
-PORT = 30891
 # Small, so that prefixes are evicted all the time, and requests preempted several times a minute.
 FLAGS = ["--max-total-tokens", "2048", "--log-level", "warning"]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
@@ -198,7 +197,9 @@ class Soak:
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=300, limits=limits) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{self._args.port}", timeout=300, limits=limits
+        ) as http:
             model = await self._wait_until_ready(http)
             traffic = Traffic(http, model, self._args.seed)
             for kind in traffic.kinds:  # each at least once
@@ -319,6 +320,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--max-growth", type=float, default=1.0, help="percent, for each process")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--port", type=int, default=30891, help="of the server")
     parser.add_argument("server_flags", nargs="*", help="after --: flags of launch_server")
     return parser.parse_args(argv)
 
@@ -326,7 +328,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        flags = [*FLAGS, "--port", str(PORT), "--file-storage-path", f"{folder}/files", *args.server_flags]
+        flags = [*FLAGS, "--port", str(args.port), "--file-storage-path", f"{folder}/files", *args.server_flags]
         server = subprocess.Popen(
             [sys.executable, "-m", "ramet.launch_server", *flags],
             stdout=subprocess.DEVNULL,

@@ -8,11 +8,29 @@ from typing import Any
 # Before torch is imported anywhere: the tests share two cores with the engines that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gguf
 import httpx
+import hypothesis
 import pytest
 import torch
 import transformers
+from support.server import PATIENCE_S
 from support.tiny_models import make_tiny_model
+
+# Other processes may hold the cores: that an example, or its making, took long says nothing.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_httpx():
+    """An `httpx.get` for which no timeout is given gives up after five seconds, which a busy machine may well need."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "read", "write", "pool"):
+            patch.setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, name, PATIENCE_S)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,8 +71,11 @@ def smollm2_gguf() -> Path:
 def smollm2_reference(smollm2_gguf: Path) -> tuple[Any, Any]:
     """SmolLM2's tokenizer and model in float32, as transformers reads the file: slowly. Not to be changed."""
     place = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):  # it reads all again and again, with a map for each module
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+        return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.batches import line
-from support.server import tiny_flags, until
+from support.server import PATIENCE_S, tiny_flags, until
 
 from ramet.frontend.batch_store import read_batch
 
@@ -36,7 +36,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 
@@ -49,9 +49,9 @@ def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
     write(tmp_path, [line("bad", MODEL, temperature=9), *entries])
     store = tmp_path / ".out.jsonl.ramet"
     process = start(command)
-    until(lambda: any(store.glob("batches/*/output")), 60, lambda: "a start")
+    until(lambda: any(store.glob("batches/*/output")), PATIENCE_S, lambda: "a start")
     [batch_id] = os.listdir(store / "batches")
-    until(lambda: read_batch(store, batch_id).request_counts.completed > 20, 60, lambda: "some lines")
+    until(lambda: read_batch(store, batch_id).request_counts.completed > 20, PATIENCE_S, lambda: "some lines")
     process.send_signal(signal.SIGINT)
     code, errors = end(process)
     assert code == 130

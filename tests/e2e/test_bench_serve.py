@@ -20,7 +20,7 @@ def test_serve_agrees_with_the_servers_own_counters(tiny: RunningServer, tmp_pat
     before = tiny.quiet_metrics()
     command = [sys.executable, "-c", MAIN, "bench", "serve", "--base-url", tiny.url, *flags.split()]
     command += ["--json", str(results), "--html", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     finished = "ramet_scheduler_finished_total"
     after = tiny.quiet_metrics(finished=int(before.get(finished, 0)) + 12)

@@ -34,7 +34,7 @@ import httpx
 import openai
 import pytest
 import tokenizers
-from support.server import RunningServer, until
+from support.server import PATIENCE_S, RunningServer, until
 
 import ramet
 from ramet.launch.cli import parse_args
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.e2e
 
 CONTEXT = 2048
 # Enough to be running still when it is aborted.
-LONG = 1500
+LONG = 1900
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def abort_until_done(http: httpx.Client, answers: list[Answer], **body: Any) -> 
         ok(http.post("/abort_request", json=body))
         return all(answer.done() for answer in answers)
 
-    until(done, 20, lambda: "an end")
+    until(done, PATIENCE_S, lambda: "an end")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -275,7 +275,7 @@ def test_abort_of_generate_keeps_the_text(tiny: RunningServer, http: httpx.Clien
     ends = [choice["meta_info"] for choice in found if choice["meta_info"]["finish_reason"]]
     assert [end["finish_reason"]["type"] for end in ends] == ["abort", "abort"]
     assert all(end["completion_tokens"] < LONG for end in ends)
-    until(lambda: tiny.counter("aborted") >= 2, 20, lambda: "two aborted")
+    until(lambda: tiny.counter("aborted") >= 2, PATIENCE_S, lambda: "two aborted")
 
 
 def test_abort_is_an_error_to_openai_clients(tiny: RunningServer, http: httpx.Client, client: openai.OpenAI) -> None:

@@ -89,8 +89,15 @@ def test_nothing_is_left_of_clients_that_leave(tiny: RunningServer) -> None:
         assert after[f'ramet_kv_pages{{state="{state}"}}'] >= 0
     aborted = after["ramet_scheduler_aborted_total"] - before["ramet_scheduler_aborted_total"]
     assert aborted >= NUM_REQUESTS / 12
-    assert after["ramet_scheduler_failed_total"] == 0
+    assert after["ramet_scheduler_failed_total"] == before["ramet_scheduler_failed_total"]
 
-    growth = {name: size - memory[name] for name, size in resident_bytes(tiny).items()}
-    print(f"growth: { ({name: f'{size / 1024:.0f} KiB' for name, size in growth.items()}) }")
-    assert max(growth.values()) < GROWTH_BYTES, growth
+    # What is kept of each client is kept of the next ones too; a peak, on a busy machine, is not reached again.
+    for attempt in range(3):
+        memory, before_that = resident_bytes(tiny), memory
+        growth = {name: size - before_that[name] for name, size in memory.items()}
+        print(f"growth: { ({name: f'{size / 1024:.0f} KiB' for name, size in growth.items()}) }")
+        if max(growth.values()) < GROWTH_BYTES:
+            return
+        asyncio.run(Clients(tiny, seed=3 + attempt).send(NUM_REQUESTS))
+        tiny.quiet_metrics()
+    raise AssertionError(growth)

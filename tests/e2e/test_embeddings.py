@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from support.batches import checked_results, create, wait
-from support.server import RunningServer, until
+from support.server import PATIENCE_S, RunningServer, until
 
 pytestmark = pytest.mark.e2e
 
@@ -172,7 +172,7 @@ def test_score_and_rerank(minilm_server: RunningServer) -> None:
 def test_the_example(minilm_server: RunningServer) -> None:
     texts = ["It rains.", "The cat sleeps on the sofa."]
     command = [sys.executable, str(EXAMPLE), "--base-url", f"{minilm_server.url}/v1", "Where is the kitten?", *texts]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert [line.split("  ")[-1] for line in printed.splitlines()] == [texts[1], texts[0]]
 
 
@@ -192,14 +192,14 @@ def test_a_client_that_leaves(minilm_server: RunningServer) -> None:
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=minilm_server.url, timeout=60) as http:
             asking = asyncio.create_task(http.post(EMBEDDINGS, json=body))
-            await asyncio.to_thread(until, lambda: ended() > ended_before, 20, lambda: "at work")
+            await asyncio.to_thread(until, lambda: ended() > ended_before, PATIENCE_S, lambda: "at work")
             urgent = {"model": minilm_server.model, "input": "urgent", "priority": -1}
             assert (await http.post(EMBEDDINGS, json=urgent)).status_code == 200
             assert not asking.done()
             asking.cancel()
 
     asyncio.run(leave())
-    until(lambda: ended() == ended_before + 1001, 20, lambda: f"1001 ended; the metrics:\n{minilm_server.metrics()}")
+    until(lambda: ended() == ended_before + 1001, PATIENCE_S, lambda: f"not 1001 ended: {minilm_server.metrics()}")
     assert minilm_server.counter("aborted") - aborted_before > 500
 
 

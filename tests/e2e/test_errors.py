@@ -161,7 +161,7 @@ def test_wrong_content_type(http: httpx.Client, content_type: str) -> None:
 def test_body_too_large(tiny: RunningServer) -> None:
     """Refused by what the client announces, before it has sent it."""
     size = 32 * 1024 * 1024 + 1
-    connection = http_client.HTTPConnection("127.0.0.1", tiny.port, timeout=10)
+    connection = http_client.HTTPConnection("127.0.0.1", tiny.port, timeout=60)
     connection.putrequest("POST", CHAT)
     connection.putheader("content-type", "application/json")
     connection.putheader("content-length", str(size))

@@ -25,7 +25,7 @@ def run_python(*arguments: str, typed: str = "") -> bytes:
         [sys.executable, *arguments],
         input=typed.encode(),
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
         env={**os.environ, "PYTHONUTF8": "1"},
     )

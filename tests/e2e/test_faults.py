@@ -32,8 +32,9 @@ def beside_a_long_one(server: RunningServer, token: int) -> tuple[httpx.Response
     body = {"model": server.model, **LONG, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as stream:
         pieces = stream.iter_text()
-        text = next(pieces)
-        faulty = ask(server, prompt=[5, 6, token, 7], max_tokens=3)
+        with server.dawdling():
+            text = next(pieces)
+            faulty = ask(server, prompt=[5, 6, token, 7], max_tokens=3)
         return faulty, text + "".join(pieces)
 
 

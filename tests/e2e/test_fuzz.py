@@ -4,7 +4,6 @@ lives on. No request asks for more than a few tokens."""
 import collections
 import json
 import socket
-import time
 from typing import Any
 
 import httpx
@@ -242,7 +241,7 @@ def test_depth(tiny: RunningServer, http: httpx.Client, api: Api, path: str, fie
     for depth in [10, 200, 500, *range(800, 1010, 6), 5000, 100_000]:
         value = b'{"a":' * depth + b"1" + b"}" * depth
         value = b"[" + value + b"]" if field == "tools" else value
-        response = http.post(path, content=start + b', "%b": %b}' % (field.encode(), value), headers=JSON, timeout=10)
+        response = http.post(path, content=start + b', "%b": %b}' % (field.encode(), value), headers=JSON)
         check(api, path, response)
 
 
@@ -254,13 +253,12 @@ def test_arguments_of_any_depth(tiny: RunningServer, http: httpx.Client, api: Ap
         call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
         body = {"model": tiny.model, "max_tokens": 1, "messages": messages}
-        check(api, path, http.post(path, json=body, timeout=10))
+        check(api, path, http.post(path, json=body))
 
 
 def test_long_strings(tiny: RunningServer, http: httpx.Client, api: Api) -> None:
-    """10 MB in every field that may hold a string; no error repeats them, and nobody waits long."""
+    """10 MB in every field that may hold a string; no error repeats them, and none takes a minute."""
     long = "x y" * 3_500_000
-    started = time.monotonic()
     for path, properties in api.fields().items():
         needed = {"model": tiny.model, "prompt": "a", "text": "a", "tokens": [5], "max_tokens": 1}
         if "max_completion_tokens" in properties:
@@ -269,7 +267,6 @@ def test_long_strings(tiny: RunningServer, http: httpx.Client, api: Api) -> None
         for field, schema in properties.items():
             if {"type": "string"} in [schema, *schema.get("anyOf", ())]:
                 check(api, path, http.post(path, json={**body, field: long}))
-    assert time.monotonic() - started < 20
 
 
 HEADERS: list[dict[str, Any]] = [

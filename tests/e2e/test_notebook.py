@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from support.server import free_port, until
+from support.server import PATIENCE_S, free_port, until
 
 from ramet.launch.shell import execute_shell_command, terminate_process, wait_for_server
 
@@ -232,7 +232,7 @@ python -c 'import sys; print(sys.argv[1:], sys.executable)' \
   7 > $OUT
 """
     with execute_shell_command(command) as process:
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert (tmp_path / "out").read_text() == f"['a b', '7'] {Path(sys.executable).with_name('python')}\n"
 
 
@@ -240,11 +240,11 @@ def test_what_ignores_signals_is_killed_with_its_children(monkeypatch: pytest.Mo
     monkeypatch.setattr("ramet.launch.shell._DRAIN_S", 0.3)
     monkeypatch.setattr("ramet.launch.shell._EXIT_S", 0.3)
     process = execute_shell_command("trap '' TERM; sleep 1000 & sleep 1000; true")
-    until(lambda: len(psutil.Process(process.pid).children()) == 2, 10, lambda: "two children")
+    until(lambda: len(psutil.Process(process.pid).children()) == 2, PATIENCE_S, lambda: "two children")
     tree = psutil.Process(process.pid).children()
     terminate_process(process)
     assert process.returncode is not None
-    until(lambda: not any(map(alive, tree)), 5, lambda: f"dead: {tree}")
+    until(lambda: not any(map(alive, tree)), PATIENCE_S, lambda: f"dead: {tree}")
 
 
 def alive(process: psutil.Process) -> bool:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import http.server
 import itertools
 import json
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support.scripted_engine import ScriptedEngine
-from support.server import RunningServer, until
+from support.server import PATIENCE_S, RunningServer, until
 
 from ramet.ipc.messages import Embedded
 
@@ -84,10 +85,11 @@ def server(servers: Any, tiny_model: Callable[[str], Path], collector: Collector
 
 
 def lines(server: RunningServer) -> list[dict[str, Any]]:
-    """Of the log; the greeting for the user is no log line."""
-    greeting = server.log().index("\nServing ")
-    return [json.loads(line) for line in server.log()[:greeting].splitlines() if line] + [
-        json.loads(line) for line in server.log()[greeting:].splitlines() if line.startswith("{")
+    """Of the log, without one that is just being written; the greeting for the user is no log line."""
+    log = server.log().rpartition("\n")[0]
+    greeting = log.index("\nServing ")
+    return [json.loads(line) for line in log[:greeting].splitlines() if line] + [
+        json.loads(line) for line in log[greeting:].splitlines() if line.startswith("{")
     ]
 
 
@@ -159,7 +161,8 @@ def test_aborted_requests_are_counted(server: RunningServer) -> None:
     body = {"model": server.model, "prompt": "a", "max_tokens": 1500, "ignore_eos": True, "rid": "mine"}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.http.post, "/v1/completions", json=body)
-        until(lambda: server.http.post("/abort_request", json={"rid": "mine"}).json()["aborted"], 10, lambda: "live")
+        abort = functools.partial(server.http.post, "/abort_request", json={"rid": "mine"})
+        until(lambda: abort().json()["aborted"], PATIENCE_S, lambda: "not live")
         assert asked.result().status_code == 499
     after = server.quiet_metrics()
     name = 'ramet_requests_finished_total{reason="abort"}'
@@ -193,7 +196,7 @@ def test_every_log_line_is_an_object_and_tells_of_the_request(server: RunningSer
     def found() -> list[dict[str, Any]]:
         return [line for line in lines(server) if line.get("id") == "told-1"]
 
-    until(lambda: len(found()) == 1, 10, lambda: server.log())
+    until(lambda: len(found()) == 1, PATIENCE_S, lambda: server.log())
     [line] = found()
     usage = answer.json()["usage"]
     assert (line["level"], line["process"], line["message"]) == ("info", "frontend", "request")
@@ -217,7 +220,7 @@ def test_no_key_is_logged(server: RunningServer) -> None:
         assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == status
         httpx.post(f"{server.url}/v1/completions", content=b"{", headers=headers)
         httpx.get(f"{server.url}/get_server_info", headers=headers)
-    until(lambda: sum(line.get("status") == 401 for line in lines(server)) >= 3, 10, lambda: server.log())
+    until(lambda: sum(line.get("status") == 401 for line in lines(server)) >= 3, PATIENCE_S, lambda: server.log())
     for secret in (KEY, wrong, "Bearer", "uthorization"):
         assert secret not in json.dumps(lines(server))
     assert KEY not in server.log()
@@ -233,7 +236,7 @@ def test_a_trace_has_a_span_for_each_hop(server: RunningServer, collector: Colle
     def spans() -> list[Any]:
         return [span for span in collector.spans if span.trace_id.hex() == TRACE]
 
-    until(lambda: len(spans()) >= 9, 20, lambda: f"nine spans: {collector.spans}")
+    until(lambda: len(spans()) >= 9, PATIENCE_S, lambda: f"nine spans: {collector.spans}")
     [root] = [span for span in spans() if span.name == "POST /v1/completions"]
     assert root.parent_span_id.hex() == PARENT
     attributes = {it.key: it.value for it in root.attributes}
@@ -275,7 +278,7 @@ def test_the_span_of_embeddings_has_their_tokens(collector: Collector | None, mo
         def spans() -> list[Any]:
             return [span for span in collector.spans if span.trace_id.hex() == "d" * 32]
 
-        until(spans, 20, lambda: "a span")
+        until(spans, PATIENCE_S, lambda: "a span")
         attributes = {it.key: it.value for it in spans()[0].attributes}
     assert attributes["gen_ai.usage.input_tokens"].int_value == 7
     assert "gen_ai.usage.output_tokens" not in attributes

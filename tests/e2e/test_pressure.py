@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import RunningServer, tiny_flags, until
+from support.server import PATIENCE_S, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -133,4 +133,4 @@ def test_two_thousand_clients_at_once(small: RunningServer, many_files: None) ->
             assert 1 <= int(wait.removeprefix(b"retry-after: ")) <= 60
     assert growth < GROWTH_BYTES
     assert small.quiet_metrics()['ramet_kv_pages{state="in_use"}'] == 0
-    until(lambda: frontend.num_fds() < 100, 20, lambda: f"few connections: {frontend.num_fds()}")
+    until(lambda: frontend.num_fds() < 100, PATIENCE_S, lambda: f"few connections: {frontend.num_fds()}")

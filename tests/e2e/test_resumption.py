@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.server import RunningServer, tiny_flags, until
+from support.server import PATIENCE_S, RunningServer, tiny_flags, until
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,8 @@ ASKED: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def started(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     servers.close()
-    with RunningServer(*tiny_flags(tiny_model("llama")), "--max-restarts", "100") as server:
+    flags = (*tiny_flags(tiny_model("llama")), "--max-restarts", "100")
+    with RunningServer(*flags, module="support.faulty_server") as server:
         yield server
 
 
@@ -83,7 +84,7 @@ class Asked:
         return not self._done.done()
 
     def result(self) -> Any:
-        return self._done.result(60)
+        return self._done.result(PATIENCE_S)
 
 
 def _sdk(body: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +108,12 @@ def undisturbed(started: RunningServer) -> dict[str, Any]:
 @pytest.mark.parametrize("role", ["scheduler-0", "tokenizer-0", "detokenizer"])
 def test_the_same_answers_as_without_a_death(server: RunningServer, undisturbed: dict[str, Any], role: str) -> None:
     before = server.quiet_metrics()
-    asked = {name: Asked(server, **body) for name, body in ASKED.items()}
-    streams = [each for name, each in asked.items() if "stream" in name]
-    until(lambda: all(each.begun for each in streams), 20, server.log)
-    assert all(each.busy for each in streams)
-    kill(server, role)
+    with server.dawdling():
+        asked = {name: Asked(server, **body) for name, body in ASKED.items()}
+        streams = [each for name, each in asked.items() if "stream" in name]
+        until(lambda: all(each.begun for each in streams), PATIENCE_S, server.log)
+        assert all(each.busy for each in streams)
+        kill(server, role)
     answers = {name: each.result() for name, each in asked.items()}
     assert answers == undisturbed
     after = server.quiet_metrics()
@@ -137,23 +139,24 @@ def test_a_question_that_had_no_answer(server: RunningServer) -> None:
     os.kill(server.pids()["tokenizer-0"], signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        until(lambda: server.metrics()["ramet_http_requests_in_flight"] == 2, 20, server.log)
+        until(lambda: server.metrics()["ramet_http_requests_in_flight"] == 2, PATIENCE_S, server.log)
         kill(server, "tokenizer-0")
-        answer = asked.result(60)
+        answer = asked.result(PATIENCE_S)
     server.wait_until_ready()
     assert (answer.status_code, answer.json()) == (200, ask().json())
 
 
 def test_a_request_under_two_deaths_fails(server: RunningServer) -> None:
-    whole = Asked(server, **{**GREEDY, "max_tokens": 1900})
-    stream = Asked(server, **{**SEEDED, "max_tokens": 1900, "stream": True})
-    until(lambda: stream.begun, 20, server.log)
-    restarts = server.metrics()["ramet_engine_restarts_total"]
-    kill(server, "detokenizer")
-    until(lambda: server.metrics()["ramet_engine_restarts_total"] > restarts, 60, server.log)
-    server.wait_until_ready()
-    assert whole.busy and stream.busy
-    kill(server, "tokenizer-0")
+    with server.dawdling():
+        whole = Asked(server, **{**GREEDY, "max_tokens": 1900})
+        stream = Asked(server, **{**SEEDED, "max_tokens": 1900, "stream": True})
+        until(lambda: stream.begun, PATIENCE_S, server.log)
+        restarts = server.metrics()["ramet_engine_restarts_total"]
+        kill(server, "detokenizer")
+        until(lambda: server.metrics()["ramet_engine_restarts_total"] > restarts, PATIENCE_S, server.log)
+        server.wait_until_ready()
+        assert whole.busy and stream.busy
+        kill(server, "tokenizer-0")
     error = {
         "message": "the engine is down: tokenizer-0 was killed by SIGKILL (is the machine out of memory?)",
         "type": "server_error",
@@ -173,10 +176,10 @@ def test_a_request_under_two_deaths_fails(server: RunningServer) -> None:
 def test_a_client_that_leaves_while_the_engine_is_down(server: RunningServer) -> None:
     before = server.quiet_metrics()
     body = {"model": server.model, **SEEDED, "n": 2, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as stream:
+    with server.dawdling(), server.http.stream("POST", "/v1/completions", json=body) as stream:
         next(stream.iter_text())
-        kill(server, "tokenizer-0")
-        until(lambda: not server.is_ready(), 20, server.log)
+        kill(server, "scheduler-0")  # which takes longest to come back
+        until(lambda: not server.is_ready(), PATIENCE_S, server.log)
     server.wait_until_ready()
     after = server.quiet_metrics()
     assert after["ramet_requests_resumed_total"] == before["ramet_requests_resumed_total"]

@@ -24,9 +24,9 @@ def new_prefix() -> list[int]:
 
 
 def test_starts_within_reason(smollm2: RunningServer) -> None:
-    """The bound is for a loaded machine; a quiet one takes a fraction of it."""
-    print(f"from start to ready: {smollm2.start_s:.1f} s")
-    assert smollm2.start_s < 60
+    """By CPU time, which others that hold the cores do not take. Ten seconds were seen."""
+    print(f"from start to ready: {smollm2.start_cpu_s:.1f} s of CPU time")
+    assert 1 < smollm2.start_cpu_s < 60
 
 
 def test_the_capital_of_france(smollm2: RunningServer) -> None:
@@ -159,7 +159,6 @@ def test_a_seed_gives_the_same_text_after_a_restart(smollm2: RunningServer, alon
 def test_an_idle_server_rests(smollm2: RunningServer) -> None:
     seeded(smollm2, 9)  # every process has worked
     smollm2.quiet_metrics()
-    time.sleep(1)
     processes = {name: psutil.Process(pid) for name, pid in smollm2.pids().items()}
 
     def cpu_s() -> dict[str, float]:
@@ -167,7 +166,11 @@ def test_an_idle_server_rests(smollm2: RunningServer) -> None:
         return {name: used.user + used.system for name, used in times.items()}
 
     window_s, before = 3.0, cpu_s()
-    time.sleep(window_s)
-    used = {name: after - before[name] for name, after in cpu_s().items()}
-    print(f"CPU seconds in {window_s:.0f} s: {used}")
-    assert sum(used.values()) / window_s < 0.02
+    for _ in range(5):  # what there was to do may not be done yet
+        time.sleep(window_s)
+        now = cpu_s()
+        used, before = {name: now[name] - before[name] for name in now}, now
+        print(f"CPU seconds in {window_s:.0f} s: {used}")
+        if sum(used.values()) / window_s < 0.02:
+            return
+    raise AssertionError(used)

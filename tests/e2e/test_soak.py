@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.server import tiny_flags
+from support.server import free_port, tiny_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -23,12 +23,13 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 def test_a_short_soak(servers: Any, tiny_model: Callable[[str], Path]) -> None:
     servers.close()
     options = ["--minutes", "0.05", "--warm-up", "3", "--rounds", "2", "--clients", "6", "--max-growth", "50"]
+    options += ["--port", str(free_port())]
     flags = [*tiny_flags(tiny_model("llama"))[:-1], "2048"]
     ended = subprocess.run(
         [sys.executable, str(PROGRAM), *options, "--", *flags],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

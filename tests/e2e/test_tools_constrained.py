@@ -155,7 +155,7 @@ def test_a_client_library_on_top_of_the_sdk(thinker: RunningServer) -> None:
 
 def test_the_example_with_a_required_call(thinker: RunningServer) -> None:
     command = [sys.executable, str(EXAMPLE), "--base-url", f"{thinker.url}/v1", "--tool-choice", "required"]
-    done = subprocess.run([*command, "--max-tokens", "100"], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*command, "--max-tokens", "100"], capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert re.search(rb"^get_(weather|time)\(\{", done.stdout, re.MULTILINE)
 

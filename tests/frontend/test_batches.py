@@ -89,6 +89,13 @@ def only(*contents: str) -> Any:
     return script
 
 
+def answer_from_now_on(engine: ScriptedEngine, script: Script) -> None:
+    """And what has come and waits for an answer."""
+    engine.script = script
+    while not engine.jobs.empty():
+        script(engine, engine.jobs.get())
+
+
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +322,7 @@ def test_cancel_of_one_that_waits(engine: ScriptedEngine, client: openai.OpenAI)
 
 
 def test_expiry(storage: str) -> None:
-    with serving(storage, only("question 1"), completion_window_s=2) as (_, client):
+    with serving(storage, only("question 1"), completion_window_s=4) as (_, client):
         # Created a moment later, the second may still have a moment of its own: none of its lines is answered.
         first, second = create(client, lines(5)), create(client, lines(1))
         for batch, done in ((first, {"id-1"}), (second, set())):
@@ -364,10 +371,7 @@ def test_the_input_may_be_deleted_at_once(engine: ScriptedEngine, client: openai
     engine.script = None
     batch = create(client, lines(30))
     client.files.delete(batch.input_file_id)
-    engine.script = says("a")
-    for _ in range(4):
-        if not engine.jobs.empty():  # those that came before there was a script
-            says("a")(engine, engine.jobs.get())
+    answer_from_now_on(engine, says("a"))
     assert wait(client, batch.id).request_counts.completed == 30
 
 
@@ -482,7 +486,7 @@ def test_kills_at_any_moment(storage: str) -> None:
             if not batch_id:
                 batch_id = create(client, lines(total)).id
             runs += 1
-            if runs < 8:
+            if runs < 6:
                 time.sleep(rng.uniform(0, 0.4))
                 engine.process.kill()
                 continue
@@ -525,9 +529,11 @@ def test_a_line_that_kills_the_engine_does_so_five_times_at_most(storage: str) -
 
 def test_a_disk_that_refuses_to_be_written(engine: ScriptedEngine, client: openai.OpenAI) -> None:
     """A limit on the size of files stands for a full disk: the batch waits, and loses nothing."""
+    engine.script = None  # it must not be done before the disk is full
     batch = create(client, lines(300))
     pid, size = engine.process.pid, resource.RLIMIT_FSIZE
     resource.prlimit(pid, size, (20_000, resource.RLIM_INFINITY))
+    answer_from_now_on(engine, says("a"))
     until(lambda: "the batches are in trouble" in engine.errors(), WAIT_S, lambda: "trouble")
     assert httpx.get(f"{engine.url}/ready").status_code == 200
     resource.prlimit(pid, size, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -245,7 +245,7 @@ def test_300_mb_are_refused_without_taking_memory() -> None:
 def test_uploads_do_not_stop_the_server(engine: ScriptedEngine, files: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         uploads = [pool.submit(files.create, file=bytes([i]) * MB, purpose="evals") for i in range(6)]
-        made = [upload.result(30) for upload in uploads]
+        made = [upload.result(WAIT_S) for upload in uploads]
     assert [files.content(file.id).read() for file in made] == [bytes([i]) * MB for i in range(6)]
 
 

@@ -21,14 +21,21 @@ from ramet.ipc.messages import Embedded, Embedding, Finish, FinishReason, Prompt
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-CLIENT_TIMEOUT_S = 0.6
+CLIENT_TIMEOUT_S = 1.0
 # Within which the frontend must have acted on what is due; the machine may be busy.
-SOON_S = 3.0
+SOON_S = 20.0
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ScriptedEngine]:
-    with ScriptedEngine(max_queued_requests=8, client_timeout_s=CLIENT_TIMEOUT_S) as engine:
+    with ScriptedEngine(max_queued_requests=8) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[ScriptedEngine]:
+    """Does not wait long for a client; so only for tests of that, for a test may be held up too."""
+    with ScriptedEngine(client_timeout_s=CLIENT_TIMEOUT_S) as engine:
         yield engine
 
 
@@ -137,13 +144,14 @@ def test_embeddings_count_as_well() -> None:
 
 def test_retry_after_follows_the_rate(engine: ScriptedEngine, callers: Callers) -> None:
     """Eight requests of which none has ended for a second: half of them takes four seconds, if one ended now."""
+    began = time.monotonic()
     answers = [callers.post(CHAT) for _ in range(8)]
     jobs = [engine.job() for _ in answers]
     time.sleep(1)
     slow = httpx.post(f"{engine.url}/v1/chat/completions", json=CHAT)
     assert slow.status_code == 429
     assert "8 of at most 8 requests" in slow.json()["error"]["message"]
-    assert 4 <= int(slow.headers["retry-after"]) <= 20
+    assert 4 <= int(slow.headers["retry-after"]) <= 4 * (time.monotonic() - began) + 1
     for job in jobs:
         says("x")(engine, job)
     assert [answer.result().status_code for answer in answers] == [200] * 8
@@ -169,7 +177,7 @@ def test_a_deadline_ends_what_waits(engine: ScriptedEngine, callers: Callers) ->
 
 
 def test_a_deadline_in_a_stream(engine: ScriptedEngine, callers: Callers) -> None:
-    answer = callers.post({**CHAT, "stream": True}, x_request_timeout="1.5")
+    answer = callers.post({**CHAT, "stream": True}, x_request_timeout="3")
     [rid] = engine.job().job.rids
     engine.deltas(TextDelta(rid, "so far", 1, PromptInfo(3, 0)))
     assert engine.aborted() == [rid]
@@ -186,7 +194,7 @@ def test_a_deadline_in_a_stream(engine: ScriptedEngine, callers: Callers) -> Non
     [("completions", {"model": MODEL, "prompt": "a"}), ("../generate", {"text": "a"}), ("tokenize", {"prompt": "a"})],
 )
 def test_the_other_endpoints_keep_it(engine: ScriptedEngine, path: str, body: dict[str, Any]) -> None:
-    response = httpx.post(f"{engine.url}/v1/{path}", json=body, headers={"x-request-timeout": "0.2"})
+    response = httpx.post(f"{engine.url}/v1/{path}", json=body, headers={"x-request-timeout": "0.5"})
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert engine.aborted()
     if path == "tokenize":
@@ -236,7 +244,8 @@ def test_the_servers_own_limit() -> None:
 # ---- connections ----------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_reads_nothing_is_cut_off(engine: ScriptedEngine) -> None:
+def test_a_client_that_reads_nothing_is_cut_off(strict: ScriptedEngine) -> None:
+    engine = strict
     process = psutil.Process(engine.process.pid)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -256,8 +265,9 @@ def test_a_client_that_reads_nothing_is_cut_off(engine: ScriptedEngine) -> None:
         assert len(read_all(connection)) < size * chunks
 
 
-def test_a_slow_reader_gets_all(engine: ScriptedEngine) -> None:
+def test_a_slow_reader_gets_all(strict: ScriptedEngine) -> None:
     """It is not the pace that counts, but standing still."""
+    engine = strict
     with connect(engine) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         connection.sendall(post_bytes({**CHAT, "stream": True}))
@@ -368,41 +378,37 @@ def test_an_offer_of_another_protocol_is_declined(engine: ScriptedEngine, offer:
     assert "WebSocket" not in engine.errors()
 
 
-@pytest.mark.parametrize(
-    ("begun", "answer"),
-    [
-        (b"", b""),
-        (b"GET /health HT", b"HTTP/1.1 408 "),
-        (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"HTTP/1.1 408 "),
-        (post_bytes(CHAT)[:-5], b"HTTP/1.1 408 "),
-    ],
-    ids=["nothing", "line", "head", "body"],
-)
-def test_clients_that_stop_in_the_middle(engine: ScriptedEngine, begun: bytes, answer: bytes) -> None:
-    with connect(engine) as connection:
+def test_clients_that_stop_in_the_middle(strict: ScriptedEngine) -> None:
+    """Of nothing, a line, a head, a body: all at the same time."""
+    begun = [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: x\r\n", post_bytes(CHAT)[:-5]]
+    with contextlib.ExitStack() as stack:
         started = time.monotonic()
-        connection.sendall(begun)
-        got = read_all(connection)
-        assert CLIENT_TIMEOUT_S * 0.9 <= time.monotonic() - started < CLIENT_TIMEOUT_S + SOON_S
-    assert got.startswith(answer)
-    assert bool(got) == bool(answer)
-    assert engine.jobs.empty()
+        connections = [stack.enter_context(connect(strict)) for _ in begun]
+        for connection, part in zip(connections, begun, strict=True):
+            connection.sendall(part)
+        answers = []
+        for connection in connections:
+            answers.append(read_all(connection))
+            assert CLIENT_TIMEOUT_S * 0.9 <= time.monotonic() - started < CLIENT_TIMEOUT_S + SOON_S
+    assert [answer[:13] for answer in answers] == [b"", *[b"HTTP/1.1 408 "] * 3]
+    assert strict.jobs.empty()
 
 
-def test_a_head_that_trickles(engine: ScriptedEngine) -> None:
+def test_a_head_that_trickles(strict: ScriptedEngine) -> None:
     """Each byte comes in time, the head does not."""
-    with connect(engine) as connection:
+    with connect(strict) as connection:
         started = time.monotonic()
         with contextlib.suppress(ConnectionError):
-            for byte in b"GET /health HTTP/1.1\r\n" + b"a" * 100:
+            for byte in b"GET /health HTTP/1.1\r\n" + b"a" * 400:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.1)
         assert time.monotonic() - started < CLIENT_TIMEOUT_S + SOON_S
         assert read_all(connection).startswith(b"HTTP/1.1 408 ") or time.monotonic() - started > CLIENT_TIMEOUT_S
 
 
-def test_clients_that_are_slow_but_go_on(engine: ScriptedEngine) -> None:
+def test_clients_that_are_slow_but_go_on(strict: ScriptedEngine) -> None:
     """A long upload, a long wait for the answer, and a kept connection are none of these."""
+    engine = strict
     with connect(engine) as connection:
         data = post_bytes({**CHAT, "messages": [{"role": "user", "content": "x" * 800}]})
         head, _, body = data.partition(b"\r\n\r\n")
@@ -410,7 +416,7 @@ def test_clients_that_are_slow_but_go_on(engine: ScriptedEngine) -> None:
         for at in range(0, len(body), 200):
             time.sleep(CLIENT_TIMEOUT_S * 0.3)
             connection.sendall(body[at : at + 200])
-        for _ in range(2):
+        for number in range(2):
             job = engine.job()
             time.sleep(CLIENT_TIMEOUT_S * 1.3)
             says("x")(engine, job)
@@ -420,14 +426,14 @@ def test_clients_that_are_slow_but_go_on(engine: ScriptedEngine) -> None:
                 assert part, answer
                 answer += part
             assert answer.startswith(b"HTTP/1.1 200 ")
-            time.sleep(CLIENT_TIMEOUT_S * 1.3)
-            connection.sendall(data)
-        engine.job()
-    engine.aborted()
+            if number == 0:
+                time.sleep(CLIENT_TIMEOUT_S * 1.3)
+                connection.sendall(data)
 
 
-def test_two_requests_at_once_on_a_connection(engine: ScriptedEngine) -> None:
+def test_two_requests_at_once_on_a_connection(strict: ScriptedEngine) -> None:
     """The second is read while the first is answered, for longer than a client may stall."""
+    engine = strict
     with connect(engine) as connection:
         connection.sendall(post_bytes(CHAT) * 2)
         for _ in range(2):

@@ -111,7 +111,7 @@ def test_processes_are_told_by_name_and_the_dead_left_out() -> None:
     before = samples(metrics)
     me = psutil.Process()
     assert before["process_resident_memory_bytes[frontend]"] == pytest.approx(me.memory_info().rss, rel=0.1)
-    assert before["process_threads[frontend]"] == me.num_threads()
+    assert before["process_threads[frontend]"] == pytest.approx(me.num_threads(), abs=2)  # one may just have ended
     assert before["process_open_fds[frontend]"] == pytest.approx(me.num_fds(), abs=2)
     assert before["process_cpu_seconds_total[frontend]"] > 0
     assert before["process_open_fds[scheduler-0]"] >= 3

@@ -8,6 +8,7 @@ import time
 import msgspec
 import pytest
 import uvloop
+from support.server import PATIENCE_S
 
 from ramet.ipc.channel import LAUNCHER, SCHEDULER, TOKENIZER, Addresses, ChannelError, Inbox, Outbox
 from ramet.ipc.messages import Abort, Chat, Completion, Generate, Job, Ready, ToLauncher, ToScheduler, ToTokenizer
@@ -31,7 +32,7 @@ def test_tagged_messages_arrive_in_order_and_whole(addresses):
     ]
     for message in sent:
         outbox.send(message)
-    assert [inbox.receive(2.0) for _ in sent] == sent
+    assert [inbox.receive(PATIENCE_S) for _ in sent] == sent
     assert inbox.receive(0) is None
     inbox.close()
     outbox.close()
@@ -41,7 +42,7 @@ def test_message_of_another_type_is_dropped_and_logged(addresses, caplog):
     inbox, outbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler), Outbox(addresses.inbox(SCHEDULER))
     outbox.send(Ready("nobody"))
     outbox.send(Abort(["r"]))
-    assert inbox.receive(2.0) == Abort(["r"])
+    assert inbox.receive(PATIENCE_S) == Abort(["r"])
     assert "not of the expected type" in caplog.text
     inbox.close()
     outbox.close()
@@ -52,7 +53,7 @@ def test_sender_does_not_block_without_a_reader(addresses):
     for i in range(20_000):
         outbox.send(Abort([str(i)]))
     inbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler)
-    got = [inbox.receive(5.0) for _ in range(20_000)]
+    got = [inbox.receive(PATIENCE_S) for _ in range(20_000)]
     assert got[-1] == Abort(["19999"])
     inbox.close()
     outbox.close()
@@ -62,7 +63,7 @@ def test_nothing_is_missed_by_asking_without_waiting(addresses):
     inbox, outbox = Inbox(addresses.inbox(SCHEDULER), ToScheduler), Outbox(addresses.inbox(SCHEDULER))
     sender = threading.Thread(target=_send_in_bursts, args=(outbox,))
     sender.start()
-    got, deadline = [], time.monotonic() + 30
+    got, deadline = [], time.monotonic() + PATIENCE_S
     while len(got) < 3_000 and time.monotonic() < deadline:
         timeout_s = 0.01 if len(got) % 7 == 0 else 0
         if (message := inbox.receive(timeout_s)) is not None:
@@ -91,7 +92,7 @@ def test_nothing_is_missed_in_an_event_loop(addresses, loop_factory):
             sender.start()
             await asyncio.sleep(0.05)  # messages come while nobody reads
             with pytest.raises(EOFError):
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(PATIENCE_S):
                     await inbox.deliver(take)
             return got
         finally:

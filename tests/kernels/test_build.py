@@ -76,11 +76,14 @@ def test_a_compiler_that_is_missing_fails_or_hangs(tmp_path: Path, monkeypatch: 
     with pytest.raises(KernelUnavailable, match=r"kernel sampling: .*no-such-compiler"):
         load_kernel("sampling")
     compiler = tmp_path / "cc"
-    for script, words in {"echo 'bad flags' >&2; exit 3": "status 3: bad flags", "exec sleep 60": "timed out"}.items():
+    for script, words, timeout_s in (
+        ("echo 'bad flags' >&2; exit 3", "status 3: bad flags", 60),
+        ("exec sleep 60", "timed out", 1),
+    ):
         compiler.write_text(f"#!/bin/sh\n{script}\n")
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
-        monkeypatch.setattr("ramet.kernels.cpu.build._COMPILE_TIMEOUT_S", 1)
+        monkeypatch.setattr("ramet.kernels.cpu.build._COMPILE_TIMEOUT_S", timeout_s)
         with pytest.raises(KernelUnavailable, match=words):
             load_kernel("sampling")
 

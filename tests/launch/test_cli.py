@@ -150,7 +150,7 @@ def test_errors_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_the_commands_are_the_same() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.offline import ENDLESS, PROMPT, SMALL, nothing_left
-from support.server import until
+from support.offline import ENDLESS, PROMPT, SMALL, nothing_left, once_busy
+from support.server import PATIENCE_S, until
 
 import ramet
 from ramet import Engine, RequestError, SamplingParams
@@ -31,7 +31,7 @@ def live(engine: Engine) -> int:
 
 
 def idle(engine: Engine) -> None:
-    until(lambda: live(engine) == 0, 10, lambda: f"idle: {live(engine)}")
+    until(lambda: live(engine) == 0, PATIENCE_S, lambda: f"idle: {live(engine)}")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_importing_ramet_is_cheap() -> None:
 
 
 def test_ctrl_c_aborts_what_was_asked(quiet: Engine) -> None:
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()  # to the process, as a terminal does
+    once_busy(quiet, lambda: os.kill(os.getpid(), signal.SIGINT))  # to the process, as a terminal does
     with pytest.raises(KeyboardInterrupt):
         quiet.generate([PROMPT] * 50, ENDLESS)
     idle(quiet)

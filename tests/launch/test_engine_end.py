@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from support.offline import ENDLESS, PROMPT, SMALL, children, nothing_left
-from support.server import until
+from support.offline import ENDLESS, PROMPT, SMALL, children, nothing_left, once_busy
+from support.server import PATIENCE_S, until
 
 from ramet import Engine, RequestError, SamplingParams
 from ramet.launch.supervisor import EngineFailed
@@ -33,25 +32,25 @@ def test_a_death_is_survived_and_one_beyond_the_budget_ends_the_engine(model: Pa
         stream = engine.stream(PROMPT, seeded)
         pieces = [next(stream)]
         os.kill(children()["scheduler-0"].pid, signal.SIGKILL)
-        until(lambda: engine._host.client.down is not None, 20, lambda: "down")
+        until(lambda: engine._host.client.down is not None, PATIENCE_S, lambda: "down")
         # Some of these are sent now, and the others when their turn has come; none is refused.
         assert [output.text for output in engine.generate(prompts, seeded)] == texts
         assert "".join([*pieces, *stream]) == engine.generate(PROMPT, seeded).text
 
-        threading.Timer(0.5, os.kill, [children()["detokenizer"].pid, signal.SIGKILL]).start()
+        once_busy(engine, children()["detokenizer"].kill)
         with pytest.raises(RequestError, match="the engine is down: detokenizer was killed by SIGKILL"):
             engine.generate([PROMPT] * 20, ENDLESS)
         with pytest.raises(RequestError, match="the engine is down"):
             engine.generate(PROMPT)
-        until(lambda: not children(), 20, lambda: f"dead: {children()}")
+        until(lambda: not children(), PATIENCE_S, lambda: f"dead: {children()}")
 
 
 def test_closing_while_the_engine_is_down_ends_what_waits_for_it(model: Path) -> None:
     with nothing_left():
         engine = Engine(model, **SMALL)
         os.kill(children()["scheduler-0"].pid, signal.SIGKILL)
-        until(lambda: engine._host.client.down is not None, 20, lambda: "down")
-        threading.Timer(0.1, engine.close).start()
+        until(lambda: engine._host.client.down is not None, PATIENCE_S, lambda: "down")
+        once_busy(engine, engine.close)
         with pytest.raises(RequestError, match="the engine is down: it"):  # "was closed", or "is being stopped"
             engine.generate([PROMPT] * 20, ENDLESS)
         engine.close()
@@ -61,7 +60,7 @@ def test_closing_ends_a_call_and_happens_once(model: Path) -> None:
     with nothing_left():
         engine = Engine(model, **SMALL)
         assert set(children()) == {"scheduler-0", "detokenizer", "tokenizer-0"}
-        threading.Timer(0.5, engine.close).start()
+        once_busy(engine, engine.close)
         with pytest.raises(RequestError, match="it was closed"):
             engine.generate([PROMPT] * 20, ENDLESS)
         engine.close()  # returns when the other call does
@@ -106,6 +105,6 @@ def test_a_program_that_forgets_to_close(model: Path, ending: str, code: int) ->
             pids = [child.pid for child in psutil.Process(program.pid).children()]
             assert len(pids) == 3
             program.kill()
-            until(lambda: not any(map(psutil.pid_exists, pids)), 20, lambda: f"{pids} are dead")
+            until(lambda: not any(map(psutil.pid_exists, pids)), PATIENCE_S, lambda: f"{pids} are dead")
             shutil.rmtree(next(folder.iterdir()))  # nobody is left who could
-        assert program.wait(20) == code
+        assert program.wait(PATIENCE_S) == code

@@ -25,7 +25,9 @@ logging.getLogger("python_multipart.multipart").warning("not shown")
 
 
 def log(form: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, form], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, form], capture_output=True, text=True, check=True, timeout=300
+    )
     return done.stderr.splitlines()
 
 
@@ -59,7 +61,7 @@ def test_json() -> None:
 
 def test_a_failed_start_is_a_line_of_the_log_as_well() -> None:
     command = [sys.executable, "-m", "ramet.launch_server", "--model-path", "/nowhere/at-all", "--log-format", "json"]
-    done = subprocess.run([*command, "--port", str(free_port())], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--port", str(free_port())], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     last = json.loads(done.stderr.splitlines()[-1])
     assert (last["level"], last["process"]) == ("error", "launcher")

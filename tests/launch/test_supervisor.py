@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from support.engine_targets import MAX_RESTARTS, WATCHDOG_S
+from support.server import PATIENCE_S, until
 
 TESTS = Path(__file__).parents[1]
 NAMES = ["scheduler-0", "tokenizer-0", "detokenizer", "frontend"]
@@ -37,13 +38,14 @@ class Run:
     def notes(self) -> list[list[Any]]:
         if not self.diary.exists():
             return []
-        return [json.loads(line) for line in self.diary.read_text().splitlines()]
+        *whole, _ = self.diary.read_text().split("\n")  # the last line may be about to be written
+        return [json.loads(line) for line in whole]
 
     def find(self, *words: str) -> list[Any] | None:
         return next((entry for entry in self.notes() if tuple(entry[2 : 2 + len(words)]) == words), None)
 
-    def wait_for(self, *words: str, timeout_s: float = 20) -> list[Any]:
-        until(lambda: self.find(*words) is not None, timeout_s, f"{words} in {self.notes()}")
+    def wait_for(self, *words: str) -> list[Any]:
+        self.until(lambda: self.find(*words) is not None, f"{words}")
         found = self.find(*words)
         assert found is not None
         return found
@@ -57,7 +59,13 @@ class Run:
 
     def wait_until_up(self, times: int) -> None:
         """Until the frontend has heard so often that the engine is up."""
-        until(lambda: self.count("frontend", "heard") >= times, 20, f"up in {self.notes()}")
+        self.until(lambda: self.count("frontend", "heard") >= times, f"up {times} times")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        until(condition, PATIENCE_S, lambda: f"{what}; the notes:\n{self.notes()}")
+
+    def exit_code(self) -> int:
+        return self.process.wait(PATIENCE_S)
 
     def pids(self) -> dict[str, int]:
         """The processes of now, by name."""
@@ -73,13 +81,6 @@ class Run:
     def assert_nothing_left(self) -> None:
         alive = [entry[2] for entry in self.notes() if entry[3] == "started" and is_alive(entry[1])]
         assert not alive
-
-
-def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -101,7 +102,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
     for run in runs:
         run.process.terminate()
         try:
-            run.process.wait(20)
+            run.exit_code()
         except subprocess.TimeoutExpired:
             run.process.kill()
             run.process.wait()
@@ -124,7 +125,7 @@ def test_order_of_readiness_and_a_clean_stop(launch: Callable[[str], Run]) -> No
     assert scheduler.nice() == psutil.Process(run.process.pid).nice() + 1
 
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     assert run.find("frontend", "terminating")
     run.assert_nothing_left()
     assert not run.folder.exists()
@@ -135,7 +136,7 @@ def test_ctrl_c_reaches_only_the_launcher(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("launcher", "ready")
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     run.assert_nothing_left()
 
 
@@ -146,21 +147,27 @@ def test_ctrl_c_reaches_only_the_launcher(launch: Callable[[str], Run]) -> None:
 def test_what_dies_or_hangs_is_started_again(
     launch: Callable[[str], Run], name: str, number: signal.Signals, reason: str
 ) -> None:
-    run = launch("plain")
+    """And the frontend hears of it soon: at the first death, or where the machine is busy at one of the next."""
+    run = launch("watched" if number == signal.SIGSTOP else "plain")
     run.wait_for("launcher", "ready")
-    before = run.pids()
-    hurt_at = time.monotonic()
-    os.kill(before[name], number)
-    down = run.wait_for("frontend", "down")
-    assert down[0] - hurt_at < HEARD_S + (WATCHDOG_S if number == signal.SIGSTOP else 0)
-    assert down[4].startswith(f"{name} {reason}")
-    run.wait_until_up(2)
-    after = run.pids()
-    assert {other for other in NAMES if after[other] != before[other]} == {name}
-    assert not is_alive(before[name])
-    assert [entry[4] for entry in run.notes() if entry[3] == "heard"][1] == sorted([*NAMES, "launcher"])
-    assert f"{down[4]}; it is started again in 0 s (restart 1 of {MAX_RESTARTS})" in run.log()
-    assert len(psutil.Process(run.process.pid).children()) == len(NAMES)
+    for life in range(1, MAX_RESTARTS + 1):
+        before = run.pids()
+        hurt_at = time.monotonic()
+        os.kill(before[name], number)
+        run.wait_until_up(life + 1)
+        down = [entry for entry in run.notes() if entry[2:4] == ["frontend", "down"]][-1]
+        assert down[4].startswith(f"{name} {reason}")
+        after = run.pids()
+        assert {other for other in NAMES if after[other] != before[other]} == {name}
+        assert not is_alive(before[name])
+        assert [entry[4] for entry in run.notes() if entry[3] == "heard"][-1] == sorted([*NAMES, "launcher"])
+        pause_s = (0, 1, 2)[life - 1]
+        assert f"{down[4]}; it is started again in {pause_s} s (restart {life} of {MAX_RESTARTS})" in run.log()
+        assert len(psutil.Process(run.process.pid).children()) == len(NAMES)
+        heard_s = down[0] - hurt_at
+        if heard_s < HEARD_S + (WATCHDOG_S if number == signal.SIGSTOP else 0):
+            return
+    raise AssertionError(f"heard only after {heard_s:.1f} s")
 
 
 def test_a_bug_that_ends_a_process_is_survived(launch: Callable[[str], Run]) -> None:
@@ -174,7 +181,7 @@ def test_a_bug_that_ends_a_process_is_survived(launch: Callable[[str], Run]) -> 
 
 
 def test_the_frontend_is_started_again_alone(launch: Callable[[str], Run]) -> None:
-    run = launch("plain")
+    run = launch("watched")
     run.wait_for("launcher", "ready")
     before = run.pids()
     os.kill(before["frontend"], signal.SIGSTOP)
@@ -199,11 +206,11 @@ def test_a_group_that_dies_at_once_takes_one_restart_from_the_budget(launch: Cal
     run.wait_for("launcher", "ready")
     before = run.pids()
     run.process.send_signal(signal.SIGSTOP)  # so that it sees both at the same look
-    until(lambda: psutil.Process(run.process.pid).status() == psutil.STATUS_STOPPED, 20, "stopped")
+    run.until(lambda: psutil.Process(run.process.pid).status() == psutil.STATUS_STOPPED, "stopped")
     for name in ("scheduler-0", "scheduler-1"):
         ended = os.pidfd_open(before[name])
         os.kill(before[name], signal.SIGKILL)
-        assert select.select([ended], [], [], 20)[0]
+        assert select.select([ended], [], [], PATIENCE_S)[0]
         os.close(ended)
     run.process.send_signal(signal.SIGCONT)
     run.wait_until_up(2)
@@ -219,13 +226,13 @@ def test_several_deaths_at_once(launch: Callable[[str], Run]) -> None:
     before = run.pids()
     for name in ("scheduler-0", "frontend"):
         os.kill(before[name], signal.SIGKILL)
-    until(lambda: run.pids()["scheduler-0"] != before["scheduler-0"], 20, "started again")
+    run.until(lambda: run.pids()["scheduler-0"] != before["scheduler-0"], "started again")
     os.kill(before["tokenizer-0"], signal.SIGKILL)
-    until(lambda: run.pids()["tokenizer-0"] != before["tokenizer-0"], 20, "started again")
+    run.until(lambda: run.pids()["tokenizer-0"] != before["tokenizer-0"], "started again")
     run.wait_until_up(2)
     assert {name for name, pid in run.pids().items() if pid == before.get(name)} == {"detokenizer"}
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     run.assert_nothing_left()
 
 
@@ -237,7 +244,7 @@ def test_too_many_deaths_end_the_launcher(launch: Callable[[str], Run]) -> None:
         run.wait_until_up(life + 1)
     assert [f"again in {pause_s} s" in run.log() for pause_s in (0, 1, 2)] == [True] * 3
     os.kill(run.pids()["tokenizer-0"], signal.SIGKILL)
-    assert run.process.wait(20) == 1
+    assert run.exit_code() == 1
     reason, *words = run.wait_for("launcher", "failed")[4].splitlines()
     assert reason.startswith("tokenizer-0 was killed by SIGKILL")
     assert reason.endswith(f"after {MAX_RESTARTS} restarts in 10 minutes")
@@ -251,7 +258,7 @@ def test_a_failure_at_a_restart_ends_the_launcher(launch: Callable[[str], Run]) 
     run = launch("once")
     run.wait_for("launcher", "ready")
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
-    assert run.process.wait(20) == 1
+    assert run.exit_code() == 1
     assert run.wait_for("launcher", "failed")[4] == "scheduler-0: ValueError: no weights for scheduler-0"
     downs = [entry[4:] for entry in run.notes() if entry[3] == "down"]
     assert downs[0] == ["scheduler-0 was killed by SIGKILL (is the machine out of memory?)", False]
@@ -260,19 +267,19 @@ def test_a_failure_at_a_restart_ends_the_launcher(launch: Callable[[str], Run]) 
 
 
 def test_stopping_during_a_restart_ends_what_waits(launch: Callable[[str], Run]) -> None:
-    """The frontend does not drain for a minute what nobody will compute."""
+    """The frontend does not drain for minutes what nobody will compute."""
     run = launch("stubborn")
     run.wait_for("launcher", "ready")
     os.kill(run.pid("detokenizer"), signal.SIGKILL)
     run.wait_for("frontend", "down")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     assert [entry[4:] for entry in run.notes() if entry[3] == "down"][-1] == ["it is being stopped", True]
     run.assert_nothing_left()
 
 
 def test_a_machine_that_slept_kills_nobody(launch: Callable[[str], Run]) -> None:
-    run = launch("plain")
+    run = launch("watched")
     run.wait_for("launcher", "ready")
     pids = run.pids()
     family = [run.process.pid, *pids.values()]
@@ -289,7 +296,7 @@ def test_a_machine_that_slept_kills_nobody(launch: Callable[[str], Run]) -> None
 
 def test_a_failure_at_the_start_is_told_in_its_own_words(launch: Callable[[str], Run]) -> None:
     run = launch("broken")
-    assert run.process.wait(20) == 1
+    assert run.exit_code() == 1
     assert run.wait_for("launcher", "failed")[4] == "scheduler-0: ValueError: no weights for scheduler-0"
     run.assert_nothing_left()
     assert not run.folder.exists()
@@ -301,7 +308,7 @@ def test_killing_the_launcher_leaves_nothing_alive(launch: Callable[[str], Run])
     pids = [run.pid(name) for name in NAMES]
     folder = run.folder
     run.process.kill()
-    until(lambda: not any(is_alive(pid) for pid in pids), 20, f"{pids} dead")
+    run.until(lambda: not any(is_alive(pid) for pid in pids), f"{pids} dead")
     assert folder.exists()  # nobody is left who could remove it
     kept = run.diary
     kept.rename(kept.with_suffix(".first"))
@@ -313,7 +320,7 @@ def test_stopping_during_the_start(launch: Callable[[str], Run]) -> None:
     run = launch("plain")
     run.wait_for("scheduler-0", "started")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     run.assert_nothing_left()
     assert not run.folder.exists()
 
@@ -324,9 +331,9 @@ def test_a_second_signal_stops_at_once(launch: Callable[[str], Run]) -> None:
     run.process.send_signal(signal.SIGTERM)
     run.wait_for("frontend", "terminating")
     time.sleep(0.2)
-    assert run.process.poll() is None  # draining, for up to a minute
+    assert run.process.poll() is None  # draining, for minutes
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     run.assert_nothing_left()
 
 
@@ -337,18 +344,24 @@ def test_a_death_while_draining_is_told_to_the_clients(launch: Callable[[str], R
     run.wait_for("frontend", "terminating")
     os.kill(run.pid("scheduler-0"), signal.SIGKILL)
     assert run.wait_for("frontend", "down")[5] is True
-    assert run.process.wait(20) == 0
+    assert run.exit_code() == 0
     run.assert_nothing_left()
 
 
 def test_an_idle_launcher_sleeps(launch: Callable[[str], Run]) -> None:
+    """Soon: the end of its start may still be in the first seconds that are looked at."""
     run = launch("plain")
     run.wait_for("launcher", "ready")
     process = psutil.Process(run.process.pid)
-    time.sleep(0.3)
-    before = process.cpu_times()
-    switches = process.num_ctx_switches().voluntary
-    time.sleep(1)
-    after = process.cpu_times()
-    assert (after.user + after.system) - (before.user + before.system) < 0.015  # one tick at most
-    assert process.num_ctx_switches().voluntary - switches < 10
+
+    def spent_in_a_second() -> tuple[float, int]:
+        before, switches = process.cpu_times(), process.num_ctx_switches().voluntary
+        time.sleep(1)
+        after = process.cpu_times()
+        cpu_s = (after.user + after.system) - (before.user + before.system)
+        return cpu_s, process.num_ctx_switches().voluntary - switches
+
+    spent = [spent_in_a_second()]
+    while spent[-1] >= (0.015, 0) or spent[-1][1] >= 10:  # more than a tick
+        assert len(spent) < 10, spent
+        spent.append(spent_in_a_second())

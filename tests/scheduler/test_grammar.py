@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 from support.engine import InlineEngine
+from support.server import PATIENCE_S
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import FinishReason, Generate
@@ -63,7 +64,7 @@ class Pool:
             ready = self.pool.take_ready()
             done |= {message.rid: made for message, made in ready}
             if not ready:
-                assert self._woken.wait(30)
+                assert self._woken.wait(PATIENCE_S)
                 self._woken.clear()
         return done
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import openai
+from support.server import PATIENCE_S
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 
@@ -29,7 +30,7 @@ def create(
     return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **fields)
 
 
-def wait(client: openai.OpenAI, batch_id: str, timeout_s: float = 30, states: tuple[str, ...] = ENDED) -> Any:
+def wait(client: openai.OpenAI, batch_id: str, timeout_s: float = PATIENCE_S, states: tuple[str, ...] = ENDED) -> Any:
     deadline = time.monotonic() + timeout_s
     while (batch := client.batches.retrieve(batch_id)).status not in states:
         assert time.monotonic() < deadline, batch

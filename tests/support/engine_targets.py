@@ -20,7 +20,8 @@ from ramet.launch.server_args import ServerArgs
 from ramet.launch.supervisor import EngineFailed, Supervisor
 
 TARGETS = "support.engine_targets"
-WATCHDOG_S = 2.0
+# Of the mode "watched", and of the others: for a busy machine may hold somebody up who does not hang.
+WATCHDOG_S, PATIENT_S = 2.0, 300.0
 BEAT_S = 0.3
 MAX_RESTARTS = 3
 
@@ -116,9 +117,9 @@ def main() -> None:
     diary, mode = sys.argv[1:]
     supervisor = Supervisor(
         ServerArgs(
-            drain_timeout=60 if mode == "stubborn" else 5,
-            start_timeout=30,
-            watchdog_timeout=WATCHDOG_S,
+            drain_timeout=300,
+            start_timeout=120,
+            watchdog_timeout=WATCHDOG_S if mode == "watched" else PATIENT_S,
             max_restarts=MAX_RESTARTS,
         )
     )

@@ -1,13 +1,19 @@
-"""A server whose model runner fails where a prompt says so: `python -m support.faulty_server FLAGS`.
+"""A server whose model runner fails where a prompt says so, and dawdles: `python -m support.faulty_server FLAGS`.
 
-All else is real. A prompt with one of the tokens below breaks the step that computes it, or that request's logits.
+All else is real. A prompt with one of the tokens below breaks the step that computes it, or that request's logits. See
+`RunningServer.dawdling` for the other.
 """
 
+import contextlib
 import itertools
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import msgspec
 import torch
+from support.server import DAWDLE
 
 from ramet.ipc.channel import SCHEDULER, Addresses
 from ramet.ipc.step import StepPlan
@@ -27,6 +33,8 @@ class FaultyRunner(ModelRunner):
         super().__init__(*args, **kwargs)
 
     def launch(self, plan: StepPlan, masks=None) -> PendingStep:
+        with contextlib.suppress(FileNotFoundError):
+            time.sleep(float(Path(tempfile.gettempdir(), DAWDLE).read_text()))
         self._prompt_lens |= {a.slot: a.prompt_len for a in plan.admissions}
         tokens = iter(plan.token_ids)
         chunks = {row.slot: list(itertools.islice(tokens, row.length)) for row in plan.rows}

@@ -26,7 +26,7 @@ elif triton.__version__ < "3.7" and np.__version__ >= "2.4":
     NOT_RUN = "triton 3.6 cannot be interpreted with numpy 2.4"
 # numpy warns of overflows and infinities, which the kernels mean; older interpreters use what it deprecates.
 _IGNORED = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
-_TIMEOUT_S = 600
+_TIMEOUT_S = 1800  # at the lowest priority
 
 
 class InterpretedKernels:

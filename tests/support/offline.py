@@ -4,13 +4,15 @@ import contextlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support.server import PATIENCE_S, until
 
+from ramet import Engine
 from ramet.ipc.sampling import SamplingParams
 
 PROMPT = "The quick brown fox"
@@ -26,6 +28,16 @@ def children() -> dict[str, psutil.Process]:
             if "ramet.launch.child" in (line := child.cmdline()):
                 found[line[-1]] = child
     return found
+
+
+def once_busy(engine: Engine, act: Callable[[], object]) -> None:
+    """Act in another thread when calls have taken all the places of an engine, be it up or down."""
+
+    def wait() -> None:
+        until(engine._host._free.locked, PATIENCE_S, lambda: "nobody asks for anything")
+        act()
+
+    threading.Thread(target=wait).start()
 
 
 @contextlib.contextmanager

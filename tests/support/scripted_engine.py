@@ -42,7 +42,7 @@ from ramet.ipc.messages import (
 )
 
 MODEL = "tiny/model"
-WAIT_S = 30.0
+WAIT_S = 60.0
 _PROCESS = """
 import sys, msgspec
 from ramet.frontend.config import FrontendConfig

