@@ -5,6 +5,8 @@ A thread reads the inboxes of the tokenizer workers and of the launcher. What an
 likes in the order it likes.
 """
 
+import functools
+import os
 import queue
 import shutil
 import signal
@@ -40,6 +42,7 @@ from ramet.ipc.messages import (
     ToLauncher,
     ToTokenizer,
 )
+from ramet.launch.child import die_with_parent
 
 MODEL = "tiny/model"
 WAIT_S = 60.0
@@ -94,7 +97,10 @@ class ScriptedEngine:
         arguments = [msgspec.json.encode(value).decode() for value in (self.config, folder)]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _PROCESS, *arguments], stderr=stderr, start_new_session=True
+                [sys.executable, "-c", _PROCESS, *arguments],
+                stderr=stderr,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
         if self._start:
             self.start()
