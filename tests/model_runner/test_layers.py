@@ -96,8 +96,8 @@ def test_rope_equals_transformers_at_full_context(parameters: dict[str, Any], co
 
 def test_unknown_rope_and_activation_are_refused() -> None:
     config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4)
-    config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10000.0}
-    with pytest.raises(WeightsError, match="'proportional' is not supported"):
+    config.rope_parameters = {"rope_type": "su", "rope_theta": 10000.0}
+    with pytest.raises(WeightsError, match="'su' is not supported"):
         rope_frequencies(config, 64)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     with pytest.raises(WeightsError, match=r"partial_rotary_factor 0\.5 is not supported"):
