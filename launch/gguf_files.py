@@ -40,6 +40,8 @@ _PRE_TOKENIZERS = {
     "deepseek-r1-qwen": _QWEN2,
 }
 _CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole, before BPE
+# They end a turn, although files that were made early name only the token that ends a text.
+_TURN_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"}
 
 _LLAMA_LIKE = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3moe": "Qwen3Moe"}
 # Key below the architecture's name -> key of config.json.
@@ -127,6 +129,8 @@ def refuse_unread(metadata: Json, config: Json, read: set[str]) -> None:
 def generation_json(metadata: Json) -> Json:
     """generation_config.json: the tokens that end generation, and the sampling defaults if the file has any."""
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    pairs = zip(metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", ()), strict=False)
+    ends += [i for i, (token, kind) in enumerate(pairs) if token in _TURN_ENDS and kind == _CONTROL]
     prefix = "general.sampling."
     sampling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     found = {_SAMPLING_NAMES.get(key, key): value for key, value in sampling.items()}

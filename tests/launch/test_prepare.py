@@ -137,6 +137,16 @@ def test_facts_of_a_llama_like_file(tmp_path: Path) -> None:
     assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<|im_start|>", "<|endoftext|>")
 
 
+def test_a_turn_ends_although_the_file_names_only_the_end_of_texts() -> None:
+    tokens = ["<|end_of_text|>", "<|im_end|>", "a", "<|eot_id|>"]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 1, 1, 3],  # here the second is ordinary text
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert gguf_files.generation_json(metadata) == {"eos_token_id": [0, 3]}
+
+
 def test_the_folder_is_made_once_for_a_file(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_file(path, trained("gpt-2"), "gpt-2")
