@@ -13,7 +13,7 @@ import msgspec
 
 from ramet.launch.bench.http_client import RequestFailed
 from ramet.launch.bench.load import LoadArgs, run_load
-from ramet.launch.bench.report import load_table, summarize, write_html, write_json
+from ramet.launch.bench.report import check_writable, load_table, summarize, write_html, write_json
 from ramet.launch.bench.workload import Workload, flag
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.cli import Commands, parse_structs, run_command
@@ -57,6 +57,7 @@ def bench(argv: list[str], program: str) -> None:
 
 def _serve(argv: list[str], program: str) -> None:
     load, args = parse_structs(argv, program, "Load any OpenAI-compatible server, and time it.", Workload, LoadArgs)
+    check_writable(load.json, args.html)
     outcome = run_load(load, args)
     summary = summarize(outcome)
     text = load_table(summary)
@@ -72,6 +73,7 @@ def _serve(argv: list[str], program: str) -> None:
 
 def _offline(argv: list[str], program: str) -> None:
     load, server = parse_structs(argv, program, "Run the engine without HTTP.", Workload, ServerArgs)
+    check_writable(load.json)
     config = _settle(server)
     from ramet.launch.bench.offline import run_offline
 
@@ -82,6 +84,7 @@ def _offline(argv: list[str], program: str) -> None:
 
 def _step(argv: list[str], program: str) -> None:
     args, server = parse_structs(argv, program, "Time single steps beside the machine's floor.", StepArgs, ServerArgs)
+    check_writable(args.json)
     config = _settle(server)
     from ramet.launch.bench.step import run_steps, step_table
 

@@ -114,6 +114,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def check_writable(*paths: str | None) -> None:
+    """Before anything is measured. Raises OSError."""
+    for path in paths:
+        if path is not None:
+            Path(path).open("ab").close()
+
+
 def write_json(path: str | None, settings: Iterable[msgspec.Struct], results: dict[str, Any]) -> None:
     """Every setting but keys, where it was run, and the results; nothing without a path."""
     if path is None:

@@ -610,6 +610,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         (["serve", "--base-url", "http://127.0.0.1:9"], 1, "error: cannot connect to 127.0.0.1:9"),
         (["step", "--batch-sizes", "1,x"], 2, "batch_sizes '1,x' is not a list of numbers"),
         (["offline", "--model-path", "/nowhere"], 1, "error: /nowhere does not exist"),
+        # Known before anything is measured, or even looked for.
+        (["serve", "--html", "/nowhere/x"], 1, "No such file or directory: '/nowhere/x'"),
+        (["offline", "--model-path", "/nowhere", "--json", "/nowhere/x"], 1, "directory: '/nowhere/x'"),
+        (["step", "--model-path", "/nowhere", "--json", "/nowhere/x"], 1, "directory: '/nowhere/x'"),
     ],
 )
 def test_wrong_usage(argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
