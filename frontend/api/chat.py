@@ -30,7 +30,7 @@ class ChatCompletions(Api):
     async def create(self, http: Request, request: ChatRequest) -> ASGIApp:
         request.check()
         params = request.sampling(self._config)
-        tools, reasons = request.tool_use(), request.splits_reasoning(self._config, params)
+        tools, reasons = request.tool_use, request.splits_reasoning(self._config, params)
         tags, form = self._config.reasoning_parser if reasons else None, self._config.tool_call_parser
         generation = self._client.submit(
             [request.prompt(self._config)],

@@ -107,7 +107,7 @@ class _NotBuilt(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     web_search_options: dict[str, Any] | None = None
 
 
-class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True, dict=True):
     """`check` must pass before the rest is used."""
 
     messages: list[ChatMessage]
@@ -138,7 +138,7 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
     def check(self) -> None:
         self.check_common()
         refuse_unsupported(self, _NotBuilt.__annotations__)
-        self.tool_use()
+        _ = self.tool_use  # refuses what it cannot be made of
         if self.modalities is not None and self.modalities != ["text"]:
             raise invalid('modalities: this server supports only ["text"]', "modalities", "unsupported_parameter")
         if not self.messages:
@@ -148,8 +148,9 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
         if self.continue_final_message and self.add_generation_prompt:
             raise invalid("continue_final_message excludes add_generation_prompt", "continue_final_message")
 
+    @functools.cached_property
     def tool_use(self) -> ToolUse | None:
-        """The tools that the model is shown and may call; with the choice "none", none."""
+        """The tools that the model is shown and may call; with the choice "none", none. Raises `RequestError`."""
         if self.functions or self.function_call not in (None, "none"):
             if self.tools or self.tool_choice is not None:
                 raise invalid("functions and tools exclude each other", "functions")
@@ -158,7 +159,7 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
 
     def prompt(self, config: FrontendConfig) -> Callable[[Job], Chat]:
         """What makes the message to a tokenizer. Raises `RequestError` for what no template can show."""
-        tools = self.tool_use()
+        tools = self.tool_use
         opens = self.add_generation_prompt
         return functools.partial(
             Chat,
@@ -190,7 +191,7 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True):
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise invalid(f"{name} must be at least 1, got {max_tokens}", name)
         params = self.to_sampling(config, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
-        if (use := self.tool_use()) is not None:
+        if (use := self.tool_use) is not None:
             params = _with_tools(params, use, config)
         if config.markers_are_special and (use is not None or self.splits_reasoning(config, params)):
             params = msgspec.structs.replace(params, skip_special_tokens=False)

@@ -91,7 +91,7 @@ def test_refused(fields: dict[str, Any], param: str) -> None:
 
 def test_what_the_model_is_shown() -> None:
     tools = [tool("f", description="d", parameters=CITY, strict=True), tool("g")]
-    use = chat(tools=tools).tool_use()
+    use = chat(tools=tools).tool_use
     assert use is not None
     assert use.shown == [tool("f", description="d", parameters=CITY), tool("g")]
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -100,10 +100,10 @@ def test_what_the_model_is_shown() -> None:
 
 
 def test_no_use() -> None:
-    assert chat().tool_use() is None
-    assert chat(tools=[]).tool_use() is None
-    assert chat(tools=[tool()], tool_choice="none").tool_use() is None
-    assert chat(functions=[function()], function_call="none").tool_use() is None
+    assert chat().tool_use is None
+    assert chat(tools=[]).tool_use is None
+    assert chat(tools=[tool()], tool_choice="none").tool_use is None
+    assert chat(functions=[function()], function_call="none").tool_use is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_no_use() -> None:
 )
 def test_choices(fields: dict[str, Any], names: str, required: bool, parallel: bool) -> None:
     request = chat(tools=[tool("f"), tool("g")], **fields)
-    use = request.tool_use()
+    use = request.tool_use
     assert use is not None
     assert (list(use.callable), use.required, use.parallel) == (list(names), required, parallel)
     assert len(use.shown) == 2  # what may be called changes nothing of the prompt
@@ -133,11 +133,11 @@ def test_choices(fields: dict[str, Any], names: str, required: bool, parallel: b
 
 
 def test_the_older_fields() -> None:
-    use = chat(functions=[function("f"), function("g")]).tool_use()
+    use = chat(functions=[function("f"), function("g")]).tool_use
     assert use is not None
     assert (use.required, use.parallel, use.legacy, list(use.callable)) == (False, False, True, ["f", "g"])
     request = chat(functions=[function("f"), function("g")], function_call={"name": "g"})
-    use, grammar = request.tool_use(), request.sampling(CONFIG).grammar
+    use, grammar = request.tool_use, request.sampling(CONFIG).grammar
     assert use is not None and grammar is not None
     assert (use.required, list(use.callable), grammar.param) == (True, ["g"], "function_call")
 
@@ -157,7 +157,7 @@ def test_a_server_without_a_parser_refuses_tools() -> None:
     with pytest.raises(RequestError) as caught:
         chat(none, tools=[tool()])
     assert caught.value.failure.param == "tools"
-    assert chat(none, tools=[tool()], tool_choice="none").tool_use() is None
+    assert chat(none, tools=[tool()], tool_choice="none").tool_use is None
 
 
 def test_effort_to_reason() -> None:
