@@ -189,23 +189,28 @@ class Decoder(CausalLM):
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def round_to_fp8(self) -> None:
-        """Round the weights of the dense products, now loaded; embedding and head stay as they are. Raises ValueError
-        for sizes that cannot be multiplied so."""
-        modules = [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-        for size in (size for module in modules for size in module.weight.shape):
+    def check_fp8(self) -> None:
+        """Raises ValueError for products that float8 has not."""
+        if any(layer.moe is not None for layer in self.spec.layers):
+            raise ValueError("experts are not rounded, and would be most of the model")
+        for size in (size for module in self._products() for size in module.weight.shape):
             if size % FP8_SIZE_MULTIPLE:
-                raise ValueError(f"fp8: a layer's size is {size}, but must be a multiple of {FP8_SIZE_MULTIPLE}")
-        for module in modules:
+                raise ValueError(f"a layer's size is {size}, but must be a multiple of {FP8_SIZE_MULTIPLE}")
+
+    def round_to_fp8(self) -> None:
+        """Round the weights of the dense products, now loaded; embedding and head stay as they are."""
+        for module in self._products():
             round_weight(module)
 
     def pack(self) -> None:
         """Bring the weights, now loaded, into the layout that multiplies fastest here, where there is one."""
         if can_pack(self.embedding.weight):
-            for module in self.modules():
-                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                    pack_weight(module)
+            for module in self._products():
+                pack_weight(module)
             self.head.pack()
+
+    def _products(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        return [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
 
     def weight_parts(self) -> Iterator[WeightPart]:
         yield from self.embedding.weight_parts("model.embed_tokens")

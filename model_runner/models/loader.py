@@ -176,8 +176,7 @@ def _check_quantization(model: Decoder, config: RunnerConfig) -> None:
             major, minor = torch.cuda.get_device_capability(torch.device(config.device))
             if (major, minor) < (8, 9):
                 raise ValueError(f"it needs compute capability 8.9 or newer, and {config.device} has {major}.{minor}")
-            if any(layer.moe is not None for layer in model.spec.layers):
-                raise ValueError("experts are not rounded, and would be most of the model")
+            model.check_fp8()
         elif (bits := _BITS.get(config.quantization)) is not None:
             if config.attention_backend not in _WHOLE_DECODERS or not covers(model, config.page_size, bits):
                 raise ValueError(

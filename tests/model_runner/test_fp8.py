@@ -9,6 +9,7 @@ from support.model_driver import ModelDriver, load
 from support.tiny_models import make_tiny_model
 
 from ramet.model_runner.layers.linear import RowParallelLinear, linear, round_weight
+from ramet.model_runner.models import loader
 from ramet.model_runner.models.decoder import Decoder
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.errors import WeightsError
@@ -87,10 +88,12 @@ def test_it_is_refused_without_a_device_that_has_it(tiny_model, monkeypatch) -> 
         load(tiny_model("llama"), dtype="bfloat16", quantization="fp8")
 
 
-def test_sizes_that_cannot_be_multiplied_are_refused(tmp_path, load_plain) -> None:
-    model = load_plain(make_tiny_model("llama", tmp_path, intermediate_size=100))
-    with pytest.raises(ValueError, match="a layer's size is 200, but must be a multiple of 16"):
-        model.round_to_fp8()
+def test_sizes_that_cannot_be_multiplied_are_refused_before_weights_are_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(loader, "fill", lambda *args: pytest.fail("a weight was read"))
+    words = "quantization fp8 cannot be used: a layer's size is 200, but must be a multiple of 16"
+    with pytest.raises(WeightsError, match=words):
+        load(make_tiny_model("llama", tmp_path, intermediate_size=100), dtype="bfloat16", quantization="fp8")
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int8"])
