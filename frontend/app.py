@@ -141,7 +141,9 @@ def endpoints(
         Endpoint("A batch of requests", post, ("/v1/batches",), batches.create, BatchRequest, answer=Batch),
         Endpoint("The batches", get, ("/v1/batches",), batches.list),
         Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve, answer=Batch),
-        Endpoint("A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel, answer=Batch),
+        Endpoint(
+            "A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel, answer=Batch, errors=(409,)
+        ),
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),
         Endpoint("Facts about the model", get, ("/get_model_info",), server.model_info),

@@ -37,8 +37,8 @@ _ERRORS = {
 
 class Endpoint(msgspec.Struct, frozen=True):
     """One operation under each of `paths`. `body` is the struct of its body, of type `media`, `answers` the media types
-    of a good answer, `answer` its struct, if it has one. An `open` one needs no key. `embeds` says for which kind of
-    server it is; None is both."""
+    of a good answer, `answer` its struct, if it has one, `errors` more statuses than the usual. An `open` one needs no
+    key. `embeds` says for which kind of server it is; None is both."""
 
     summary: str
     methods: tuple[str, ...]
@@ -50,6 +50,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     media: str = JSON
     answer: type[msgspec.Struct] | None = None
     embeds: bool | None = None
+    errors: tuple[int, ...] = ()
 
 
 def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dic
 
 def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[str, Any]:
     names = re.findall(r"\{(\w+)\}", path)
-    statuses = {429, 500, 503, *([409] if path.endswith("/cancel") else [])}
+    statuses = {429, 500, 503, *endpoint.errors}
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
         "summary": endpoint.summary,

@@ -100,11 +100,11 @@ class Files:
     async def content(self, http: Request) -> StreamingResponse:
         file, content = await self._store.call(self._store.open_content, http.path_params["file_id"])
         headers = {"content-length": str(file.bytes)}
-        return StreamingResponse(self._pieces(content, http.method), 200, headers, BINARY)
+        return StreamingResponse(self._pieces(content, is_wanted=http.method == "GET"), 200, headers, BINARY)
 
-    async def _pieces(self, content: BinaryIO, method: str) -> AsyncIterator[bytes]:
+    async def _pieces(self, content: BinaryIO, is_wanted: bool) -> AsyncIterator[bytes]:
         with content:
-            while method == "GET" and (piece := await self._store.call(content.read, _PIECE_BYTES)):
+            while is_wanted and (piece := await self._store.call(content.read, _PIECE_BYTES)):
                 yield piece
 
     async def delete(self, http: Request) -> dict[str, Any]:
