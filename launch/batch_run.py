@@ -94,7 +94,7 @@ def _find_or_create(folder: Path, source: Path, config: EngineConfig) -> Batch:
             if batch.model not in (None, config.frontend.model_path, *config.frontend.served_names):
                 raise ConfigError(f"{folder} was begun with the model {batch.model!r}: give it, or remove the folder")
             counts = batch.request_counts
-            logger.info("going on after %d of %d lines", counts.completed + counts.failed, counts.total)
+            logger.info("going on after %d of %d lines", counts.done, counts.total)
             return batch
         upload = Upload(store)
         with source.open("rb") as file:
@@ -144,8 +144,8 @@ def _watch(folder: Path, batch_id: str, stopped: threading.Event, on_end: Callab
             counts = batch.request_counts
             if bar.total != counts.total:
                 bar.reset(counts.total)
-                bar.initial = counts.completed + counts.failed
-            bar.n = counts.completed + counts.failed
+                bar.initial = counts.done
+            bar.n = counts.done
             bar.set_postfix(failed=counts.failed)
             if batch.status in ENDED:
                 on_end()
@@ -158,8 +158,9 @@ def _collect(folder: Path, batch_id: str, output: Path) -> int:
         batch = Batches(store).get(batch_id)
         counts = batch.request_counts
         if batch.status not in ENDED:
-            done = counts.completed + counts.failed
-            sys.stderr.write(f"stopped after {done} of {counts.total} lines; the same command goes on from there\n")
+            sys.stderr.write(
+                f"stopped after {counts.done} of {counts.total} lines; the same command goes on from there\n"
+            )
             return INTERRUPTED
         errors = output.with_name(f"{output.name}.errors")
         for file_id, target in ((batch.output_file_id, output), (batch.error_file_id, errors)):

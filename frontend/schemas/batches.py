@@ -24,6 +24,10 @@ class RequestCounts(msgspec.Struct, frozen=True):
     completed: int = 0
     failed: int = 0
 
+    @property
+    def done(self) -> int:
+        return self.completed + self.failed
+
 
 class ExpiresAfter(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     anchor: str
