@@ -4,6 +4,7 @@
 nothing, imports no torch.
 """
 
+import contextlib
 import logging
 import os
 import ssl
@@ -15,6 +16,7 @@ import msgspec
 
 from ramet.detokenizer.config import DetokenizerConfig
 from ramet.frontend.config import FrontendConfig, Tls
+from ramet.launch.cache import ModelUnavailable, cache_folder
 from ramet.launch.hardware import cpu_has_bfloat16, cuda_is_usable
 from ramet.launch.model_info import ModelInfo
 from ramet.launch.model_source import ResolvedModel
@@ -85,6 +87,7 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         trust_remote_code=args.trust_remote_code,
         seed=args.random_seed,
         quantization=args.quantization,
+        config_cache=_config_cache(),
         cuda_graph_max_bs=min(args.cuda_graph_max_bs or _CUDA_GRAPH_MAX_BS, max_running) if with_graphs else 0,
     )
     num_ranks = args.tp_size // args.nnodes
@@ -116,6 +119,12 @@ def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
         num_ranks=num_ranks,
         placement=computing(cpus, args.num_threads, os.environ, num_ranks),
     )
+
+
+def _config_cache() -> str | None:
+    with contextlib.suppress(ModelUnavailable):  # no home: a model that lies in a folder can be served all the same
+        return str(cache_folder() / "configs")
+    return None
 
 
 def _frontend(

@@ -25,7 +25,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `dtype` is a torch dtype's name. `device_index`: which GPU, if `device` is cuda. `max_total_tokens` is the size of
     the KV pool; None sizes it from `memory_fraction`: on a CPU of the memory that is free once the weights are loaded,
     on CUDA the share of the device's memory that may be taken in all. `quantization` rounds weights on load. Decode
-    steps of at most `cuda_graph_max_bs` rows are CUDA graphs; 0 for none.
+    steps of at most `cuda_graph_max_bs` rows are CUDA graphs; 0 for none. `config_cache`: the folder where full configs
+    are kept.
     """
 
     model_dir: str
@@ -45,3 +46,4 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     quantization: Literal["int8", "int4", "fp8"] | None = None
     cuda_graph_max_bs: int = 0
+    config_cache: str | None = None

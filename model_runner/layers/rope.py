@@ -5,11 +5,10 @@ the context length served: keys in the cache are already rotated, and requests o
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ramet.model_runner.weights.errors import WeightsError
 
@@ -34,8 +33,9 @@ class RopeFrequencies:
         return table.to(device)
 
 
-def rope_frequencies(config: PretrainedConfig, context_length: int, layer_type: str | None = None) -> RopeFrequencies:
-    """The frequencies for `config.rope_parameters`, or for those of `layer_type` where layers differ.
+def rope_frequencies(config: Any, context_length: int, layer_type: str | None = None) -> RopeFrequencies:
+    """The frequencies for `config.rope_parameters`, or for those of `layer_type` where layers differ. `config` is a
+    `ModelConfig`.
 
     dynamic and longrope are taken for a sequence of `context_length`. Raises WeightsError for a kind not known.
     """
@@ -45,15 +45,19 @@ def rope_frequencies(config: PretrainedConfig, context_length: int, layer_type: 
         raise WeightsError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported, only 1.0 is")
     if kind == "default":
         return plain_frequencies(parameters["rope_theta"], config)
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise WeightsError(f"rope type {kind!r} is not supported; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
-    inverse, scale = ROPE_INIT_FUNCTIONS[kind](
-        config, torch.device("cpu"), seq_len=context_length, **({"layer_type": layer_type} if layer_type else {})
-    )
+    # Imported when needed: most models have a plain rope, and half a second is a long time at start.
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as KINDS
+
+    if kind not in KINDS:
+        raise WeightsError(f"rope type {kind!r} is not supported; known are default, {', '.join(KINDS)}")
+    # The functions want methods of this class, none of any model's own.
+    full, where = PretrainedConfig(**vars(config)), {"layer_type": layer_type} if layer_type else {}
+    inverse, scale = KINDS[kind](full, torch.device("cpu"), seq_len=context_length, **where)
     return RopeFrequencies(inverse, scale)
 
 
-def plain_frequencies(theta: float, config: PretrainedConfig) -> RopeFrequencies:
+def plain_frequencies(theta: float, config: Any) -> RopeFrequencies:
     """theta ** (-2i / head_dim)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return RopeFrequencies(1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)))

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from ramet.model_runner.context import AttentionContext, AttentionSpec
 from ramet.model_runner.layers.embedding import VocabMatrix
 from ramet.model_runner.layers.linear import ColumnParallelLinear, RowParallelLinear, empty_parameter
 from ramet.model_runner.layers.mlp import activation
 from ramet.model_runner.layers.norm import LayerNorm
+from ramet.model_runner.models.model_config import ModelConfig
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.mapping import WeightPart
@@ -43,9 +43,7 @@ class Family:
 
 
 class EncoderLayer(nn.Module):
-    def __init__(
-        self, config: PretrainedConfig, family: Family, index: int, group: TpGroup, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, family: Family, index: int, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
         size, inner = config.hidden_size, getattr(config, family.inner_size)
         self.head_dim = dim = size // config.num_attention_heads
@@ -77,7 +75,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Parameters are uninitialised until `weight_parts` are filled."""
 
-    def __init__(self, config: PretrainedConfig, family: Family, group: TpGroup, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, family: Family, group: TpGroup, dtype: torch.dtype) -> None:
         super().__init__()
         # A decoder of this family attends to what came before alone.
         for key, supported in (("position_embedding_type", "absolute"), ("is_decoder", False)):
@@ -118,7 +116,7 @@ class Encoder(nn.Module):
             yield from layer.weight_parts(f"{prefix}{self.family.layers}{index}.")
 
 
-def _norm(config: PretrainedConfig) -> LayerNorm:
+def _norm(config: ModelConfig) -> LayerNorm:
     # DistilBERT has no such setting, whatever its config.json says.
     return LayerNorm(config.hidden_size, 1e-12 if config.model_type == "distilbert" else config.layer_norm_eps)
 

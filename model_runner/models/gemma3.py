@@ -1,15 +1,14 @@
 """Gemma 3 (text): sandwich norms of 1 + weight, scaled embeddings, and a sliding window with a rope of its own in
 most layers."""
 
-from transformers import PretrainedConfig
-
 from ramet.model_runner.layers.rope import rope_frequencies
 from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 from ramet.model_runner.models.llama import sizes
+from ramet.model_runner.models.model_config import ModelConfig
 from ramet.model_runner.models.qwen2 import windows
 
 
-def gemma3(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+def gemma3(config: ModelConfig, context_length: int) -> DecoderSpec:
     kinds = config.layer_types
     if config.attn_logit_softcapping is not None:
         # transformers has the setting and does nothing with it; who trained with it, nobody knows.

@@ -22,7 +22,6 @@ from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.context import AttentionSpec, ForwardContext
 from ramet.model_runner.kv_pool import KVPool, KVSpec
 from ramet.model_runner.models.base import CausalLM
-from ramet.model_runner.models.registry import architecture_of
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.errors import WeightsError
 from ramet.model_runner.weights.mapping import Progress
@@ -130,13 +129,14 @@ class FallbackLM(CausalLM):
 
 
 @torch.inference_mode()
-def load_fallback(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGroup, progress: Progress) -> FallbackLM:
+def load_fallback(config: RunnerConfig, architecture: str, group: TpGroup, progress: Progress) -> FallbackLM:
     """Raises WeightsError if the checkpoint cannot be loaded, or not be run correctly with paged attention."""
     if group.size > 1:
-        raise WeightsError(f"{architecture_of(hf_config)} runs through transformers, on one device only")
-    _check_config(hf_config, config.context_length)
+        raise WeightsError(f"{architecture} runs through transformers, on one device only")
+    hf_config = transformers.AutoConfig.from_pretrained(config.model_dir, trust_remote_code=config.trust_remote_code)
+    _check_config(hf_config, architecture, config.context_length)
     progress(0, 1)
-    hf_model = _load(config, hf_config).eval()
+    hf_model = _load(config, hf_config, architecture).eval()
     hf_model.to(torch.device(config.device))
     hf_model.config.pad_token_id = None  # some look for it in all that they are given, and so wait for the device
     progress(1, 1)
@@ -150,8 +150,7 @@ def load_fallback(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGr
     return model
 
 
-def _check_config(config: PretrainedConfig, context_length: int) -> None:
-    architecture = architecture_of(config)
+def _check_config(config: PretrainedConfig, architecture: str, context_length: int) -> None:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not remote:
         raise WeightsError(f"{architecture} is not a causal language model that transformers knows")
@@ -171,7 +170,7 @@ def _check_config(config: PretrainedConfig, context_length: int) -> None:
             )
 
 
-def _load(config: RunnerConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
+def _load(config: RunnerConfig, hf_config: PretrainedConfig, architecture: str) -> PreTrainedModel:
     common: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "trust_remote_code": config.trust_remote_code,
@@ -191,7 +190,7 @@ def _load(config: RunnerConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
             common["use_safetensors"] = config.load_format is LoadFormat.SAFETENSORS
         loaded: Any = auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **common)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        raise WeightsError(f"transformers cannot load {architecture_of(hf_config)} from {weights}: {error}") from error
+        raise WeightsError(f"transformers cannot load {architecture} from {weights}: {error}") from error
     model: PreTrainedModel
     model, info = loaded
     for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):

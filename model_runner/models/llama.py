@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from ramet.model_runner.layers.rope import RopeFrequencies, rope_frequencies
 from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
+from ramet.model_runner.models.model_config import ModelConfig
 
 
-def llama(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+def llama(config: ModelConfig, context_length: int) -> DecoderSpec:
     return DecoderSpec(
         **sizes(config),
         layers=(LayerSpec(),) * config.num_hidden_layers,
@@ -19,7 +18,7 @@ def llama(config: PretrainedConfig, context_length: int) -> DecoderSpec:
     )
 
 
-def sizes(config: PretrainedConfig) -> dict[str, Any]:
+def sizes(config: ModelConfig) -> dict[str, Any]:
     """The fields of `DecoderSpec` that all Llama-like configs spell alike."""
     return {
         "vocab_size": config.vocab_size,
@@ -34,6 +33,6 @@ def sizes(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def single_rope(config: PretrainedConfig, context_length: int) -> dict[str, RopeFrequencies]:
+def single_rope(config: ModelConfig, context_length: int) -> dict[str, RopeFrequencies]:
     """One rope for all layers."""
     return {"default": rope_frequencies(config, context_length)}

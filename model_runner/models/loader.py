@@ -10,8 +10,6 @@ import logging
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import PretrainedConfig
 
 from ramet.kernels.cpu.build import KernelUnavailable
 from ramet.kernels.cpu.decoder import DecoderKernel, Grid
@@ -21,6 +19,7 @@ from ramet.model_runner.models.base import CausalLM
 from ramet.model_runner.models.bert import ENCODERS, Encoder
 from ramet.model_runner.models.cpu_decoder import CpuDecoder, covers
 from ramet.model_runner.models.decoder import Decoder, DecoderSpec
+from ramet.model_runner.models.model_config import ModelConfig, read_config
 from ramet.model_runner.models.registry import NATIVE, SpecBuilder, architecture_of, native_builder
 from ramet.model_runner.parallel import TpGroup
 from ramet.model_runner.weights.dummy import RandomSource
@@ -46,59 +45,44 @@ def load_model(config: RunnerConfig, group: TpGroup, progress: Progress) -> Caus
 
     Raises WeightsError, with words for the user, if the model cannot be run as its config asks.
     """
-    hf_config = _read_config(config)
-    build = native_builder(hf_config, architecture_of(hf_config), config.trust_remote_code)
+    model_config = read_config(config)
+    architecture = architecture_of(model_config)
+    build = native_builder(model_config, architecture, config.trust_remote_code)
     if build is None:
         if config.quantization is not None:
             raise WeightsError(f"quantization {config.quantization} is for native models, not for the fallback")
         # Imported when needed: transformers' modelling code takes two seconds to import.
         from ramet.model_runner.models.hf_fallback import load_fallback
 
-        return load_fallback(config, hf_config, group, progress)
-    return _load_native(config, hf_config, build, group, progress)
+        return load_fallback(config, architecture, group, progress)
+    return _load_native(config, model_config, build, group, progress)
 
 
 @torch.no_grad()
 def load_embedder(config: RunnerConfig, group: TpGroup, progress: Progress) -> Encoder | CausalLM:
     """An encoder, or a decoder without its head. Raises WeightsError as `load_model` does."""
-    hf_config = _read_config(config)
-    architecture = (hf_config.architectures or [f"{hf_config.model_type} Model"])[0]
-    if hf_config.model_type in ENCODERS:
+    model_config = read_config(config)
+    architecture = (model_config.architectures or [f"{model_config.model_type} Model"])[0]
+    if model_config.model_type in ENCODERS:
         if not architecture.endswith(_ENCODER_CLASSES) or architecture.endswith("LMHeadModel"):
             raise WeightsError(f"{architecture} does not embed: {', '.join(_ENCODER_CLASSES)} classes do")
-        return _load_encoder(config, hf_config, group, progress)
+        return _load_encoder(config, model_config, group, progress)
     # Published without a head, a decoder has the name of its body.
     name = architecture if architecture in NATIVE else f"{architecture.removesuffix('Model')}ForCausalLM"
-    build = native_builder(hf_config, name, config.trust_remote_code)
+    build = native_builder(model_config, name, config.trust_remote_code)
     if build is None:
         known = ", ".join([*ENCODERS, *NATIVE])
-        words = f"{architecture} of model_type {hf_config.model_type}"
+        words = f"{architecture} of model_type {model_config.model_type}"
         raise WeightsError(f"{words} is not supported for embeddings; supported are the models {known}")
-    return _load_native(config, hf_config, build, group, progress, headless=True)
+    return _load_native(config, model_config, build, group, progress, headless=True)
 
 
-def _read_config(config: RunnerConfig) -> PretrainedConfig:
-    try:
-        found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            config.model_dir, trust_remote_code=config.trust_remote_code
-        )
-    except Exception as error:  # of many kinds: a config is checked by the library, and may bring code
-        raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error}") from error
-    method = getattr(found, "quantization_config", None)
-    if method is not None and config.load_format is not LoadFormat.GGUF:
-        name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
-        raise WeightsError(f"the checkpoint is quantised ({name}); quantised safetensors are not supported")
-    if getattr(found, "transformers_weights", None):
-        raise WeightsError("transformers_weights in config.json, which names a file of weights, is not supported")
-    return found
-
-
-def _load_encoder(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGroup, progress: Progress) -> Encoder:
-    family = ENCODERS[hf_config.model_type]
+def _load_encoder(config: RunnerConfig, model_config: ModelConfig, group: TpGroup, progress: Progress) -> Encoder:
+    family = ENCODERS[model_config.model_type]
     with torch.device(config.device):
-        model = Encoder(hf_config, family, group, getattr(torch, config.dtype))
-    head_dim = hf_config.hidden_size // hf_config.num_attention_heads
-    with contextlib.closing(_open(config, hf_config.num_hidden_layers, head_dim)) as source:
+        model = Encoder(model_config, family, group, getattr(torch, config.dtype))
+    head_dim = model_config.hidden_size // model_config.num_attention_heads
+    with contextlib.closing(_open(config, model_config.num_hidden_layers, head_dim)) as source:
         names = source.names()
         prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
         unused = {name for name in names if name.removeprefix(prefix).startswith(_HEADS)}
@@ -108,18 +92,18 @@ def _load_encoder(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGr
 
 def _load_native(
     config: RunnerConfig,
-    hf_config: PretrainedConfig,
+    model_config: ModelConfig,
     build: SpecBuilder,
     group: TpGroup,
     progress: Progress,
     headless: bool = False,
 ) -> CausalLM:
-    if getattr(hf_config, "use_bidirectional_attention", False) or not getattr(hf_config, "is_causal", True):
+    if getattr(model_config, "use_bidirectional_attention", False) or not getattr(model_config, "is_causal", True):
         raise WeightsError(
             "the model's config asks for attention in both directions (an embedding model): not supported"
         )
     try:
-        spec = build(hf_config, config.context_length)
+        spec = build(model_config, config.context_length)
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads evenly")
         for layer in spec.layers:
@@ -131,7 +115,7 @@ def _load_native(
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error!r}") from error
     with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
         if isinstance(source, GGUFSource):
-            spec = _as_in_gguf(spec, hf_config, source)
+            spec = _as_in_gguf(spec, model_config, source)
         elif spec.tied_embeddings:
             spec = dataclasses.replace(spec, tied_embeddings=not _has_own_head(spec, source, group))
         if headless:
@@ -235,18 +219,18 @@ def _has_own_head(spec: DecoderSpec, source: WeightSource, group: TpGroup) -> bo
     return group.minimum(int(torch.equal(head, embedding))) == 0
 
 
-def _as_in_gguf(spec: DecoderSpec, hf_config: PretrainedConfig, source: GGUFSource) -> DecoderSpec:
+def _as_in_gguf(spec: DecoderSpec, model_config: ModelConfig, source: GGUFSource) -> DecoderSpec:
     """What only the GGUF file knows: whether there is a head of its own, and how the rope is scaled."""
     spec = dataclasses.replace(spec, tied_embeddings=not source.holds("lm_head.weight"))
     scaling = source.header.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
     factors = source.rope_factors()
     if factors is not None:
         # They stand for the whole scaling, whatever the config says of it.
-        theta = hf_config.rope_parameters["rope_theta"]
+        theta = model_config.rope_parameters["rope_theta"]
         return dataclasses.replace(
-            spec, ropes={name: plain_frequencies(theta, hf_config).divided_by(factors) for name in spec.ropes}
+            spec, ropes={name: plain_frequencies(theta, model_config).divided_by(factors) for name in spec.ropes}
         )
-    parameters = hf_config.rope_parameters
+    parameters = model_config.rope_parameters
     kinds = {inner["rope_type"] for inner in parameters.values() if isinstance(inner, dict)}
     kinds = kinds or {parameters["rope_type"]}
     if scaling != "none" and kinds == {"default"}:

@@ -1,12 +1,11 @@
 """Qwen2 and Qwen2.5: Llama with biases on query, key and value, and optional sliding windows in the upper layers."""
 
-from transformers import PretrainedConfig
-
 from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 from ramet.model_runner.models.llama import single_rope, sizes
+from ramet.model_runner.models.model_config import ModelConfig
 
 
-def qwen2(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+def qwen2(config: ModelConfig, context_length: int) -> DecoderSpec:
     return DecoderSpec(
         **sizes(config),
         layers=tuple(LayerSpec(sliding_window=window) for window in windows(config)),
@@ -15,7 +14,7 @@ def qwen2(config: PretrainedConfig, context_length: int) -> DecoderSpec:
     )
 
 
-def windows(config: PretrainedConfig) -> list[int | None]:
+def windows(config: ModelConfig) -> list[int | None]:
     """The sliding window of each layer, of all if the config has no `layer_types`, which otherwise already accounts
     for `max_window_layers`. Raises LookupError for another kind of layer, ValueError for a window without a size."""
     if (kinds := getattr(config, "layer_types", None)) is None:

@@ -1,13 +1,12 @@
 """Qwen3-MoE: Qwen3 whose MLPs are mixtures of experts, but for the layers that the config keeps dense."""
 
-from transformers import PretrainedConfig
-
 from ramet.model_runner.layers.moe import MoESpec
 from ramet.model_runner.models.decoder import DecoderSpec, LayerSpec
 from ramet.model_runner.models.llama import single_rope, sizes
+from ramet.model_runner.models.model_config import ModelConfig
 
 
-def qwen3_moe(config: PretrainedConfig, context_length: int) -> DecoderSpec:
+def qwen3_moe(config: ModelConfig, context_length: int) -> DecoderSpec:
     experts = MoESpec(
         config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob
     )

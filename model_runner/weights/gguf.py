@@ -66,17 +66,10 @@ class GGUFSource(WeightSource):
         info = self.header.tensors.get(self._stored_name(part.name))
         if info is None or info.shape != part.shape or info.ggml_type not in (_Q4_0, _Q4_1):
             return None
-        # A block: a float16 scale, in Q4_1 a minimum, then 16 bytes with the numbers i (low half) and i + 16.
-        blocks = torch.from_numpy(self._raw(info, 0, info.shape[0]).copy()).unflatten(
-            1, (-1, gguf.GGML_QUANT_SIZES[info.ggml_type][1])
-        )
-        floats, nibbles = blocks[..., :-16].contiguous().view(torch.float16), blocks[..., -16:]
-        scales = floats[..., 0]
-        # In Q4_0 a weight is scale * (number - 8); the product is exact.
-        minima = floats[..., 1] if info.ggml_type == _Q4_1 else -8 * scales
+        numbers, scales, minima = _blocks_of_4_bits(self._raw(info, 0, info.shape[0]), info.ggml_type)
         if not (scales.float() + minima.float()).sum().isfinite():
             raise WeightsError(f"{part.name} in {self.path} has numbers that are NaN or infinite")
-        numbers = torch.cat([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
+        numbers = numbers.flatten(1)
         return Grid(*(self._undo_conversion(part.name, tensor) for tensor in (numbers, scales, minima)))
 
     def rope_factors(self) -> Tensor | None:
@@ -92,8 +85,13 @@ class GGUFSource(WeightSource):
 
     def _rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
         """Rows of the tensor seen as a matrix (its elements, if it has one dimension), float32."""
+        raw = self._raw(info, first, last)
+        if info.ggml_type in (_Q4_0, _Q4_1):  # as the library does it, and five times as fast
+            numbers, scales, minima = _blocks_of_4_bits(raw, info.ggml_type)
+            found = numbers.float().mul_(scales.float()[..., None]).add_(minima.float()[..., None])
+            return found.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else found.flatten()
         try:
-            values = gguf.dequantize(self._raw(info, first, last), info.ggml_type)
+            values = gguf.dequantize(raw, info.ggml_type)
         except NotImplementedError as error:
             raise WeightsError(f"{self.path}: {info.name} is of type {info.ggml_type.name}, not supported") from error
         values = values.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else values.reshape(-1)
@@ -114,3 +112,14 @@ class GGUFSource(WeightSource):
         if self.architecture == "gemma3" and name.endswith("norm.weight"):
             return tensor - 1.0
         return tensor
+
+
+def _blocks_of_4_bits(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> tuple[Tensor, Tensor, Tensor]:
+    """raw [rows, bytes] -> uint8 [rows, blocks, 32], and the scale and minimum of each block, float16."""
+    # A block: a float16 scale, in Q4_1 a minimum, then 16 bytes with the numbers i (low half) and i + 16.
+    blocks = torch.from_numpy(raw.copy()).unflatten(1, (-1, gguf.GGML_QUANT_SIZES[kind][1]))
+    floats, nibbles = blocks[..., :-16].contiguous().view(torch.float16), blocks[..., -16:]
+    scales = floats[..., 0]
+    # In Q4_0 a weight is scale * (number - 8); the product is exact.
+    minima = floats[..., 1] if kind == _Q4_1 else -8 * scales
+    return torch.cat([nibbles & 15, nibbles >> 4], dim=2), scales, minima
