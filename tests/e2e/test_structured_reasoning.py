@@ -4,7 +4,9 @@ The model is random: a bias makes it begin and end its reasoning, whose tags are
 """
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,19 @@ def test_the_answer_does_not_end_in_the_reasoning(reasoner: RunningServer) -> No
     [choice] = ask(reasoner, **fields, end=-100).choices
     assert (choice.message.content, choice.finish_reason) == ("", "length")
     assert choice.message.reasoning_content
+
+
+def test_a_death_in_the_reasoning_changes_nothing(reasoner: RunningServer) -> None:
+    fields: Any = {"response_format": FORMAT, "end": -100, "max_tokens": 1000, "seed": 5}
+    [whole] = ask(reasoner, **fields).choices
+    text, killed = "", False
+    for chunk in ask(reasoner, stream=True, **fields):
+        text += getattr(chunk.choices[0].delta, "reasoning_content", "")
+        if len(text) > 60 and not killed:
+            os.kill(reasoner.pids()["scheduler-0"], signal.SIGKILL)
+            killed = True
+    assert text == whole.message.reasoning_content
+    assert reasoner.metrics()["ramet_requests_resumed_total"] == 1
 
 
 def test_calls_or_a_format(reasoner: RunningServer) -> None:
