@@ -6,15 +6,18 @@ one block of reasoning; tags that come later are content.
 
 from typing import Literal
 
-TAGS = {
-    **dict.fromkeys(("think", "deepseek-r1", "qwen3"), ("<think>", "</think>")),
-    "mistral": ("[THINK]", "[/THINK]"),
+from ramet.ipc.sampling import Thought
+
+THOUGHTS = {
+    **dict.fromkeys(("think", "deepseek-r1", "qwen3"), Thought("<think>", "</think>")),
+    "mistral": Thought("[THINK]", "[/THINK]"),
 }
 
 
 class ReasoningParser:
     def __init__(self, family: str) -> None:
-        self._begin, self._end = TAGS[family]
+        self._thought = THOUGHTS[family]
+        self._begin, self._end = self._thought.begin, self._thought.end
         self._opened = False
         self._held = ""
         self._state: Literal["start", "reasoning", "content"] = "start"
@@ -23,7 +26,8 @@ class ReasoningParser:
 
     def after_prompt(self, tail: str) -> None:
         """The end of the prompt, to be told before any text: templates may open the block themselves."""
-        self._opened = tail.rstrip().endswith(self._begin)
+        thought = self._thought.after(tail)
+        self._opened = thought is not None and thought.opened
 
     def feed(self, text: str, num_tokens: int, final: bool) -> tuple[str, str]:
         """Reasoning and content that are certain now; with `final`, the text has ended. `num_tokens`: how many have

@@ -57,13 +57,13 @@ FORMS = {
 
 class ToolCallParser:
     """The calls of one choice. `names` are those that may be called; without `parallel`, what follows the first call
-    is dropped."""
+    is dropped. With `lead`, a text that does not begin with a call has none."""
 
-    def __init__(self, form: str, names: Collection[str], parallel: bool) -> None:
+    def __init__(self, form: str, names: Collection[str], parallel: bool, lead: bool = False) -> None:
         self._form = FORMS[form]
         self._names = names
         self._parallel = parallel
-        self._state: Callable[[bool], bool] = self._text
+        self._state: Callable[[bool], bool] = self._lead if lead else self._text
         self._held = ""
         self._space = ""  # white space after content: dropped if a call follows
         self._deltas: list[Delta] = []
@@ -80,6 +80,19 @@ class ToolCallParser:
         return deltas
 
     # A state takes from `_held` what it can; true if there is more to do, in another state or its own.
+
+    def _lead(self, final: bool) -> bool:
+        match = self._form.start.match(self._held, partial=True)
+        is_partial = match is not None and match.partial
+        if is_partial and not final:
+            return False
+        is_call = match is not None and not is_partial and self._name(match) in self._names
+        self._state = self._text if is_call else self._plain
+        return True
+
+    def _plain(self, _final: bool) -> bool:
+        self._say(len(self._held))
+        return False
 
     def _text(self, final: bool) -> bool:
         match = self._form.start.search(self._held, partial=True)

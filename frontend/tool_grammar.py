@@ -1,4 +1,4 @@
-"""The grammar of an answer that must be a call, in the form that the model's own calls have.
+"""The grammar of an answer that is a call, in the form that the model's own calls have.
 
 Written in llguidance's variant of Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). Each tool
 has a rule of its own, and its schema is a document of its own, so that references inside it hold. What stands behind
@@ -52,4 +52,5 @@ def tool_grammar(use: ToolUse, config: FrontendConfig) -> Grammar:
         case _:
             one, several = "call", 'call | "[" call (", " call)* "]"'
     rules.insert(0, f"start: {several if use.parallel else one}")
-    return Grammar(GrammarKind.LARK, "\n".join(rules), "function_call" if use.legacy else "tool_choice")
+    params = ("function_call", "functions") if use.legacy else ("tool_choice", "tools")
+    return Grammar(GrammarKind.LARK, "\n".join(rules), params[not use.required])

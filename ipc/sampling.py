@@ -36,12 +36,36 @@ class GrammarKind(enum.StrEnum):
     EBNF = "ebnf"
 
 
+class Thought(msgspec.Struct, frozen=True, array_like=True):
+    """A block of reasoning, between two tags, that may stand before what a grammar asks for. `opened`: the prompt ends
+    with the first tag."""
+
+    begin: str
+    end: str
+    opened: bool = False
+
+    def after(self, tail: str) -> "Thought | None":
+        """As it is behind a prompt with this end; None if that has closed the block."""
+        if (tail := tail.rstrip()).endswith(self.end):
+            return None
+        return msgspec.structs.replace(self, opened=tail.endswith(self.begin))
+
+
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
-    """What the whole answer must match. `param` is the request's field that it came from, to be named in errors."""
+    """What the whole answer must match. `param` is the request's field that it came from, to be named in errors.
+    An answer may match `calls` instead. Either may come behind a `thought`."""
 
     kind: GrammarKind
     source: str
     param: str
+    calls: "Grammar | None" = None
+    thought: Thought | None = None
+
+    @property
+    def parts(self) -> "list[Grammar]":
+        """Those of which an answer matches one, each by itself."""
+        own = msgspec.structs.replace(self, calls=None, thought=None)
+        return [own] if self.calls is None else [self.calls, own]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

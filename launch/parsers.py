@@ -8,7 +8,7 @@ import logging
 import re
 from typing import Any
 
-from ramet.frontend.reasoning import TAGS
+from ramet.frontend.reasoning import THOUGHTS
 from ramet.launch.model_info import AddedToken
 from ramet.launch.server_args import ConfigError
 from ramet.tokenizer_worker.chat_template import ChatTemplate
@@ -40,7 +40,9 @@ def choose_parsers(
     if reasoning == "auto":
         reasoning = _reasoning_family(template.source) if template is not None else "none"
         logger.info("reasoning_parser: %s (automatic)", reasoning)
-    wanted = {*_MARKERS.get(tool_calls, ()), *TAGS.get(reasoning, ())}
+    wanted = {*_MARKERS.get(tool_calls, ())}
+    if (thought := THOUGHTS.get(reasoning)) is not None:
+        wanted |= {thought.begin, thought.end}
     markers = [token for token in added_tokens if token.content in wanted]
     return {
         "tool_call_parser": tool_calls,

@@ -34,7 +34,7 @@ _MASK_THREADS = 4
 
 class _Held(NamedTuple):
     message: Generate
-    compiled: "Future[Matcher]"
+    compiled: "Future[Matcher | Failure]"
 
 
 class GrammarPool:
@@ -49,7 +49,7 @@ class GrammarPool:
         self._tokenizer: LLTokenizer | None = None
         self._checker: subprocess.Popen[bytes] | None = None
         self._fillers = ThreadPoolExecutor(_MASK_THREADS, "masks")
-        self._cache: dict[Grammar, Future[Matcher]] = {}  # the last used at the end
+        self._cache: dict[Grammar, Future[Matcher | Failure]] = {}  # the last used at the end
         self._held: list[_Held] = []
 
     @property
@@ -107,19 +107,18 @@ class GrammarPool:
                 bits[token // 32] &= ~np.uint32(1 << token % 32)
         return was_full
 
-    def _outcome(self, message: Generate, compiled: "Future[Matcher]") -> Matcher | Failure:
+    def _outcome(self, message: Generate, compiled: "Future[Matcher | Failure]") -> Matcher | Failure:
         grammar = message.params.grammar
         assert grammar is not None
         error = compiled.exception()
         if error is None:
-            return compiled.result().copy()
-        if isinstance(error, GrammarError):
-            return refusal(grammar, str(error))
+            made = compiled.result()
+            return made if isinstance(made, Failure) else made.copy()
         log.error("a grammar could not be compiled", exc_info=error)
         self._cache.pop(grammar, None)  # it may go better the next time
         return Failure(FailureKind.INTERNAL, f"the grammar could not be compiled: {error}")
 
-    def _compiled(self, grammar: Grammar) -> "Future[Matcher]":
+    def _compiled(self, grammar: Grammar) -> "Future[Matcher | Failure]":
         """From the cache; or under way, with the word of it to follow."""
         if (compiled := self._cache.pop(grammar, None)) is None:
             compiled = self._compiler.submit(self._compile, grammar)
@@ -129,11 +128,16 @@ class GrammarPool:
             del self._cache[next(iter(self._cache))]
         return compiled
 
-    def _compile(self, grammar: Grammar) -> Matcher:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_dir, self._vocab_size, self._eos_ids)
-        self._check(grammar)
-        return Matcher(self._tokenizer, grammar)
+    def _compile(self, grammar: Grammar) -> Matcher | Failure:
+        tried = grammar
+        try:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._tokenizer_dir, self._vocab_size, self._eos_ids)
+            for tried in dict.fromkeys((*grammar.parts, grammar)):  # the parts by themselves, to name the one at fault
+                self._check(tried)
+            return Matcher(self._tokenizer, grammar)
+        except GrammarError as error:
+            return refusal(tried, str(error))
 
     def _check(self, grammar: Grammar) -> None:
         """Let the other process try. If that ends it, the next grammar gets a new one."""

@@ -138,6 +138,9 @@ class Encoder:
             # The template writes the special tokens itself.
             text = self._render(message)
             ids, tail = self._encode(text, add_special_tokens=False), text[-_TAIL_CHARS:]
+            if (grammar := params.grammar) is not None and grammar.thought is not None:
+                grammar = msgspec.structs.replace(grammar, thought=grammar.thought.after(tail))
+                params = msgspec.structs.replace(params, grammar=grammar)
         elif message.suffix is None:
             prompt = message.prompt
             ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt

@@ -30,7 +30,7 @@ class ChatCompletions(Api):
     async def create(self, http: Request, request: ChatRequest) -> ASGIApp:
         request.check()
         params = request.sampling(self._config)
-        tools, reasons = request.tool_use, request.splits_reasoning(self._config, params)
+        tools, reasons = request.tool_use, request.splits_reasoning(self._config)
         tags, form = self._config.reasoning_parser if reasons else None, self._config.tool_call_parser
         generation = self._client.submit(
             [request.prompt(self._config)],
@@ -40,7 +40,10 @@ class ChatCompletions(Api):
             stream=bool(request.stream) or reasons,  # tokens of the reasoning are counted as they come
             names=[request.rid],
         )
-        choices = [ChatChoice(index, bool(request.logprobs), tags, form, tools) for index in range(request.choices)]
+        calls_lead = params.grammar is not None
+        choices = [
+            ChatChoice(index, bool(request.logprobs), tags, form, tools, calls_lead) for index in range(request.choices)
+        ]
         answer = OpenAIAnswer("chatcmpl", "chat.completion", "chat.completion.chunk", request, generation, choices)
         return functools.partial(respond, generation, answer, request.stream)
 
@@ -49,10 +52,12 @@ class ChatChoice:
     """One choice, whose text is read as reasoning (between `tags`, unless that is None), content and calls of `tools`.
     Log-probabilities are those of all tokens, markup and reasoning included."""
 
-    def __init__(self, index: int, with_logprobs: bool, tags: str | None, form: str, tools: ToolUse | None) -> None:
+    def __init__(
+        self, index: int, with_logprobs: bool, tags: str | None, form: str, tools: ToolUse | None, calls_lead: bool
+    ) -> None:
         self._index, self._with_logprobs = index, with_logprobs
         self._reasoning = ReasoningParser(tags) if tags is not None else None
-        self._calls = ToolCallParser(form, tools.callable, tools.parallel) if tools is not None else None
+        self._calls = ToolCallParser(form, tools.callable, tools.parallel, calls_lead) if tools is not None else None
         self._legacy = tools is not None and tools.legacy
         self.is_plain = tags is None and tools is None
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from ramet.frontend.config import FrontendConfig
+from ramet.frontend.reasoning import THOUGHTS
 from ramet.frontend.schemas.common import GenerationRequest, Int, refuse_unsupported
 from ramet.frontend.schemas.tools import FunctionChoice, FunctionTool, Tool, ToolChoice, ToolUse, function_use, tool_use
 from ramet.frontend.tool_grammar import tool_grammar
@@ -193,18 +194,25 @@ class ChatRequest(_NotBuilt, kw_only=True, forbid_unknown_fields=True, dict=True
         params = self.to_sampling(config, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
         if (use := self.tool_use) is not None:
             params = _with_tools(params, use, config)
-        if config.markers_are_special and (use is not None or self.splits_reasoning(config, params)):
+        splits = self.splits_reasoning(config)
+        if splits and (grammar := params.grammar) is not None:
+            grammar = msgspec.structs.replace(grammar, thought=THOUGHTS[config.reasoning_parser])
+            params = msgspec.structs.replace(params, grammar=grammar)
+        if config.markers_are_special and (use is not None or splits):
             params = msgspec.structs.replace(params, skip_special_tokens=False)
         return params
 
-    def splits_reasoning(self, config: FrontendConfig, params: SamplingParams) -> bool:
-        """An answer that follows a grammar from its first token has no room for reasoning."""
-        return config.reasoning_parser != "none" and self.separate_reasoning is not False and params.grammar is None
+    def splits_reasoning(self, config: FrontendConfig) -> bool:
+        """If not, a grammar leaves no room for reasoning: it would be in the content, which is to match."""
+        return config.reasoning_parser != "none" and self.separate_reasoning is not False
 
 
 def _with_tools(params: SamplingParams, use: ToolUse, config: FrontendConfig) -> SamplingParams:
     if config.tool_call_parser == "none":
         raise invalid("tools: this server was started with --tool-call-parser none", "tools", "unsupported_parameter")
-    if (grammar := params.grammar) is not None:
-        raise invalid(f'{grammar.param} and tools exclude each other, unless tool_choice is "none"', grammar.param)
-    return msgspec.structs.replace(params, grammar=tool_grammar(use, config)) if use.required else params
+    if use.required:
+        return msgspec.structs.replace(params, grammar=tool_grammar(use, config))
+    if (grammar := params.grammar) is None:
+        return params
+    grammar = msgspec.structs.replace(grammar, calls=tool_grammar(use, config))
+    return msgspec.structs.replace(params, grammar=grammar)

@@ -22,7 +22,7 @@ THINKER = """{% for tool in tools or [] %}{{ tool | tojson }} in <tool_call></to
 
 
 # Fixtures that lend a shared server, in the order in which it is their turn.
-SHARED = ("tiny", "thinker", "mistral", "tiny_embedder", "minilm_server", "smollm2")
+SHARED = ("tiny", "thinker", "reasoner", "mistral", "tiny_embedder", "minilm_server", "smollm2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""Required and named calls through every process: whatever the model, they parse, validate and are all there is."""
+"""Required and named calls through every process: whatever the model, they parse, validate and are all there is.
+
+A random model would not end its reasoning: here it has none. `tests/e2e/test_structured_reasoning.py` has both.
+"""
 
 import json
 import re
@@ -45,8 +48,12 @@ TOOLS: Any = [
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
-def ask(server: RunningServer, **fields: Any) -> Any:
+AT_ONCE = {"separate_reasoning": False}
+
+
+def ask(server: RunningServer, extra_body: dict[str, Any] | None = None, **fields: Any) -> Any:
     asked: dict[str, Any] = {"model": server.model, "messages": QUESTION, "tools": TOOLS, "max_tokens": 200, **fields}
+    asked["extra_body"] = {**AT_ONCE, **(extra_body or {})}
     return server.client.chat.completions.create(**asked)
 
 
@@ -127,7 +134,12 @@ def test_a_stream_of_a_required_call(thinker: RunningServer) -> None:
 def test_the_older_form(thinker: RunningServer) -> None:
     function = {"name": "f", "parameters": SCHEMAS["get_weather"]}
     answer = thinker.client.chat.completions.create(
-        model=thinker.model, messages=QUESTION, functions=[function], function_call={"name": "f"}, max_tokens=200
+        model=thinker.model,
+        messages=QUESTION,
+        functions=[function],
+        function_call={"name": "f"},
+        max_tokens=200,
+        extra_body=AT_ONCE,
     )
     [choice] = answer.choices
     assert choice.finish_reason == "function_call"
@@ -145,7 +157,13 @@ def test_a_schema_that_is_none_is_refused(thinker: RunningServer) -> None:
 
 def test_a_client_library_on_top_of_the_sdk(thinker: RunningServer) -> None:
     chat = langchain_openai.ChatOpenAI(
-        base_url=f"{thinker.url}/v1", api_key="none", model=thinker.model, temperature=1, seed=3, max_tokens=200
+        base_url=f"{thinker.url}/v1",
+        api_key="none",
+        model=thinker.model,
+        temperature=1,
+        seed=3,
+        max_tokens=200,
+        extra_body=AT_ONCE,
     )
     answer = chat.bind_tools(TOOLS, tool_choice="get_weather").invoke("What is the weather in Paris?")
     [call] = answer.tool_calls
@@ -153,8 +171,8 @@ def test_a_client_library_on_top_of_the_sdk(thinker: RunningServer) -> None:
     jsonschema.validate(call["args"], SCHEMAS["get_weather"])
 
 
-def test_the_example_with_a_required_call(thinker: RunningServer) -> None:
-    command = [sys.executable, str(EXAMPLE), "--base-url", f"{thinker.url}/v1", "--tool-choice", "required"]
+def test_the_example_with_a_required_call(tiny: RunningServer) -> None:
+    command = [sys.executable, str(EXAMPLE), "--base-url", f"{tiny.url}/v1", "--tool-choice", "required"]
     done = subprocess.run([*command, "--max-tokens", "100"], capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert re.search(rb"^get_(weather|time)\(\{", done.stdout, re.MULTILINE)

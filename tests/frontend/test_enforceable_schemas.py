@@ -84,7 +84,7 @@ def test_what_may_be_written(
     bad: list[str],
 ) -> None:
     def accepts(text: str) -> bool:
-        matcher = compile_grammar(ll_tokenizer, json_grammar(schema, "response_format"))
+        [matcher] = compile_grammar(ll_tokenizer, json_grammar(schema, "response_format"))
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 

@@ -104,6 +104,36 @@ def test_a_text_that_is_cut_off_gives_what_is_there(form: str, text: str, expect
     assert found(form, *text) == expected
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        ("json", call(), (None, [WEATHER])),
+        ("json", f"[{call()}, {call('{}', 'now')}]", (None, [WEATHER, ("now", "{}")])),
+        ("llama3", f"{call()}; {call()}", (None, [WEATHER, WEATHER])),
+        ("hermes", f"<tool_call>{call()}</tool_call>\n<tool_call>{call()}</tool_call>", (None, [WEATHER, WEATHER])),
+        *(
+            (form, text, (text, []))
+            for form in ("json", "llama3", "hermes")
+            for text in (
+                f'{{"plan": [{call()}]}}',
+                f'{{"said": "<tool_call>{call()}</tool_call>"}}',
+                f" {call(name='other')} {call()}",
+                '{"name": "get_we',
+                "",
+                " ",
+            )
+        ),
+    ],
+)
+def test_where_calls_lead_they_are_found_nowhere_else(form: str, text: str, expected: Found) -> None:
+    for texts in ([text], list(text)):
+        parser = ToolCallParser(form, NAMES, True, lead=True)
+        deltas = [delta for text in texts for delta in parser.feed(text, final=False)] + parser.feed("", final=True)
+        message = whole_message(deltas)
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        assert (message["content"], [(call["name"], call["arguments"]) for call in calls]) == expected
+
+
 def test_deltas_have_id_type_and_name_once() -> None:
     text = f"Hi <tool_call>\n{call(ODD)}\n</tool_call>\n<tool_call>{call('{}', 'now')}</tool_call>"
     deltas = feed("hermes", list(text))

@@ -10,7 +10,7 @@ from ramet.frontend.config import FrontendConfig
 from ramet.frontend.errors import invalid_json
 from ramet.frontend.schemas.chat import ChatRequest
 from ramet.ipc.errors import RequestError
-from ramet.ipc.sampling import GrammarKind
+from ramet.ipc.sampling import GrammarKind, Thought
 
 CONFIG = FrontendConfig(host="x", port=1, served_names=("m",), model_path="/m", context_length=100, vocab_size=50)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -140,6 +140,48 @@ def test_the_older_fields() -> None:
     use, grammar = request.tool_use, request.sampling(CONFIG).grammar
     assert use is not None and grammar is not None
     assert (use.required, list(use.callable), grammar.param) == (True, ["g"], "function_call")
+
+
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": FORMAT}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "tool_choice": "auto"}, "response_format"),
+        ({"regex": "a", "tool_choice": allowed("auto", "g")}, "regex"),
+        ({"ebnf": 'root ::= "a"', "parallel_tool_calls": False}, "ebnf"),
+    ],
+)
+def test_calls_or_a_format(fields: dict[str, Any], param: str) -> None:
+    asked = {"tools": [tool("f"), tool("g")], **fields}
+    grammar = chat(**asked).sampling(CONFIG).grammar
+    assert grammar is not None and grammar.calls is not None
+    assert (grammar.param, grammar.calls.param) == (param, "tools")
+    assert "call_0" in grammar.calls.source
+    forced = chat(**{**asked, "tool_choice": "required"}).sampling(CONFIG).grammar
+    assert forced is not None
+    assert (forced.param, forced.calls) == ("tool_choice", None), "the format has no part in a call"
+    without = chat(**{**asked, "tool_choice": "none"}).sampling(CONFIG).grammar
+    assert without == msgspec.structs.replace(grammar, calls=None)
+
+
+def test_functions_or_a_format() -> None:
+    grammar = chat(functions=[function("f")], response_format=FORMAT).sampling(CONFIG).grammar
+    assert grammar is not None and grammar.calls is not None
+    assert (grammar.param, grammar.calls.param) == ("response_format", "functions")
+
+
+def test_a_grammar_leaves_room_for_reasoning_that_is_told_apart() -> None:
+    thinker = msgspec.structs.replace(CONFIG, reasoning_parser="mistral")
+    for fields in ({"regex": "a"}, {"tools": [tool()], "tool_choice": "required"}):
+        grammar = chat(thinker, **fields).sampling(thinker).grammar
+        assert grammar is not None and grammar.thought == Thought("[THINK]", "[/THINK]")
+        within = chat(thinker, **fields, separate_reasoning=False).sampling(thinker).grammar
+        assert within is not None and within.thought is None
+        none = chat(**fields).sampling(CONFIG).grammar
+        assert none is not None and none.thought is None
 
 
 def test_special_tokens_are_shown_where_markers_are_special() -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.scripted_engine import MODEL, WAIT_S, Request, Script, ScriptedEngine, says, token
 
 from ramet.ipc.messages import Chat, Finish, FinishReason, PromptInfo, TextDelta
-from ramet.ipc.sampling import GrammarKind
+from ramet.ipc.sampling import GrammarKind, Thought
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -132,10 +132,10 @@ def test_one_call_if_not_parallel(engine: ScriptedEngine, client: openai.OpenAI)
 
 
 def test_a_required_call_has_a_grammar(engine: ScriptedEngine, client: openai.OpenAI) -> None:
-    engine.script = after("<think>\n", *CALL)
+    engine.script = after("<think>\n", "Hm", "</think>", *CALL)
     choice: Any = {"type": "function", "function": {"name": "get_weather"}}
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, tools=[WEATHER, NOW], tool_choice=choice)
-    # The grammar leaves no room for reasoning, whatever the template opened.
+    assert answer.choices[0].message.reasoning_content == "Hm"
     assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_weather"]
     assert answer.choices[0].finish_reason == "tool_calls"
     grammar = engine.job().job.params.grammar
@@ -143,6 +143,29 @@ def test_a_required_call_has_a_grammar(engine: ScriptedEngine, client: openai.Op
     assert (grammar.kind, grammar.param) == (GrammarKind.LARK, "tool_choice")
     assert "get_weather" in grammar.source
     assert "now" not in grammar.source
+    assert grammar.thought == Thought("<think>", "</think>")
+
+
+PLAN = json.dumps({"plan": ["".join(CALL), {"name": "now", "arguments": {}}]})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_beside_a_format(engine: ScriptedEngine, stream: bool) -> None:
+    """Its text may hold what looks like a call; an answer that begins with one is one."""
+    fields: Any = {"tools": [WEATHER, NOW], "response_format": {"type": "json_object"}}
+    engine.script = after("<think>\n", "Hm", "</think>\n\n", *PLAN)
+    message, _, finish = ask(engine, stream, **fields)
+    assert (message["content"], message["reasoning_content"], finish) == (PLAN, "Hm", "stop")
+    assert "tool_calls" not in message
+    grammar = engine.job().job.params.grammar
+    assert grammar is not None and grammar.calls is not None
+    engine.script = after("", *CALL)
+    message, _, finish = ask(engine, stream, **fields)
+    assert (message["content"] or "", finish) == ("", "tool_calls")
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    engine.script = after("", *PLAN)
+    message, *_ = ask(engine, stream, **{**fields, "tool_choice": "none"})
+    assert message["content"] == PLAN
 
 
 def test_a_choice_of_none_is_plain_text(engine: ScriptedEngine, client: openai.OpenAI) -> None:

@@ -1,9 +1,12 @@
 """Grammars: compiled, refused, cached, held; and how requests follow them through the core and a real runner."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 
+import llguidance
+import msgspec
 import numpy as np
 import pytest
 import tokenizers
@@ -13,7 +16,7 @@ from support.server import PATIENCE_S
 
 from ramet.ipc.errors import Failure, FailureKind
 from ramet.ipc.messages import FinishReason, Generate
-from ramet.ipc.sampling import MAX_SOURCE_CHARS, Grammar, GrammarKind, SamplingParams
+from ramet.ipc.sampling import MAX_SOURCE_CHARS, Grammar, GrammarKind, SamplingParams, Thought
 from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.grammar import Matcher, load_tokenizer
 from ramet.scheduler.grammar_pool import GrammarPool
@@ -87,8 +90,9 @@ def pool(tiny_model, tokenizer) -> Iterator[Pool]:
 
 def accepts(matcher: Matcher | Failure, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
     assert isinstance(matcher, Matcher), matcher
-    matcher, ids = matcher._state.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids
-    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    states = [state.deep_copy() for state in matcher._states]
+    return any(state.try_consume_tokens(ids) == len(ids) and state.is_accepting() for state in states)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +283,9 @@ def held(made: Matcher | Failure) -> Request:
     return Request(Generate("r0", [1], SamplingParams(max_tokens=9, grammar=COUNTED)), 1, 9, (), made)
 
 
-def test_a_long_text_goes_on_when_its_lexer_is_full_and_so_do_others_that_share_it(pool: Pool, tokenizer):
-    first, second = (held(pool.outcome(COUNTED)) for _ in range(2))
+@pytest.mark.parametrize("grammar", [COUNTED, msgspec.structs.replace(COUNTED, calls=regex("[a-z]+!"))])
+def test_a_long_text_goes_on_when_its_lexer_is_full_and_so_do_others_that_share_it(pool, tokenizer, grammar):
+    first, second = (held(pool.outcome(grammar)) for _ in range(2))
     letter = tokenizer.token_to_id("a")
     assert write(pool, second, [letter]) is None
     assert write(pool, first, [letter] * 8000) is None, "several times what one lexer holds"
@@ -320,6 +325,99 @@ def test_a_tokenizer_that_cannot_be_read_is_said_to_be(tmp_path):
         pool.pool.close()
 
 
+# ---- reasoning, calls --------------------------------------------------------------------------------------------
+
+TAGS = Thought("<think>", "</think>")
+OPENED = Thought("<think>", "</think>", opened=True)
+PERSON = schema({"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]})
+CALL = Grammar(GrammarKind.LARK, """start: "{\\"name\\": \\"f\\", \\"arguments\\": {" /[a-z]/ "}}\"""", "tools")
+TEXTS = ['{"name": "f"}', '{"name": "f", "arguments": {x}}']
+
+
+@pytest.fixture(scope="module", params=["spelled", "added", "special"])
+def tagged(request: pytest.FixtureRequest, tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, object]:
+    """A tokenizer whose tags are tokens of their own, or are not; and llguidance's of it."""
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    if request.param != "spelled":
+        (copy.add_special_tokens if request.param == "special" else copy.add_tokens)(["<think>", "</think>"])
+        assert len(copy.encode("</think>").ids) == 1
+    return copy, llguidance.LLTokenizer(copy.to_str(), eos_token=EOS_ID)
+
+
+def walk(tagged: tuple[tokenizers.Tokenizer, object], grammar: Grammar, text: str) -> bool:
+    """Whether the masks allow each token of the text, and then its end, and at no earlier place."""
+    own, ll_tokenizer = tagged
+    matcher = Matcher(ll_tokenizer, grammar)
+    bits = np.empty(-(-ll_tokenizer.vocab_size // 32), dtype=np.uint32)
+
+    def allows(token: int) -> bool:
+        matcher.fill(bits)
+        return bool(bits[token // 32] >> np.uint32(token % 32) & 1)
+
+    for token in own.encode(text, add_special_tokens=False).ids:
+        if allows(EOS_ID) or not allows(token):
+            return False
+        assert matcher.advance(token) is None
+    if not allows(EOS_ID):
+        return False
+    assert matcher.advance(EOS_ID) is None, "an end that one of several ways allows"
+    return True
+
+
+def with_ways(grammar: Grammar, *, calls: Grammar | None = None, thought: Thought | None = None) -> Grammar:
+    return msgspec.structs.replace(grammar, calls=calls, thought=thought)
+
+
+@pytest.mark.parametrize("calls", [None, CALL], ids=["", "calls"])
+@pytest.mark.parametrize(
+    ("grammar", "texts"),
+    [
+        (PERSON, TEXTS),
+        (regex("[0-9]{2}"), ["12", TEXTS[1]]),
+        (Grammar(GrammarKind.EBNF, 'root ::= "{" [0-9] "}"', "ebnf"), ["{1}", TEXTS[1]]),
+        (Grammar(GrammarKind.EBNF, 'start: "{" A "}"\nA: /[0-9]/\n%ignore / +/', "ebnf"), ["{ 1 }", TEXTS[1]]),
+        (Grammar(GrammarKind.LARK, 'start: "<tool_call>" answer\nanswer: "x"', "x"), ["<tool_call>x", TEXTS[1]]),
+    ],
+    ids=["schema", "regex", "gbnf", "ignores", "lark"],
+)
+def test_reasoning_may_come_first_and_calls_instead(tagged, grammar, texts, calls):
+    plain, optional, opened = (with_ways(grammar, calls=calls, thought=how) for how in (None, TAGS, OPENED))
+    for text in texts[: 1 if calls is None else 2]:
+        for thought in ("</think>", "a < b </thin>\n{é}</think>\n\n"):
+            assert walk(tagged, plain, text)
+            assert walk(tagged, optional, text)
+            assert walk(tagged, optional, f"<think>{thought}{text}")
+            assert walk(tagged, opened, f"{thought}{text}")
+            assert not walk(tagged, plain, f"<think>{thought}{text}")
+            assert not walk(tagged, opened, text), "the block must be closed"
+            assert not walk(tagged, optional, f"{thought}{text}")
+            assert not walk(tagged, optional, f"<think>{thought}{thought}{text}"), "there is one block"
+            assert not walk(tagged, optional, f"<think>{thought}Well: {text}")
+
+
+def test_an_end_tag_that_is_a_token_is_not_spelled(tagged):
+    own, ll_tokenizer = tagged
+    matcher = Matcher(ll_tokenizer, with_ways(PERSON, thought=OPENED))
+    for token in own.encode("a</think").ids:
+        assert matcher.advance(token) is None
+    failure = matcher.advance(own.token_to_id(">"))
+    assert (failure is None) == (len(own.encode("</think>").ids) > 1)
+
+
+def test_the_part_at_fault_is_named(pool: Pool):
+    bad_call = Grammar(GrammarKind.LARK, "start: zap", "tools")
+    nothing = Grammar(GrammarKind.EBNF, "root ::= root", "ebnf")
+    outcomes = pool.outcomes(
+        with_ways(PERSON, calls=bad_call),
+        with_ways(schema({"not": {}}), calls=CALL, thought=TAGS),
+        with_ways(nothing, calls=CALL),
+        with_ways(nothing, thought=OPENED),
+        with_ways(PERSON, calls=regex("x" * (MAX_SOURCE_CHARS + 1))),
+    )
+    assert [made.param for made in outcomes.values()] == ["tools", "response_format", "ebnf", "ebnf", "regex"]
+    assert all(made.message.startswith(f"{made.param}: ") for made in outcomes.values())
+
+
 # ---- with a model ----------------------------------------------------------------------------------------------
 
 
@@ -337,12 +435,25 @@ def make_engine(tiny_model):
         engine.grammars.close()
 
 
-def test_a_constrained_request_is_the_same_alone_among_others_and_after_a_preemption(make_engine, tokenizer):
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        (regex("([a-f][0-9]){15}"), "([a-f][0-9]){15}"),
+        (
+            with_ways(regex("([a-f][0-9]){5}"), calls=regex("x[a-f]{5}"), thought=Thought("(", "e", opened=True)),
+            "(?s)[^e]+e[ \n]{0,2}(([a-f][0-9]){5}|x[a-f]{5})",
+        ),
+    ],
+    ids=["plain", "behind reasoning"],
+)
+def test_a_constrained_request_is_the_same_alone_among_others_and_after_a_preemption(
+    make_engine, tokenizer, grammar, pattern
+):
     def run(total_tokens: int, others: int) -> tuple[str, int]:
         engine = make_engine(total_tokens=total_tokens, max_running=24)
         for i in range(others):
             engine.add(f"other{i}", [(7 * i + j) % 300 for j in range(5 + i)], 40, ignore_eos=True)
-        engine.add("own", PROMPT, 40, temperature=1.0, seed=1234, grammar=regex("([a-f][0-9]){15}"))
+        engine.add("own", PROMPT, 40, temperature=1.0, seed=1234, grammar=grammar)
         engine.run()
         assert engine.outputs["own"][-1].finish.reason is FinishReason.STOP
         return tokenizer.decode(engine.tokens["own"]), engine.core.counters.preemptions
@@ -350,7 +461,7 @@ def test_a_constrained_request_is_the_same_alone_among_others_and_after_a_preemp
     alone, _ = run(1024, 0)
     among, _ = run(2048, 16)
     squeezed, preemptions = run(160, 4)
-    assert len(alone) == 30 and alone == among
+    assert re.fullmatch(pattern, alone) and alone == among
     assert preemptions > 0 and alone == squeezed
 
 
@@ -388,6 +499,16 @@ def test_the_ways_to_end(make_engine, tokenizer, pattern, params, length, reason
     assert len(tokenizer.decode(engine.tokens["r"])) == length
     assert engine.outputs["r"][-1].finish.reason is reason
     assert engine.outputs["r"][-1].finish.matched == matched
+
+
+def test_reasoning_that_does_not_end_takes_what_there_is(make_engine, tokenizer):
+    """Its text may be anything but the end of the answer."""
+    engine = make_engine()
+    grammar = with_ways(regex("[0-9]"), thought=OPENED)
+    engine.add("r", PROMPT, 20, grammar=grammar, logit_bias={EOS_ID: 100.0}, temperature=1.0)
+    engine.run()
+    assert EOS_ID not in engine.tokens["r"]
+    assert engine.outputs["r"][-1].finish.reason is FinishReason.LENGTH
 
 
 def test_a_stop_token_ends_an_unfinished_answer(make_engine, tokenizer):

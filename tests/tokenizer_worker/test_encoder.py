@@ -10,7 +10,7 @@ import transformers
 
 from ramet.ipc.errors import FailureKind, RequestError
 from ramet.ipc.messages import Chat, Completion, Embed, Embedding, Job
-from ramet.ipc.sampling import SamplingParams
+from ramet.ipc.sampling import Grammar, GrammarKind, SamplingParams, Thought
 from ramet.tokenizer_worker import chat_template
 from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.worker import Encoder
@@ -52,6 +52,22 @@ def test_continue_final_message_ends_with_its_text(make_encoder, folder):
     (request,) = make_encoder().encode(chat)
     expected = reference.apply_chat_template(messages, continue_final_message=True)
     assert request.prompt_ids == list(expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("said", "thought"),
+    [
+        ("Rome", Thought("<t>", "</t>")),
+        ("Rome <t>\n", Thought("<t>", "</t>", opened=True)),
+        ("<t>\n\n</t>\n\n", None),
+    ],
+)
+def test_the_end_of_the_prompt_tells_what_reasoning_may_follow(make_encoder, said, thought):
+    grammar = Grammar(GrammarKind.REGEX, "a", "regex", thought=Thought("<t>", "</t>"))
+    messages = [*USER, {"role": "assistant", "content": said}]
+    chat = Chat(job("a", "b", grammar=grammar), messages, add_generation_prompt=False, continue_final_message=True)
+    for request in make_encoder().encode(chat):
+        assert request.params.grammar == Grammar(GrammarKind.REGEX, "a", "regex", thought=thought)
 
 
 def test_choices_share_the_prompt_and_differ_in_seed(make_encoder):
