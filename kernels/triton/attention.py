@@ -163,9 +163,10 @@ def _attend(
     token = (row_start - tl.load(cu_q) + index).to(tl.int64)
     head = kv_head * GROUP + member % GROUP
     positions = seq_len - query_len + index
+    # The positions of the tile's first and last query.
     first = seq_len - query_len + tile * BLOCK_M // GROUP
-    end = tl.minimum(seq_len, seq_len - query_len + ((tile + 1) * BLOCK_M - 1) // GROUP + 1)
-    begin = 0
+    last = seq_len - query_len + ((tile + 1) * BLOCK_M - 1) // GROUP
+    begin, end = 0, tl.minimum(seq_len, last + 1)
     if WINDOW:
         begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     if SPLIT:
@@ -188,7 +189,7 @@ def _attend(
     # Keys from `clear` to `dark` are seen by every query of the tile.
     clear, dark = begin, tl.minimum(end, first + 1)
     if WINDOW:
-        clear = seq_len - query_len + ((tile + 1) * BLOCK_M - 1) // GROUP + 1 - window
+        clear = last + 1 - window
     page = _pages(block_table, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
@@ -196,12 +197,7 @@ def _attend(
         there = at < end
         page = page.to(tl.int64)
         key = _gather(keys, page * k_page + slot * k_slot, there, KEY_DIM, BLOCK_K)
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
-        if SOFTCAP:
-            # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * _LOG2E
-        else:
-            scores = scores * (scale * _LOG2E)
+        scores = _scores(q, key, scale, softcap, SOFTCAP)
         if (start < clear) | (start + BLOCK_N > dark):
             seen = (at[None, :] <= positions[:, None]) & there[None, :]
             if WINDOW:
@@ -227,6 +223,17 @@ def _attend(
     else:
         target = out + (token * out_token + head * out_head)[:, None] + dims_v[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & (dims_v < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _scores(q, key, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logarithms to base 2, for `exp2`."""
+    scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+    if SOFTCAP:
+        # tanh(x) = 2 sigmoid(2 x) - 1
+        return softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * _LOG2E
+    else:
+        return scores * (scale * _LOG2E)
 
 
 @triton.jit
