@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from support.guarded_launches import guarded_launches
-from support.interpreted_kernels import NOT_RUN, InterpretedKernels
 from support.triton_device import INTERPRETED
 
 
@@ -70,23 +69,3 @@ def guarded():
         return
     with guarded_launches():
         yield
-
-
-_KERNELS = pytest.StashKey[InterpretedKernels]()
-
-
-@pytest.fixture(scope="session")
-def interpreted_kernels(request: pytest.FixtureRequest) -> InterpretedKernels:
-    return request.session.stash[_KERNELS]
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Whoever waits for them comes late: they start with the first test."""
-    waiting = [item for item in session.items if "interpreted_kernels" in getattr(item, "fixturenames", ())]
-    if waiting and NOT_RUN is None and not session.config.option.collectonly:
-        session.stash[_KERNELS] = InterpretedKernels()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if kernels := session.stash.get(_KERNELS, None):
-        kernels.stop()
