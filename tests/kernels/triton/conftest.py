@@ -1,10 +1,13 @@
 """Triton's interpreter, for these tests: under guard (`support/guarded_launches.py`), and mended. It holds bfloat16 as
 16-bit integers, and would multiply matrices of them as such; it rounds to float8 without carrying into the exponent."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from support.guarded_launches import guarded_launches
+from support.interpreter import patched_once_a_launch
 from support.triton_device import INTERPRETED
 
 
@@ -48,6 +51,12 @@ def rounding_to_float8():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_fp_to_fp", convert)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once():
+    with patched_once_a_launch() if INTERPRETED else contextlib.nullcontext():
         yield
 
 
