@@ -11,6 +11,7 @@ from typing import Any
 
 # Before torch is imported anywhere: the tests share two cores with the engines that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other leave the core to who works
 
 import httpx
 import hypothesis
@@ -24,8 +25,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy machine")
 
 
-# Fixtures that lend a server that tests share, in the order in which it is their turn.
-SHARED = ("tiny", "thinker", "mistral", "tiny_embedder", "minilm_server", "smollm2")
+# Fixtures that lend a server that tests share, in the order in which it is their turn; "" for servers of tests' own.
+SERVERS = ("tiny", "", "thinker", "mistral", "tiny_embedder", "minilm_server", "smollm2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,9 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def turn(item: pytest.Item) -> int:
         if item.get_closest_marker("e2e") is None:
-            return len(SHARED) + 1
+            return len(SERVERS)
         used = item.fixturenames  # type: ignore[attr-defined]
-        return next((i for i, name in enumerate(SHARED) if name in used), len(SHARED))
+        return SERVERS.index(next((name for name in SERVERS if name in used), ""))
 
     turns = collections.defaultdict(set)
     for item in items:

@@ -9,8 +9,8 @@ import pytest
 
 @contextlib.contextmanager
 def patched_once_a_launch() -> Iterator[None]:
-    """At each call of a function within a kernel, the interpreter looks through all of `triton.language` for what it has
-    to replace, which took a third of its time; what the functions of a module see is replaced since the first call."""
+    """At each call of a function in a kernel, the interpreter looks through all of `triton.language` for what it has to
+    replace, which took a third of its time. What a module's functions see is replaced since the first of them."""
     from triton.runtime import interpreter
 
     run, patch_lang = interpreter.GridExecutor.__call__, interpreter._patch_lang
