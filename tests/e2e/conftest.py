@@ -1,4 +1,4 @@
-"""Servers that tests share: started when first asked for, one at a time in each worker, for they share the cores too."""
+"""Servers that tests share: started when first asked for, one at a time in each worker, for they share the cores."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
