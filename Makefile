@@ -13,7 +13,7 @@ fmt:
 	ruff format .
 
 test:
-	pytest
+	pytest -n 2
 
 bench:
 	@for script in $(filter-out benchmarks/gpu%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python "$$script" || exit 1; done

@@ -63,7 +63,8 @@ def test_flags_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_readme_has_its_two_commands() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert "pip install . && launch_server" in lines
-    assert "pip install '.[test]' && pytest" in lines
+    assert "pip install '.[test]' && pytest -n 2" in lines
+    assert "pip install --quiet '.[test]' && pytest -n 2" in (ROOT / ".ci/run").read_text().splitlines()
 
 
 def test_the_architecture_names_every_module_folder() -> None:

@@ -1,7 +1,4 @@
-"""Servers that tests share: started when first asked for, and at most one at a time, for they share the cores too.
-
-Tests that use the same server follow one another, whatever file they are in; those with servers of their own come last.
-"""
+"""Servers that tests share: started when first asked for, one at a time in each worker, for they share the cores."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,22 +16,6 @@ THINKER = """{% for tool in tools or [] %}{{ tool | tojson }} in <tool_call></to
 {% endfor %}<|im_start|>assistant
 {% if enable_thinking is not defined or enable_thinking %}<think>
 {% endif %}"""
-
-
-# Fixtures that lend a shared server, in the order in which it is their turn.
-SHARED = ("tiny", "thinker", "reasoner", "mistral", "tiny_embedder", "minilm_server", "smollm2")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starting servers takes longer than most of what is asked of them."""
-
-    def turn(item: pytest.Item) -> int:
-        if item.get_closest_marker("e2e") is None:
-            return -1
-        used = item.fixturenames  # type: ignore[attr-defined]
-        return next((i for i, name in enumerate(SHARED) if name in used), len(SHARED))
-
-    items.sort(key=turn)
 
 
 class Servers:

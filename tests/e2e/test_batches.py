@@ -43,9 +43,8 @@ def test_an_endpoint_that_refuses_all(tiny: RunningServer) -> None:
 
 
 @pytest.fixture
-def server(servers: Any, tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+def server(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     """A server of the test's own, slow enough that a batch lives to see its deaths."""
-    servers.close()
     flags = (*tiny_flags(tiny_model("llama")), "--max-running-requests", "2", "--max-restarts", "100")
     with RunningServer(*flags, module="support.faulty_server") as server:
         yield server

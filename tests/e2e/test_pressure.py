@@ -47,19 +47,18 @@ def answers(server: RunningServer) -> list[Any]:
     return asyncio.run(ask())
 
 
-@pytest.fixture(scope="module")
-def in_peace(servers: Any, tiny_model: Callable[[str], Path]) -> list[Any]:
+@pytest.fixture
+def in_peace(tiny: RunningServer) -> list[Any]:
     """The answers where there is room for all."""
-    roomy = servers.get(*tiny_flags(tiny_model("llama")))
-    before = roomy.quiet_metrics().get("ramet_scheduler_preemptions_total", 0)
-    told = answers(roomy)
-    assert roomy.quiet_metrics(finished=NUM_CHOICES)["ramet_scheduler_preemptions_total"] == before
-    servers.close()
+    before, preemptions = tiny.quiet_metrics(), "ramet_scheduler_preemptions_total"
+    told = answers(tiny)
+    finished = int(before.get("ramet_scheduler_finished_total", 0)) + NUM_CHOICES
+    assert tiny.quiet_metrics(finished=finished)[preemptions] == before.get(preemptions, 0)
     return told
 
 
 @pytest.fixture(scope="module")
-def small(in_peace: list[Any], tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+def small(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     """Started with the usual limit on open files: it must help itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))

@@ -1,13 +1,18 @@
-"""A real chat model served with default settings: sense, the prefix cache, seeds, idleness and the start."""
+"""A real chat model served with default settings: sense, the prefix cache, seeds, idleness, the start, tools and
+schemas."""
 
 import concurrent.futures
+import json
 import random
 import time
 from typing import Any
 
+import jsonschema
 import openai
 import psutil
+import pydantic
 import pytest
+from support.json_schemas import SMOLLM2_SEEDS, try_schemas
 from support.server import RunningServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.smollm2]
@@ -174,3 +179,76 @@ def test_an_idle_server_rests(smollm2: RunningServer) -> None:
         if sum(used.values()) / window_s < 0.02:
             return
     raise AssertionError(used)
+
+
+# ---- tools and schemas -------------------------------------------------------------------------------------------
+
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+TOOLS: Any = [{"type": "function", "function": {"name": "get_weather", "description": "d", "parameters": CITY}}]
+
+
+def ask_of_the_weather(server: RunningServer, **fields: Any) -> Any:
+    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked = {"model": server.model, "messages": question, "tools": TOOLS, "temperature": 0, "max_tokens": 60, **fields}
+    [choice] = server.client.chat.completions.create(**asked).choices
+    return choice
+
+
+def test_tools(smollm2: RunningServer) -> None:
+    choice = ask_of_the_weather(smollm2)
+    # It is a weak model: whether it calls is its own affair.
+    assert choice.finish_reason in ("tool_calls", "stop", "length")
+    assert bool(choice.message.tool_calls) or bool(choice.message.content)
+    for call in choice.message.tool_calls or ():
+        assert call.function.name == "get_weather"
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_it_has_to_make_has_sense(smollm2: RunningServer, tool_choice: Any) -> None:
+    [call] = ask_of_the_weather(smollm2, tool_choice=tool_choice).message.tool_calls
+    assert call.function.name == "get_weather"
+    jsonschema.validate(json.loads(call.function.arguments), CITY)
+    assert "Paris" in call.function.arguments
+
+
+def test_schemas(smollm2: RunningServer) -> None:
+    ended = try_schemas(smollm2, SMOLLM2_SEEDS, 100)
+    print(ended)
+    assert ended["stop"] >= 0.6 * len(SMOLLM2_SEEDS) and not ended["refused"]
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=0, le=120)
+
+
+def test_it_fills_in_a_pydantic_model(smollm2: RunningServer) -> None:
+    person: Any = [{"role": "user", "content": "Describe a person as JSON, with a name and an age."}]
+    completion = smollm2.client.chat.completions.parse(
+        model=smollm2.model, messages=person, response_format=Person, temperature=0, max_tokens=60
+    )
+    [choice] = completion.choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.parsed is not None
+    assert 0 <= choice.message.parsed.age <= 120
+
+
+def test_calls_beside_a_format(smollm2: RunningServer) -> None:
+    schema: Any = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    for words in ("Look up Tom, who is 30.", "Describe Tom, who is 30, as JSON."):
+        [choice] = smollm2.client.chat.completions.create(
+            model=smollm2.model,
+            messages=[{"role": "user", "content": words}],
+            tools=[{"type": "function", "function": {"name": "look_up", "parameters": schema}}],
+            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
+            temperature=0,
+            max_tokens=100,
+        ).choices
+        calls = choice.message.tool_calls or ()
+        for text in [call.function.arguments for call in calls] or [choice.message.content]:
+            jsonschema.validate(json.loads(text), schema)

@@ -1,18 +1,15 @@
 """Answers that must match a schema, a regular expression or a grammar, through every process of a real engine."""
 
-import collections
 import json
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import jsonschema
 import openai
 import pydantic
 import pytest
-from support.json_schemas import random_schema
+from support.json_schemas import TINY_SEEDS, try_schemas
 from support.server import PATIENCE_S, RunningServer, until
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +27,6 @@ PERSON = {
 # Takes all the CPU time that a grammar may have.
 # Half a minute of work: far more than the limit on a fast machine too.
 SLOW = {"type": "integer", "multipleOf": 3000017}
-ON_SMOLLM2, SCHEMAS = 40, 300
 
 
 def formatted(schema: dict[str, Any], name: str = "person") -> Any:
@@ -42,78 +38,11 @@ class Person(pydantic.BaseModel):
     age: int = pydantic.Field(ge=0, le=120)
 
 
-# ---- the 300 schemas ---------------------------------------------------------------------------------------------
-
-
-formats = jsonschema.FormatChecker()
-
-
-@formats.checks("date")
-@formats.checks("time")
-@formats.checks("date-time")
-def _is_time(value: object) -> bool:
-    """Allowing what is documented as allowed: 29 February in any year, and second 60 in any minute."""
-    if not isinstance(value, str):
-        return True
-    tame = re.sub(r"-02-29", "-02-28", re.sub(r"(:\d\d):60", r"\1:59", value))
-    tame = tame if "-" in tame[:5] else f"2000-01-01T{tame}"
-    kind = "date-time" if ":" in tame else "date"
-    return jsonschema.Draft202012Validator.FORMAT_CHECKER.conforms(tame, kind)
-
-
-def try_schemas(server: RunningServer, seeds: range, max_tokens: int) -> collections.Counter[str]:
-    """How the answers ended. What is complete is valid."""
-
-    def ask(seed: int) -> str:
-        schema = random_schema(seed)
-        body = {
-            "model": server.model,
-            "messages": USER,
-            "temperature": 1,
-            "seed": seed,
-            "max_tokens": max_tokens,
-            "response_format": formatted(schema),
-        }
-        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
-        if response.status_code == 400:
-            assert response.json()["error"]["param"] == "response_format", response.text
-            return "refused"
-        assert response.status_code == 200, response.text
-        [choice] = response.json()["choices"]
-        if choice["finish_reason"] == "stop":
-            jsonschema.validate(
-                json.loads(choice["message"]["content"]),
-                schema,
-                jsonschema.Draft202012Validator,
-                format_checker=formats,
-            )
-        return choice["finish_reason"]
-
-    with ThreadPoolExecutor(48) as threads:
-        return collections.Counter(threads.map(ask, seeds))
-
-
-@pytest.mark.smollm2
-def test_schemas_with_smollm2(smollm2: RunningServer) -> None:
-    ended = try_schemas(smollm2, range(ON_SMOLLM2), 100)
-    print(ended)
-    assert ended["stop"] >= 0.6 * ON_SMOLLM2 and not ended["refused"]
-
-
-@pytest.mark.smollm2
-def test_smollm2_fills_in_a_pydantic_model(smollm2: RunningServer) -> None:
-    completion = smollm2.client.chat.completions.parse(
-        model=smollm2.model, messages=USER, response_format=Person, temperature=0, max_tokens=60
-    )
-    assert completion.choices[0].finish_reason == "stop"
-    assert completion.choices[0].message.parsed is not None
-    assert 0 <= completion.choices[0].message.parsed.age <= 120
-
-
 def test_schemas_with_the_tiny_model(tiny: RunningServer) -> None:
-    ended = try_schemas(tiny, range(ON_SMOLLM2, SCHEMAS), 250)
+    """`test_smollm2.py` has the others."""
+    ended = try_schemas(tiny, TINY_SEEDS, 250)
     print(ended)
-    assert ended["stop"] >= 0.6 * (SCHEMAS - ON_SMOLLM2) and not ended["refused"]
+    assert ended["stop"] >= 0.6 * len(TINY_SEEDS) and not ended["refused"]
 
 
 # ---- the API -----------------------------------------------------------------------------------------------------

@@ -244,20 +244,4 @@ def test_what_cannot_be_held_is_named(reasoner: RunningServer, fields: Any, para
     with pytest.raises(openai.BadRequestError) as caught:
         ask(reasoner, **{"tools": TOOLS, "response_format": FORMAT, **fields})
     assert caught.value.param == (param or "response_format")
-    assert '"not"' in caught.value.message or "not" in caught.value.message
-
-
-@pytest.mark.smollm2
-def test_a_real_model_calls_or_answers(smollm2: RunningServer) -> None:
-    for words in ("Look up Tom, who is 30.", "Describe Tom, who is 30, as JSON."):
-        [choice] = smollm2.client.chat.completions.create(
-            model=smollm2.model,
-            messages=[{"role": "user", "content": words}],
-            tools=TOOLS,
-            response_format=FORMAT,
-            temperature=0,
-            max_tokens=100,
-        ).choices
-        calls = choice.message.tool_calls or ()
-        for text in [call.function.arguments for call in calls] or [choice.message.content]:
-            jsonschema.validate(json.loads(text), PERSON)
+    assert '"not"' in caught.value.message

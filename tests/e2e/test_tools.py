@@ -17,17 +17,6 @@ def ask(server: RunningServer, **fields: Any) -> Any:
     return server.client.chat.completions.create(**asked)
 
 
-@pytest.mark.smollm2
-def test_a_real_model_with_tools(smollm2: RunningServer) -> None:
-    question: Any = {"role": "user", "content": "What is the weather in Paris?"}
-    [choice] = ask(smollm2, messages=[question], tools=TOOLS, max_tokens=60).choices
-    # It is a weak model: whether it calls is its own affair.
-    assert choice.finish_reason in ("tool_calls", "stop", "length")
-    assert bool(choice.message.tool_calls) or bool(choice.message.content)
-    for call in choice.message.tool_calls or ():
-        assert call.function.name == "get_weather"
-
-
 def test_tools_that_are_not_called(tiny: RunningServer) -> None:
     """The template of the tiny model knows no tools: they are put into its system message."""
     [choice] = ask(tiny, tools=TOOLS, extra_body={"ignore_eos": True}).choices

@@ -1,12 +1,14 @@
 """`CudaDecoder` with the Triton backend equals its plain twin, in every variation that decoders have."""
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support.engine import InlineEngine
 from support.fake_cuda import fake_cuda
 from support.fake_kernels import interpret
+from support.interpreter import patched_once_a_launch
 from support.model_driver import ModelDriver, load
 from support.triton_device import DEVICE, INTERPRETED, kernel_test
 
@@ -18,10 +20,12 @@ pytestmark = kernel_test
 
 
 @pytest.fixture(autouse=True)
-def nothing_ahead(monkeypatch) -> None:
+def nothing_ahead(monkeypatch) -> Iterator[None]:
     """Interpreted kernels are not compiled, so that the backend need not launch all of them first, at seconds each."""
     if INTERPRETED:
         monkeypatch.setattr("ramet.model_runner.attention.triton_backend.EVERY_KIND", ())
+    with patched_once_a_launch() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe", "gemma3"])

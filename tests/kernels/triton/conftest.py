@@ -1,11 +1,13 @@
 """Triton's interpreter, for these tests: under guard (`support/guarded_launches.py`), and mended. It holds bfloat16 as
 16-bit integers, and would multiply matrices of them as such; it rounds to float8 without carrying into the exponent."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from support.guarded_launches import guarded_launches
-from support.interpreted_kernels import NOT_RUN, InterpretedKernels
+from support.interpreter import patched_once_a_launch
 from support.triton_device import INTERPRETED
 
 
@@ -53,6 +55,12 @@ def rounding_to_float8():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def patched_once():
+    with patched_once_a_launch() if INTERPRETED else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def nothing_ahead():
     """Interpreted kernels are not compiled, so that the backend need not launch all of them first, at seconds each."""
     with pytest.MonkeyPatch.context() as patch:
@@ -70,23 +78,3 @@ def guarded():
         return
     with guarded_launches():
         yield
-
-
-_KERNELS = pytest.StashKey[InterpretedKernels]()
-
-
-@pytest.fixture(scope="session")
-def interpreted_kernels(request: pytest.FixtureRequest) -> InterpretedKernels:
-    return request.session.stash[_KERNELS]
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Whoever waits for them comes late: they start with the first test."""
-    waiting = [item for item in session.items if "interpreted_kernels" in getattr(item, "fixturenames", ())]
-    if waiting and NOT_RUN is None and not session.config.option.collectonly:
-        session.stash[_KERNELS] = InterpretedKernels()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if kernels := session.stash.get(_KERNELS, None):
-        kernels.stop()

@@ -38,7 +38,7 @@ def layouts(draw):
     edges = sorted({0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size, 63, 64, 65, 128, 150, 300})
     decodes = draw(st.booleans())
     contexts = draw(st.lists(st.sampled_from(edges), min_size=1, max_size=4))
-    rows = [(n, 1) for n in contexts] if decodes else [(n, draw(st.integers(0, min(n, 40)))) for n in contexts]
+    rows = [(n, 1) for n in contexts] if decodes else [(n, draw(st.integers(0, min(n, 24)))) for n in contexts]
     if not any(new for _, new in rows):
         rows.append((page_size, 1))
     return page_size, rows, max(1, *(new for _, new in rows))
