@@ -47,6 +47,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 # On a CPU a step of 512 prompt tokens takes about half a second for a small model; longer ones would freeze streams.
 _DEFAULTS = {"cpu": (512, 256, 64, 0.5), "cuda": (8192, 2048, 256, 0.95)}
 
+# Attention backends that run nowhere else; auto and torch run everywhere.
+_BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "fa3", "flashinfer")}
+
 # Each captured batch size takes a second at start and some memory.
 _CUDA_GRAPH_MAX_BS = 256
 
@@ -54,6 +57,8 @@ _CUDA_GRAPH_MAX_BS = 256
 def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     """Settle every choice left open. Raises ConfigError if the arguments contradict the model or each other."""
     device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
+    if args.attention_backend not in ("auto", "torch", *_BACKENDS[device]):
+        raise ConfigError(f"attention_backend {args.attention_backend} is not for {device}, where the model runs")
     step_tokens, prefill_tokens, running, memory_fraction = _DEFAULTS[device]
     template = _read_template(args.chat_template)
     is_embedding = _is_embedding(args, model)
