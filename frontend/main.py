@@ -120,8 +120,9 @@ async def _run(
             server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
             server.should_exit = True
             await asyncio.gather(serving, batching)
-        if receiving.done():
-            receiving.result()
+        for task in (receiving, beating):
+            if task.done():
+                task.result()  # which raises
     finally:
         receiving.cancel()
         inbox.close()
