@@ -134,6 +134,16 @@ def load_fallback(config: RunnerConfig, hf_config: PretrainedConfig, group: TpGr
     """Raises WeightsError if the checkpoint cannot be loaded, or not be run correctly with paged attention."""
     if group.size > 1:
         raise WeightsError(f"{architecture_of(hf_config)} runs through transformers, on one device only")
+    try:
+        return _load_checked(config, hf_config, progress)
+    except (WeightsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # others' code, which may fail in any way where a config does not fit it
+        words = f"transformers cannot load {architecture_of(hf_config)} from {config.weights}, or not run it"
+        raise WeightsError(f"{words}: {type(error).__name__}: {error}") from error
+
+
+def _load_checked(config: RunnerConfig, hf_config: PretrainedConfig, progress: Progress) -> FallbackLM:
     _check_config(hf_config, config.context_length)
     progress(0, 1)
     hf_model = _load(config, hf_config).eval()
@@ -179,19 +189,16 @@ def _load(config: RunnerConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
     }
     auto, weights = transformers.AutoModelForCausalLM, Path(config.weights)
     folder = weights.parent if weights.is_file() else weights
-    try:
-        if config.load_format is LoadFormat.DUMMY:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                dummy: PreTrainedModel = auto.from_config(hf_config, **common)
-                return dummy
-        if config.load_format is LoadFormat.GGUF:
-            common["gguf_file"] = weights.name
-        else:
-            common["use_safetensors"] = config.load_format is LoadFormat.SAFETENSORS
-        loaded: Any = auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **common)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        raise WeightsError(f"transformers cannot load {architecture_of(hf_config)} from {weights}: {error}") from error
+    if config.load_format is LoadFormat.DUMMY:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            dummy: PreTrainedModel = auto.from_config(hf_config, **common)
+            return dummy
+    if config.load_format is LoadFormat.GGUF:
+        common["gguf_file"] = weights.name
+    else:
+        common["use_safetensors"] = config.load_format is LoadFormat.SAFETENSORS
+    loaded: Any = auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **common)
     model: PreTrainedModel
     model, info = loaded
     for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):

@@ -122,12 +122,14 @@ def _load_native(
         spec = build(hf_config, config.context_length)
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads evenly")
+        if spec.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for rotary positions, got {spec.head_dim}")
         for layer in spec.layers:
             if (window := layer.sliding_window) is not None and window < 1:
                 raise ValueError(f"sliding_window must be at least 1, got {window}")
             if (moe := layer.moe) is not None and not 1 <= moe.top_k <= moe.num_experts:
                 raise ValueError(f"num_experts_per_tok must be 1 to {moe.num_experts} (num_experts), got {moe.top_k}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error!r}") from error
     with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
         if isinstance(source, GGUFSource):
