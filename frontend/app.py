@@ -99,10 +99,8 @@ def build_app(
 
 async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, http: Request) -> ASGIApp:
     endpoint = by_method["GET" if http.method == "HEAD" else http.method]
-    given: list[Any] = []
-    if endpoint.query is not None:
-        given.append(read_query(http, endpoint.query))
-    elif not endpoint.open:  # probes and scrapers may add what they like
+    given: list[Any] = [] if endpoint.query is None else [read_query(http, endpoint.query)]
+    if endpoint.query is None and not endpoint.open:  # probes and scrapers may add what they like
         read_query(http, NoQuery)
     if endpoint.body is not None and endpoint.media == JSON:
         given.append(await read_body(http, endpoint, config))
@@ -151,6 +149,7 @@ def endpoints(
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),
         Endpoint("Facts about the model", get, ("/get_model_info",), server.model_info),
+        Endpoint("Special tokens and chat template", get, ("/tokenizer_info",), server.tokenizer_info),
         Endpoint("Settings and state", get, ("/get_server_info",), server.server_info),
         Endpoint("The version of Ramet", get, ("/version",), server.version),
         Endpoint("Forget cached prefixes", ("GET", "POST"), ("/flush_cache",), server.flush_cache),

@@ -87,8 +87,7 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
         operation["parameters"] = [{"name": name, **in_path} for name in names]
     if endpoint.query is not None:
         [fields] = msgspec.json.schema_components([endpoint.query])[1].values()
-        asked = fields["properties"].items()
-        operation["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in asked]
+        operation["parameters"] = [{"name": n, "in": "query", "schema": s} for n, s in fields["properties"].items()]
     if endpoint.body is not None:
         statuses.update(_BODY_ERRORS)
         if {"model", "input_file_id"} & {*endpoint.body.__struct_fields__}:

@@ -123,9 +123,9 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
             parser.error(f"{name} {_ELSEWHERE[name]}")
     if unknown:
         flags = [_flag(name) for kind in kinds for name in kind.__struct_fields__]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = "" if unknown[0].startswith("-") or ServerArgs not in kinds else " (a model is named by --model-path)"
-        hint = f"; did you mean {near[0]}?" if near else hint
+        for near in difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1):
+            hint = f"; did you mean {near}?"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     given = vars(namespace)
     path = given.pop("config", None)

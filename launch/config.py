@@ -202,7 +202,9 @@ def tls(args: ServerArgs) -> Tls | None:
 def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None) -> dict[str, Any]:
     try:
         template = load_chat_template(model.tokenizer_dir, template_source)
-        return choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
+        parsers = choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
+        info = model.info.special_tokens | {"chat_template": template and template.source}
+        return parsers | {"tokenizer_info": info}
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template is not valid: {error}") from error
 

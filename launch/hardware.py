@@ -23,7 +23,7 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def cuda_is_usable() -> bool:
     """Whether there is an NVIDIA driver, a device that is not hidden, and a torch that was built for CUDA."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    return not hidden and _driver_shows() and _torch_has("cuda")
+    return not hidden and any(path.exists() for path in _NVIDIA_DRIVER) and _torch_has("cuda")
 
 
 def why_no_cuda() -> str | None:
@@ -32,15 +32,11 @@ def why_no_cuda() -> str | None:
         return "the torch that is installed was built without CUDA"
     try:
         # Some systems tell only torch where the library is; others have it, and none of the files.
-        if not _driver_shows() and not _torch_has("hip"):
+        if not any(path.exists() for path in _NVIDIA_DRIVER) and not _torch_has("hip"):
             ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         return f"there is no NVIDIA driver ({error})"
     return None
-
-
-def _driver_shows() -> bool:
-    return any(path.exists() for path in _NVIDIA_DRIVER)
 
 
 def _torch_has(platforms: str) -> bool:

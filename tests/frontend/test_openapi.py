@@ -29,6 +29,7 @@ PATHS = {
     "/v1/detokenize": "post",
     "/get_model_info": "get",
     "/get_server_info": "get",
+    "/tokenizer_info": "get",
     "/version": "get",
     "/flush_cache": "post",
     "/abort_request": "post",
