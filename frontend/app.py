@@ -51,7 +51,7 @@ from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError
 from ramet.ipc.watchdog import Watchdog
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A client's own request id comes back in a header and in the log, so it must be short and printable.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -198,7 +198,7 @@ class Envelope:
             await self._app(scope, receive, send_with_id)
         except Exception:
             # Answered already, by `on_bug` or as far as the response had come; the server closes what is incomplete.
-            log.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id)
         finally:
             record.ended_at = time.monotonic()
             record.route = self._paths.get(scope.get("endpoint"), "unmatched")

@@ -30,7 +30,7 @@ from ramet.model_runner.weights.mapping import Progress, WeightPart, WeightSourc
 from ramet.model_runner.weights.pickle import PickleSource
 from ramet.model_runner.weights.safetensors import SafetensorsSource
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Classes of an encoder's checkpoint that hold the encoder, and what only their heads need.
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")
@@ -167,7 +167,7 @@ def _read_grids(parts: list[WeightPart], source: GGUFSource) -> dict[int, Grid]:
     matrices = [part for part in parts if part.name.endswith("_proj.weight")]
     found = {part.target.data_ptr(): source.read_grid(part) for part in matrices}
     grids = {address: grid for address, grid in found.items() if grid is not None}
-    log.info("%d of %d matrices keep their 4-bit values from %s", len(grids), len(matrices), source.path)
+    logger.info("%d of %d matrices keep their 4-bit values from %s", len(grids), len(matrices), source.path)
     return grids
 
 
@@ -201,14 +201,14 @@ def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> Caus
         try:
             return CpuDecoder(model, 16, stored).eval()
         except KernelUnavailable as error:
-            log.warning("computing with plain torch, which is slower: %s", error)
+            logger.warning("computing with plain torch, which is slower: %s", error)
     if config.attention_backend != "torch" and config.device.startswith("cuda"):
         # Imported when needed: a CPU has no use for triton.
         from ramet.model_runner.models import cuda_decoder
 
         if cuda_decoder.covers(model):
             return cuda_decoder.CudaDecoder(model).eval()
-        log.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
+        logger.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
     model.pack()
     return model.eval()
 
