@@ -32,7 +32,7 @@ from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def run(config: DetokenizerConfig, addresses: Addresses) -> None:
@@ -59,7 +59,7 @@ def run(config: DetokenizerConfig, addresses: Addresses) -> None:
                 deltas += detokenizer.add(item) if failure is None else []
             # One odd answer must not end the process that all answers go through. A panic in Rust is no Exception.
             except BaseException:
-                log.exception("the tokens of request %s could not be decoded", item.rid)
+                logger.exception("the tokens of request %s could not be decoded", item.rid)
                 failure = Failure(FailureKind.INTERNAL, "the answer could not be decoded")
                 scheduler.send(Abort([item.rid]))
             if failure is not None:

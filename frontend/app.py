@@ -24,18 +24,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import ramet
 from ramet.frontend import errors
 from ramet.frontend.api.base import read_body
-from ramet.frontend.api.batches import BatchesApi
+from ramet.frontend.api.batches import BatchesApi, BatchListQuery
 from ramet.frontend.api.chat import ChatCompletions
 from ramet.frontend.api.completions import Completions
 from ramet.frontend.api.embeddings import Embeddings
-from ramet.frontend.api.files import BINARY, FORM, Files, UploadForm
+from ramet.frontend.api.files import BINARY, FORM, FileListQuery, Files, UploadForm
 from ramet.frontend.api.generate import NativeGenerate
 from ramet.frontend.api.server import AbortRequest, Server
 from ramet.frontend.api.tokenize import Tokens
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
 from ramet.frontend.engine_client import EngineClient
-from ramet.frontend.exchange import BodyRoom, json_response
+from ramet.frontend.exchange import BodyRoom, NoQuery, json_response, read_query
 from ramet.frontend.generation import ClientDisconnectedError
 from ramet.frontend.metrics import Metrics
 from ramet.frontend.openapi import JSON, Endpoint, document
@@ -51,7 +51,7 @@ from ramet.frontend.tracing import Tracer
 from ramet.ipc.errors import RequestError
 from ramet.ipc.watchdog import Watchdog
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A client's own request id comes back in a header and in the log, so it must be short and printable.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -99,10 +99,12 @@ def build_app(
 
 async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, http: Request) -> ASGIApp:
     endpoint = by_method["GET" if http.method == "HEAD" else http.method]
-    if endpoint.body is None or endpoint.media != JSON:
-        answer = await endpoint.handler(http)
-    else:
-        answer = await endpoint.handler(http, await read_body(http, endpoint, config))
+    given: list[Any] = [] if endpoint.query is None else [read_query(http, endpoint.query)]
+    if endpoint.query is None and not endpoint.open:  # probes and scrapers may add what they like
+        read_query(http, NoQuery)
+    if endpoint.body is not None and endpoint.media == JSON:
+        given.append(await read_body(http, endpoint, config))
+    answer = await endpoint.handler(http, *given)
     return answer if callable(answer) else json_response(answer)
 
 
@@ -134,12 +136,12 @@ def endpoints(
         Endpoint("The models served", get, ("/v1/models",), server.models),
         Endpoint("One model", get, ("/v1/models/{model:path}",), server.model),
         Endpoint("A file uploaded", post, ("/v1/files",), files.create, UploadForm, media=FORM, answer=File),
-        Endpoint("The files", get, ("/v1/files",), files.list),
+        Endpoint("The files", get, ("/v1/files",), files.list, query=FileListQuery),
         Endpoint("One file", get, ("/v1/files/{file_id}",), files.retrieve, answer=File),
         Endpoint("A file deleted", ("DELETE",), ("/v1/files/{file_id}",), files.delete),
         Endpoint("The content of a file", get, ("/v1/files/{file_id}/content",), files.content, None, (BINARY,)),
         Endpoint("A batch of requests", post, ("/v1/batches",), batches.create, BatchRequest, answer=Batch),
-        Endpoint("The batches", get, ("/v1/batches",), batches.list),
+        Endpoint("The batches", get, ("/v1/batches",), batches.list, query=BatchListQuery),
         Endpoint("One batch", get, ("/v1/batches/{batch_id}",), batches.retrieve, answer=Batch),
         Endpoint(
             "A batch cancelled", post, ("/v1/batches/{batch_id}/cancel",), batches.cancel, answer=Batch, errors=(409,)
@@ -147,6 +149,7 @@ def endpoints(
         Endpoint("Tokens of a text or chat", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, TokenizeRequest),
         Endpoint("Text of token ids", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, DetokenizeRequest),
         Endpoint("Facts about the model", get, ("/get_model_info",), server.model_info),
+        Endpoint("Special tokens and chat template", get, ("/tokenizer_info",), server.tokenizer_info),
         Endpoint("Settings and state", get, ("/get_server_info",), server.server_info),
         Endpoint("The version of Ramet", get, ("/version",), server.version),
         Endpoint("Forget cached prefixes", ("GET", "POST"), ("/flush_cache",), server.flush_cache),
@@ -195,7 +198,7 @@ class Envelope:
             await self._app(scope, receive, send_with_id)
         except Exception:
             # Answered already, by `on_bug` or as far as the response had come; the server closes what is incomplete.
-            log.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id)
         finally:
             record.ended_at = time.monotonic()
             record.route = self._paths.get(scope.get("endpoint"), "unmatched")

@@ -20,7 +20,7 @@ from ramet.frontend.schemas.batches import Batch, BatchRequest, RequestCounts
 from ramet.frontend.store import ENDED, File, Store, fsync_folder, link_or_copy, new_file, new_id, page
 from ramet.ipc.errors import FailureKind, RequestError, invalid
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What the results of a batch are published as, by the state in which it stopped.
 _END = {"finalizing": "completed", "in_progress": "expired", "cancelling": "cancelled"}
@@ -47,7 +47,7 @@ class Batches:
         fsync_folder(folder.parent)
         with self._store.db as db:
             db.execute("INSERT INTO batches VALUES (?, ?, ?)", (batch.id, batch.status, msgspec.json.encode(batch)))
-        log.info("batch %s: created", batch.id)
+        logger.info("batch %s: created", batch.id)
         return batch
 
     def get(self, batch_id: str) -> Batch:
@@ -142,7 +142,7 @@ def read_batch(folder: Path, batch_id: str) -> Batch:
 def _in_state(batch: Batch, status: str, **fields: Any) -> Batch:
     moved = msgspec.structs.replace(batch, status=status, **{f"{status}_at": int(time.time())}, **fields)
     counts = moved.request_counts
-    log.info(
+    logger.info(
         "batch %s: %s → %s (%d lines, %d completed, %d failed)",
         *(batch.id, batch.status, status, counts.total, counts.completed, counts.failed),
     )

@@ -30,7 +30,7 @@ from ramet.frontend.schemas.batches import Batch, RequestCounts
 from ramet.frontend.store import Store
 from ramet.ipc.errors import RequestError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FLUSH_S = 0.2
 _STEP_LINES = 500
@@ -65,9 +65,9 @@ class BatchWorker:
         """Returns after `stop`, when the lines in the engine have ended."""
         self._app = httpx.ASGITransport(app, raise_app_exceptions=False)
         for batch in await self._unfinished():
-            log.info("batch %s: %s, goes on", batch.id, batch.status)
+            logger.info("batch %s: %s, goes on", batch.id, batch.status)
             if batch.model is not None and not self._config.serves(batch.model):
-                log.warning("batch %s: waits for a server of its model %r", batch.id, batch.model)
+                logger.warning("batch %s: waits for a server of its model %r", batch.id, batch.model)
         await asyncio.gather(self._loop(self._clerk, self._tidy), self._loop(self._feeder, self._feed))
 
     def notify(self) -> None:
@@ -87,7 +87,7 @@ class BatchWorker:
             try:
                 pause_s = await turn()
             except Exception:
-                log.exception("the batches are in trouble; trying again in %g s", _TROUBLE_S)
+                logger.exception("the batches are in trouble; trying again in %g s", _TROUBLE_S)
                 pause_s = _TROUBLE_S
             await _wait(woken, pause_s)
 
@@ -142,7 +142,7 @@ class BatchWorker:
         except (OSError, sqlite3.Error, RequestError):
             raise
         except Exception:
-            log.exception("batch %s: failed", batch.id)
+            logger.exception("batch %s: failed", batch.id)
             error = {"code": "internal_error", "message": "internal error", "param": None, "line": None}
             errors = {"object": "list", "data": [error]}
             state = await self._store.call(self.batches.get, batch.id)

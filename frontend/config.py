@@ -48,7 +48,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     A process whose loop has not turned for `watchdog_timeout_s` is not healthy.
 
     `marker_ids`: those markers of the two parsers that are tokens of their own; `markers_are_special` if leaving out
-    special tokens would hide one. `template_variables`: what the chat template reads.
+    special tokens would hide one. `template_variables`: what the chat template reads. `tokenizer_info`: itself, and the
+    special tokens by their names.
 
     A server either generates or embeds (`is_embedding`). `embedding_size` is that of its vectors, known when the
     scheduler is ready; they may be cut to one of `dimensions` (any length if empty), unless that is None.
@@ -69,6 +70,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     marker_ids: dict[str, int] = {}
     markers_are_special: bool = False
     template_variables: tuple[str, ...] = ()
+    tokenizer_info: dict[str, str | None] = {}
     max_queued_requests: int = 1024
     max_queued_tokens: int | None = None
     request_timeout_s: float | None = None

@@ -133,12 +133,18 @@ def json_response(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
+class NoQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """That of most endpoints."""
+
+
 def read_query(request: Request, kind: type[T]) -> T:
     """The query string as a struct. Raises `RequestError` for what is unknown, out of range or given twice."""
     if len(request.query_params.multi_items()) > len(request.query_params):
         raise invalid(f"a parameter is given more than once: {request.url.query!r}")
+    # Azure's clients always send its version of the API, which means nothing here.
+    given = {name: value for name, value in request.query_params.items() if name != "api-version"}
     try:
-        return msgspec.convert(dict(request.query_params), kind, strict=False)
+        return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         failure = invalid_json(error).failure
         got = request.query_params.get(failure.param or "")

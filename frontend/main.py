@@ -42,7 +42,7 @@ from ramet.ipc.pulse import BEAT_S, Pulse
 from ramet.ipc.start import Startup
 from ramet.ipc.watchdog import Watchdog
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Longer than the 5 s for which the usual clients keep a connection: the side that sends must be the one to close.
 _KEEP_ALIVE_S = 75
@@ -120,8 +120,9 @@ async def _run(
             server.config.timeout_graceful_shutdown = max(_LAST_WRITES_S, int(left_s))
             server.should_exit = True
             await asyncio.gather(serving, batching)
-        if receiving.done():
-            receiving.result()
+        for task in (receiving, beating):
+            if task.done():
+                task.result()  # which raises
     finally:
         receiving.cancel()
         inbox.close()

@@ -23,7 +23,7 @@ import ramet
 from ramet.frontend.config import BUCKETS
 from ramet.ipc.messages import Stats
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 THROUGHPUT_INTERVAL_S = 10.0
 
@@ -60,7 +60,7 @@ class ProcessCollector(Collector):
             try:
                 self._processes[name] = psutil.Process(pid)
             except psutil.NoSuchProcess:
-                log.warning("%s is gone already", name)
+                logger.warning("%s is gone already", name)
 
     def collect(self) -> Iterator[Metric]:
         families = [kind(name, words, labels=["process"]) for kind, name, words, _ in _OF_PROCESSES]
@@ -138,7 +138,7 @@ class EngineMetrics:
                 "kv_usage": round(usage, 3),
                 "prefix_hit_rate": round(total["cached_tokens"] / max(1, total["prompt_tokens"]), 3),
             }
-            log.info("throughput", extra={"fields": fields})
+            logger.info("throughput", extra={"fields": fields})
             self._since = now
             total.clear()
 

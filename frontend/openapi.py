@@ -37,8 +37,9 @@ _ERRORS = {
 
 class Endpoint(msgspec.Struct, frozen=True):
     """One operation under each of `paths`. `body` is the struct of its body, of type `media`, `answers` the media types
-    of a good answer, `answer` its struct, if it has one, `errors` more statuses than the usual. An `open` one needs no
-    key. `embeds` says for which kind of server it is; None is both."""
+    of a good answer, `answer` its struct, if it has one, `errors` more statuses than the usual. `query` is the struct
+    of its query, which the handler gets before the body; without one, it takes none. An `open` one needs no key, and
+    takes no notice of its query. `embeds` says for which kind of server it is; None is both."""
 
     summary: str
     methods: tuple[str, ...]
@@ -51,6 +52,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     answer: type[msgspec.Struct] | None = None
     embeds: bool | None = None
     errors: tuple[int, ...] = ()
+    query: type[msgspec.Struct] | None = None
 
 
 def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def document(endpoints: Sequence[Endpoint], version: str, *, keyed: bool) -> dic
 
 def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[str, Any]:
     names = re.findall(r"\{(\w+)\}", path)
-    statuses = {429, 500, 503, *endpoint.errors}
+    statuses = {429, 500, 503, *endpoint.errors, *(() if endpoint.open else (400,))}
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
         "summary": endpoint.summary,
@@ -83,6 +85,9 @@ def _operation(endpoint: Endpoint, method: str, path: str, keyed: bool) -> dict[
         statuses.add(404)
         in_path = {"in": "path", "required": True, "schema": {"type": "string"}}
         operation["parameters"] = [{"name": name, **in_path} for name in names]
+    if endpoint.query is not None:
+        [fields] = msgspec.json.schema_components([endpoint.query])[1].values()
+        operation["parameters"] = [{"name": n, "in": "query", "schema": s} for n, s in fields["properties"].items()]
     if endpoint.body is not None:
         statuses.update(_BODY_ERRORS)
         if {"model", "input_file_id"} & {*endpoint.body.__struct_fields__}:

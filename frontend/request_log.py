@@ -14,7 +14,7 @@ from starlette.types import Scope
 from ramet.frontend.config import RequestLogLevel
 from ramet.frontend.generation import Generation
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Fields of request bodies, of any endpoint, that are what the user says and not how it is answered.
 CONTENT = {
@@ -76,7 +76,7 @@ class RequestLog:
             fields["request"] = {name: value for name, value in given.items() if name not in hidden}
         if record.body:
             fields["response"] = record.body[:_MAX_BODY_BYTES].decode(errors="replace")
-        log.info("request", extra={"fields": fields})
+        logger.info("request", extra={"fields": fields})
 
 
 def _present(value: Any) -> Any:

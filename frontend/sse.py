@@ -17,7 +17,7 @@ from ramet.frontend.generation import ClientDisconnectedError, Generation
 from ramet.ipc.errors import Failure, FailureKind, RequestError
 from ramet.ipc.messages import TextDelta
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = [
@@ -81,6 +81,6 @@ async def write_events(
     except RequestError as error:
         tail = event(error_body(error.failure))
     except Exception:
-        log.exception("a stream broke")
+        logger.exception("a stream broke")
         tail = event(error_body(Failure(FailureKind.INTERNAL, "internal error")))
     await send({"type": "http.response.body", "body": tail + _DONE})

@@ -27,7 +27,7 @@ import msgspec
 
 from ramet.ipc.errors import FailureKind, RequestError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class Store:
             try:
                 return function(*args, **kwargs)
             except (OSError, sqlite3.OperationalError) as error:
-                log.warning("the file store: %s", error)
+                logger.warning("the file store: %s", error)
                 raise self._failure(error) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, opened)

@@ -28,7 +28,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ramet.ipc.messages import Message
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Message)
 
@@ -270,5 +270,5 @@ def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T | None:
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError) as error:
-        log.error("dropped a message of %d bytes that is not of the expected type: %s", len(data), error)
+        logger.error("dropped a message of %d bytes that is not of the expected type: %s", len(data), error)
         return None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ramet.ipc.channel import LAUNCHER, Addresses, Outbox
 from ramet.ipc.messages import Fatal, Progress, Ready
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Startup:
@@ -30,7 +30,7 @@ class Startup:
         try:
             yield
         except errors as error:
-            log.debug("set-up failed", exc_info=True)
+            logger.debug("set-up failed", exc_info=True)
             self._launcher.send(Fatal(self._process, f"{words}{error}"))
             self._launcher.close()
             raise SystemExit(1) from error

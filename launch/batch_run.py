@@ -174,7 +174,7 @@ def _collect(folder: Path, batch_id: str, output: Path) -> int:
         return 1
     if counts.completed == 0:
         output.touch()
-    sys.stderr.write(f"{counts.completed} lines in {output}\n")
+    sys.stderr.write(f"completed lines: {counts.completed}, in {output}\n")
     if counts.failed:
-        sys.stderr.write(f"{counts.failed} lines failed: {errors}\n")
+        sys.stderr.write(f"failed lines: {counts.failed}, in {errors}\n")
     return 0

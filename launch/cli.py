@@ -6,6 +6,7 @@ or transformers.
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +24,15 @@ Commands = dict[str, tuple[Callable[[list[str], str], None], str]]
 # Flags people type by habit from other servers: what they are called here, or that they are not here.
 _ELSEWHERE = {
     **dict.fromkeys(("--max-model-len", "--ctx-size", "-c"), "is --context-length here"),
+    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers"), "is not here: the model runs on --device as a whole"),
+    **dict.fromkeys(("-np", "--parallel", "--max-num-seqs"), "is --max-running-requests here"),
+    **dict.fromkeys(("--enable-lora", "--lora-modules", "--lora-paths"), "is not built: there are no adapters"),
+    **dict.fromkeys(("--speculative-algorithm", "--speculative-config"), "is not built"),
     "--block-size": "is --page-size here",
     "--enable-prefix-caching": "is not needed: known prefixes are reused but for --disable-radix-cache",
     "--gpu-memory-utilization": "is --mem-fraction-static here",
     "--kv-cache-dtype": "is not supported by this version",
     "--max-num-batched-tokens": "is --chunked-prefill-size here",
-    "--max-num-seqs": "is --max-running-requests here",
     "--tensor-parallel-size": "is --tp-size here",
     "-m": "is --model-path here",
 }
@@ -118,7 +122,10 @@ def parse_structs(argv: Sequence[str], program: str, description: str, *kinds: t
         if name in _ELSEWHERE:
             parser.error(f"{name} {_ELSEWHERE[name]}")
     if unknown:
+        flags = [_flag(name) for kind in kinds for name in kind.__struct_fields__]
         hint = "" if unknown[0].startswith("-") or ServerArgs not in kinds else " (a model is named by --model-path)"
+        for near in difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1):
+            hint = f"; did you mean {near}?"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     given = vars(namespace)
     path = given.pop("config", None)

@@ -49,6 +49,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 # On a CPU a step of 512 prompt tokens takes about half a second for a small model; longer ones would freeze streams.
 _DEFAULTS = {"cpu": (512, 256, 64, 0.5), "cuda": (8192, 2048, 256, 0.95)}
 
+# Attention backends that run nowhere else; auto and torch run everywhere.
+_BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "fa3", "flashinfer")}
+
 # Each captured batch size takes a second at start and some memory.
 _CUDA_GRAPH_MAX_BS = 256
 
@@ -56,6 +59,8 @@ _CUDA_GRAPH_MAX_BS = 256
 def resolve(args: ServerArgs, model: ResolvedModel) -> EngineConfig:
     """Settle every choice left open. Raises ConfigError if the arguments contradict the model or each other."""
     device = args.device if args.device != "auto" else _log("device", "cuda" if cuda_is_usable() else "cpu")
+    if args.attention_backend not in ("auto", "torch", *_BACKENDS[device]):
+        raise ConfigError(f"attention_backend {args.attention_backend} is not for {device}, where the model runs")
     step_tokens, prefill_tokens, running, memory_fraction = _DEFAULTS[device]
     template = _read_template(args.chat_template)
     is_embedding = _is_embedding(args, model)
@@ -206,7 +211,9 @@ def tls(args: ServerArgs) -> Tls | None:
 def _parsers(args: ServerArgs, model: ResolvedModel, template_source: str | None) -> dict[str, Any]:
     try:
         template = load_chat_template(model.tokenizer_dir, template_source)
-        return choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
+        parsers = choose_parsers(args.tool_call_parser, args.reasoning_parser, template, model.info.added_tokens)
+        info = model.info.special_tokens | {"chat_template": template and template.source}
+        return parsers | {"tokenizer_info": info}
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template is not valid: {error}") from error
 

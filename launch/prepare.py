@@ -1,8 +1,9 @@
 """Makes the JSON files that a model lacks, once, in the cache: `python -m ramet.launch.prepare SOURCE`.
 
 SOURCE is a .gguf file, which gets config.json, generation_config.json, tokenizer.json and tokenizer_config.json, or a
-folder, which gets tokenizer.json if it has only a slow tokenizer, and a full config.json if its own leaves needed facts
-to the library's defaults. A short-lived process, because it may import transformers and with it torch.
+folder, which gets tokenizer.json if it has only a slow tokenizer or the files beside it overrule it, and a full
+config.json if its own leaves needed facts to the library's defaults. A short-lived process, because it may import
+transformers and with it torch.
 """
 
 import hashlib
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ramet.launch.cache import ModelUnavailable, cache_folder, filling
+from ramet.launch.model_info import overrides_tokenizer
 
 # To be raised when this module makes other files of the same source, so that old ones are not used.
-_FORMAT = 2
+_FORMAT = 3
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -95,7 +97,8 @@ def _prepare_folder(source: Path, folder: Path, trust_remote_code: bool) -> None
         generation = source / "generation_config.json"
         if generation.exists():
             (folder / generation.name).write_bytes(generation.read_bytes())
-    if not any((source / name).exists() for name in SLOW_TOKENIZER_FILES):
+    is_fast = (source / "tokenizer.json").exists()
+    if not (overrides_tokenizer(source) if is_fast else any((source / name).exists() for name in SLOW_TOKENIZER_FILES)):
         return
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:

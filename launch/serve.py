@@ -15,6 +15,7 @@ from ramet.ipc.errors import RequestError
 from ramet.launch.cache import ModelUnavailable
 from ramet.launch.child import Process
 from ramet.launch.config import EngineConfig, default_storage, resolve, tls
+from ramet.launch.hardware import why_no_cuda
 from ramet.launch.logs import set_up_logging
 from ramet.launch.model_source import resolve_model
 from ramet.launch.roles import engine_processes
@@ -62,6 +63,8 @@ def reporting_errors(args: ServerArgs, action: Callable[[], int]) -> int:
 
 def configure(args: ServerArgs) -> EngineConfig:
     """Find the model and settle what was left open. Raises ModelUnavailable and ConfigError."""
+    if args.device == "cuda" and (reason := why_no_cuda()) is not None:
+        raise ConfigError(f"device is cuda, but {reason}; --device cpu needs none")
     return resolve(args, resolve_model(args))
 
 

@@ -23,7 +23,7 @@ from ramet.model_runner.kv_pool import KVPool
 from ramet.model_runner.models.base import CausalLM
 from ramet.model_runner.sampler import Choices, Chooser
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _SMALL_SIZES, _SIZE_STEP = (1, 2, 4), 8
 # Of steps with prompt chunks: few rows, since attention is launched for as many chunks of all the tokens.
@@ -162,10 +162,10 @@ def capture_graphs(make: Callable[[Capture], StepGraphs], most_requests: int) ->
     try:
         graphs = make(_cuda_capture())
     except RuntimeError as error:
-        log.warning("decoding without CUDA graphs, which is slower: %s", error)
+        logger.warning("decoding without CUDA graphs, which is slower: %s", error)
         return None
     taken = free - torch.cuda.mem_get_info()[0]
-    log.info(
+    logger.info(
         "CUDA graphs for up to %d requests: %d MiB, %.1f s; --disable-cuda-graph and --cuda-graph-max-bs change it",
         most_requests,
         taken // 2**20,

@@ -9,7 +9,7 @@ import torch
 from ramet.model_runner.config import RunnerConfig
 from ramet.model_runner.kv_pool import KVSpec
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Without a wish of the user, a pool on CPU memory stops here (or at four whole contexts): a server on someone's own
 # machine should not take half of it.
@@ -49,7 +49,7 @@ def size_pool(
             f"share of {config.memory_fraction:g} that does not hold one page of {_mib(per_page)} MiB: raise "
             "--mem-fraction-static, free memory, or lower --chunked-prefill-size and --max-running-requests"
         )
-    log.info(
+    logger.info(
         "KV pool: %d pages of %d tokens (%d MiB); --max-total-tokens or --mem-fraction-static changes it",
         pages,
         config.page_size,

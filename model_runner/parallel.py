@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ramet.model_runner.config import RunnerConfig
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Ranks execute the same plan at the same time: within a step one waits for another as long as their speeds differ.
 TIMEOUT_S = 60.0
@@ -134,7 +134,7 @@ def _one_shot(rank: int) -> OneShot | None:
     try:
         return OneShot(torch.device("cuda", torch.cuda.current_device()))
     except (RuntimeError, ImportError) as error:
-        log.log(logging.DEBUG if rank else logging.INFO, "small all-reduces go through NCCL: %s", error)
+        logger.log(logging.DEBUG if rank else logging.INFO, "small all-reduces go through NCCL: %s", error)
         return None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, arange
 
 from ramet.model_runner.weights.errors import WeightsError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MODULES = "modules.json"
 
@@ -44,7 +44,7 @@ def read_pooling(weights: Path, default_mode: str) -> Pooling:
     Without sentence-transformers files: `default_mode`, and vectors of length 1, which users of this API expect.
     """
     if not (weights / MODULES).exists():
-        log.info("pooling: %s, normalised (automatic: the model has no %s)", default_mode, MODULES)
+        logger.info("pooling: %s, normalised (automatic: the model has no %s)", default_mode, MODULES)
         return lambda hidden: F.normalize(_MODES[default_mode](hidden.float()), dim=0)
     mode, normalize = None, False
     for module in _read(weights / MODULES):
@@ -60,7 +60,7 @@ def read_pooling(weights: Path, default_mode: str) -> Pooling:
         raise WeightsError(f"{weights / MODULES} has no module that pools")
     if mode not in _MODES:
         raise WeightsError(f"pooling {mode!r} is not supported; known are {', '.join(_MODES)}")
-    log.info("pooling: %s%s", mode, ", normalised" if normalize else "")
+    logger.info("pooling: %s%s", mode, ", normalised" if normalize else "")
     pool = _MODES[mode]
     return lambda hidden: F.normalize(pool(hidden.float()), dim=0) if normalize else pool(hidden.float())
 

@@ -33,7 +33,7 @@ from ramet.kernels.cpu.sampling import ChooseKernel
 from ramet.model_runner.logits import LogitsProcessor, apply_masks, send
 from ramet.model_runner.noise import MASK64, keyed_gumbel, row_keys
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_chooser(device: torch.device) -> Chooser:
     try:
         kernel = ChooseKernel()
     except KernelUnavailable as error:
-        log.warning("sampling with plain torch, which is slower: %s", error)
+        logger.warning("sampling with plain torch, which is slower: %s", error)
         return choose_plainly
     return lambda logits, choices, filtered: kernel(logits, *choices)
 

@@ -19,7 +19,7 @@ from ramet.scheduler.config import SchedulerConfig
 from ramet.scheduler.embedding import EmbeddingQueue
 from ramet.scheduler.stats import StatsReporter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _NO_GENERATION = Failure(FailureKind.INVALID_REQUEST, "this server embeds; one without --is-embedding generates")
 
@@ -96,9 +96,9 @@ class EmbeddingWorker:
         # Whatever goes wrong ends one request, not the server.
         except Exception as error:
             if len(step) > 1:
-                log.warning("a step of %d prompts failed (%s): they are run one by one", len(step), error)
+                logger.warning("a step of %d prompts failed (%s): they are run one by one", len(step), error)
                 return [answer for message in step for answer in self._embed([message])]
-            log.exception("a prompt of %d tokens could not be embedded", len(step[0].prompt_ids))
+            logger.exception("a prompt of %d tokens could not be embedded", len(step[0].prompt_ids))
             return [self._failed(step[0], f"the model step failed: {error}")]
         return [self._answer(message, vector) for message, vector in zip(step, vectors, strict=True)]
 

@@ -26,7 +26,7 @@ from ramet.scheduler.grammar import GrammarError, Matcher, load_tokenizer, refus
 from ramet.scheduler.grammar_checker import CPU_LIMIT_S, MEMORY_LIMIT_BYTES
 from ramet.scheduler.request import Request
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CACHED_GRAMMARS = 16  # up to 40 MiB each, if somebody fills their lexers
 _MASK_THREADS = 4
@@ -100,7 +100,7 @@ class GrammarPool:
         try:
             was_full = request.matcher.fill(bits)
         except BaseException:  # a panic in Rust is no Exception
-            log.exception("the mask of request %s could not be computed", request.rid)
+            logger.exception("the mask of request %s could not be computed", request.rid)
             bits[:], was_full = 0, False  # no token is allowed: this row fails alone
         if request.params.ignore_eos:
             for token in self._eos_ids:
@@ -114,7 +114,7 @@ class GrammarPool:
         if error is None:
             made = compiled.result()
             return made if isinstance(made, Failure) else made.copy()
-        log.error("a grammar could not be compiled", exc_info=error)
+        logger.error("a grammar could not be compiled", exc_info=error)
         self._cache.pop(grammar, None)  # it may go better the next time
         return Failure(FailureKind.INTERNAL, f"the grammar could not be compiled: {error}")
 

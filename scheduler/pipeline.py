@@ -18,7 +18,7 @@ from ramet.ipc.step import StepPlan, StepResult, TokenMasks
 from ramet.scheduler.core import SchedulerCore
 from ramet.scheduler.request import Request
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PendingStep(Protocol):
@@ -102,6 +102,6 @@ class Pipeline:
         except Exception as error:
             if self._tell_ranks is not None:
                 raise
-            log.exception("step %d failed with %d rows", plan.step, len(plan.rows))
+            logger.exception("step %d failed with %d rows", plan.step, len(plan.rows))
             self._core.fail_step(plan, Failure(FailureKind.INTERNAL, f"the model step failed: {error}"))
             self._runner.recover()

@@ -81,11 +81,11 @@ def load_chat_template(folder: str, override: str | None) -> ChatTemplate | None
         source = config.get("chat_template")
     if isinstance(source, list):  # several by name; the plain chat is called "default"
         source = next((item["template"] for item in source if item["name"] == "default"), None)
-    return None if source is None else ChatTemplate(source, _special_tokens(config))
+    return None if source is None else ChatTemplate(source, special_tokens(config))
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, which templates write themselves."""
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like in tokenizer_config.json, which templates write themselves."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

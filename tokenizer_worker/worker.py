@@ -40,7 +40,7 @@ from ramet.tokenizer_worker.config import TokenizerConfig
 from ramet.tokenizer_worker.infill import find_infill
 from ramet.tokenizer_worker.tokenizer import Tokenizer, TokenizerError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Far above what text has. Ten megabytes take half a minute to encode, during which everybody else waits.
 _MAX_CHARS_PER_TOKEN = 128
@@ -72,7 +72,7 @@ def run(index: int, config: TokenizerConfig, addresses: Addresses) -> None:
             frontend.send(Failed(rids_of(message), error.failure))
         # One odd prompt must not end the process that all prompts go through. A panic in Rust is no Exception.
         except BaseException:
-            log.exception("a prompt could not be encoded")
+            logger.exception("a prompt could not be encoded")
             failure = Failure(FailureKind.INTERNAL, "the prompt could not be encoded")
             frontend.send(Failed(rids_of(message), failure))
 

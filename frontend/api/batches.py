@@ -8,7 +8,6 @@ from starlette.requests import Request
 from ramet.frontend.api.files import page_of
 from ramet.frontend.batch_worker import BatchWorker
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.exchange import read_query
 from ramet.frontend.schemas.batches import Batch, BatchRequest
 from ramet.frontend.store import Store
 
@@ -31,8 +30,7 @@ class BatchesApi:
         self._worker.notify()
         return batch
 
-    async def list(self, http: Request) -> dict[str, Any]:
-        query = read_query(http, BatchListQuery)
+    async def list(self, _http: Request, query: BatchListQuery) -> dict[str, Any]:
         return page_of(await self._store.call(self._batches.page, query.after, query.limit + 1), query.limit)
 
     async def retrieve(self, http: Request) -> Batch:

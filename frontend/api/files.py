@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from ramet.frontend.config import FrontendConfig
-from ramet.frontend.exchange import check_head, read_query, too_large
+from ramet.frontend.exchange import check_head, too_large
 from ramet.frontend.schemas.batches import ExpiresAfter
 from ramet.frontend.store import File, Store, Upload
 from ramet.ipc.errors import invalid
@@ -88,8 +88,7 @@ class Files:
         if form.file_bytes > largest:
             raise too_large("file", largest, form.file_bytes)
 
-    async def list(self, http: Request) -> dict[str, Any]:
-        query = read_query(http, FileListQuery)
+    async def list(self, _http: Request, query: FileListQuery) -> dict[str, Any]:
         descending = query.order == "desc"
         files = await self._store.call(self._store.page, query.purpose, query.after, query.limit + 1, descending)
         return page_of(files, query.limit)

@@ -1,8 +1,8 @@
 """What is asked of a running server beside its work: what it serves and with which settings, how it is, to drop its
 cache, to abort requests.
 
-But for those of the models, names follow SGLang, whose tools ask for them. Settings come from the launcher, without
-keys and passwords.
+But for those of the models and the tokenizer, names follow SGLang, whose tools ask for them. Settings come from the
+launcher, without keys and passwords.
 
 `/health` is about life: 200 while every process is alive and its loop has turned lately, which is read from their
 pulses without asking them; the launcher's too, without which nothing is restarted or stopped in order. `/ready` is
@@ -79,6 +79,10 @@ class Server(Api):
             "max_model_len": config.context_length,
             "vocab_size": config.vocab_size,
         }
+
+    async def tokenizer_info(self, _http: Request) -> dict[str, str | None]:
+        """vLLM's name, and of what it tells what clients need to tokenize here."""
+        return self._config.tokenizer_info
 
     async def server_info(self, _http: Request) -> dict[str, Any]:
         stats = self._metrics.engine.stats

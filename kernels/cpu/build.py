@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 # Associative math stays off: the order of additions is part of the kernels' contract.
@@ -51,7 +51,7 @@ def load_kernel(name: str) -> ctypes.CDLL:
                 with tempfile.TemporaryDirectory(dir=cache) as beside:
                     library = Path(shutil.copy(library, beside)).rename(kept)
             except OSError as error:
-                log.warning("kernel %s will be compiled at each start, for it cannot be kept: %s", name, error)
+                logger.warning("kernel %s will be compiled at each start, for it cannot be kept: %s", name, error)
             return ctypes.CDLL(str(library))
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home
         raise KernelUnavailable(f"kernel {name}: {error}") from error

@@ -10,7 +10,7 @@ from ramet.model_runner.attention.base import AttentionBackend
 from ramet.model_runner.attention.cpu_backend import CpuBackend
 from ramet.model_runner.attention.torch_backend import TorchBackend
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CUDA_BACKENDS = ("triton", "fa3", "flashinfer")
 _PACKAGES = {"fa3": "tokenspeed-fa3", "flashinfer": "flashinfer-python"}
@@ -37,7 +37,7 @@ def make_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
     except KernelUnavailable as error:
         if name == "cpu":
             raise ValueError(str(error)) from error
-        log.warning("attention backend: torch (%s)", error)
+        logger.warning("attention backend: torch (%s)", error)
         return TorchBackend()
 
 

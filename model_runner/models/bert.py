@@ -27,7 +27,7 @@ from ramet.model_runner.weights.mapping import WeightPart
 class Family:
     """In what the families differ. `prefix` stands before all names in checkpoints with a head, `layers` before the
     number of a layer; `qkv` to `mlp_norm` name its parts. `inner_size` and `act` are keys of the config.
-    `starts_behind_padding`: the first token is not at position 0, but at the one after the padding token's id."""
+    `starts_behind_padding`: positions are counted from the padding token's id on, where that token itself is."""
 
     prefix: str = "bert."
     layers: str = "encoder.layer."
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         self.vocab_size = config.vocab_size
         self.embedding = VocabMatrix(config.vocab_size, size, group, dtype)
         self.positions = empty_parameter(config.max_position_embeddings, size, dtype=dtype)
-        self.first_position = config.pad_token_id + 1 if family.starts_behind_padding else 0
+        self.padding = config.pad_token_id if family.starts_behind_padding else None
         self.num_types = getattr(config, "type_vocab_size", 0)
         self.token_type = empty_parameter(1, size, dtype=dtype) if self.num_types else None
         self.norm = _norm(config)
@@ -98,10 +98,19 @@ class Encoder(nn.Module):
         hidden = self.embedding.embed(token_ids).float()
         if self.token_type is not None:
             hidden = hidden + self.token_type
-        hidden = self.norm(hidden + F.embedding(ctx.positions + self.first_position, self.positions))
+        hidden = self.norm(hidden + F.embedding(self._positions(token_ids, ctx.positions), self.positions))
         for layer in self.layers:
             hidden = layer(hidden, ctx)
         return hidden
+
+    def _positions(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the table. A text may hold the padding token, which is then not counted."""
+        if self.padding is None:
+            return positions
+        counted = token_ids != self.padding
+        before = counted.cumsum(0) - counted.long()  # in the whole step
+        starts = torch.arange(len(positions), device=positions.device) - positions
+        return self.padding + counted * (before - before[starts] + 1)
 
     def weight_parts(self, prefix: str) -> Iterator[WeightPart]:
         embeddings = f"{prefix}embeddings."

@@ -133,10 +133,20 @@ def load_fallback(config: RunnerConfig, architecture: str, group: TpGroup, progr
     """Raises WeightsError if the checkpoint cannot be loaded, or not be run correctly with paged attention."""
     if group.size > 1:
         raise WeightsError(f"{architecture} runs through transformers, on one device only")
+    try:
+        return _load_checked(config, architecture, progress)
+    except (WeightsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # others' code, which may fail in any way where a config does not fit it
+        words = f"transformers cannot load {architecture} from {config.weights}, or not run it"
+        raise WeightsError(f"{words}: {type(error).__name__}: {error}") from error
+
+
+def _load_checked(config: RunnerConfig, architecture: str, progress: Progress) -> FallbackLM:
     hf_config = transformers.AutoConfig.from_pretrained(config.model_dir, trust_remote_code=config.trust_remote_code)
     _check_config(hf_config, architecture, config.context_length)
     progress(0, 1)
-    hf_model = _load(config, hf_config, architecture).eval()
+    hf_model = _load(config, hf_config).eval()
     hf_model.to(torch.device(config.device))
     hf_model.config.pad_token_id = None  # some look for it in all that they are given, and so wait for the device
     progress(1, 1)
@@ -170,7 +180,7 @@ def _check_config(config: PretrainedConfig, architecture: str, context_length: i
             )
 
 
-def _load(config: RunnerConfig, hf_config: PretrainedConfig, architecture: str) -> PreTrainedModel:
+def _load(config: RunnerConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
     common: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "trust_remote_code": config.trust_remote_code,
@@ -178,19 +188,16 @@ def _load(config: RunnerConfig, hf_config: PretrainedConfig, architecture: str) 
     }
     auto, weights = transformers.AutoModelForCausalLM, Path(config.weights)
     folder = weights.parent if weights.is_file() else weights
-    try:
-        if config.load_format is LoadFormat.DUMMY:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                dummy: PreTrainedModel = auto.from_config(hf_config, **common)
-                return dummy
-        if config.load_format is LoadFormat.GGUF:
-            common["gguf_file"] = weights.name
-        else:
-            common["use_safetensors"] = config.load_format is LoadFormat.SAFETENSORS
-        loaded: Any = auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **common)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        raise WeightsError(f"transformers cannot load {architecture} from {weights}: {error}") from error
+    if config.load_format is LoadFormat.DUMMY:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            dummy: PreTrainedModel = auto.from_config(hf_config, **common)
+            return dummy
+    if config.load_format is LoadFormat.GGUF:
+        common["gguf_file"] = weights.name
+    else:
+        common["use_safetensors"] = config.load_format is LoadFormat.SAFETENSORS
+    loaded: Any = auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **common)
     model: PreTrainedModel
     model, info = loaded
     for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):

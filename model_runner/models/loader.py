@@ -29,7 +29,7 @@ from ramet.model_runner.weights.mapping import Progress, WeightPart, WeightSourc
 from ramet.model_runner.weights.pickle import PickleSource
 from ramet.model_runner.weights.safetensors import SafetensorsSource
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Classes of an encoder's checkpoint that hold the encoder, and what only their heads need.
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")
@@ -106,12 +106,14 @@ def _load_native(
         spec = build(model_config, config.context_length)
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads evenly")
+        if spec.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for rotary positions, got {spec.head_dim}")
         for layer in spec.layers:
             if (window := layer.sliding_window) is not None and window < 1:
                 raise ValueError(f"sliding_window must be at least 1, got {window}")
             if (moe := layer.moe) is not None and not 1 <= moe.top_k <= moe.num_experts:
                 raise ValueError(f"num_experts_per_tok must be 1 to {moe.num_experts} (num_experts), got {moe.top_k}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the model's config in {config.model_dir} cannot be used: {error!r}") from error
     with contextlib.closing(_open(config, len(spec.layers), spec.head_dim)) as source:
         if isinstance(source, GGUFSource):
@@ -149,7 +151,7 @@ def _read_grids(parts: list[WeightPart], source: GGUFSource) -> dict[int, Grid]:
     matrices = [part for part in parts if part.name.endswith("_proj.weight")]
     found = {part.target.data_ptr(): source.read_grid(part) for part in matrices}
     grids = {address: grid for address, grid in found.items() if grid is not None}
-    log.info("%d of %d matrices keep their 4-bit values from %s", len(grids), len(matrices), source.path)
+    logger.info("%d of %d matrices keep their 4-bit values from %s", len(grids), len(matrices), source.path)
     return grids
 
 
@@ -183,14 +185,14 @@ def _pack(model: Decoder, config: RunnerConfig, stored: dict[int, Grid]) -> Caus
         try:
             return CpuDecoder(model, 16, stored).eval()
         except KernelUnavailable as error:
-            log.warning("computing with plain torch, which is slower: %s", error)
+            logger.warning("computing with plain torch, which is slower: %s", error)
     if config.attention_backend != "torch" and config.device.startswith("cuda"):
         # Imported when needed: a CPU has no use for triton.
         from ramet.model_runner.models import cuda_decoder
 
         if cuda_decoder.covers(model):
             return cuda_decoder.CudaDecoder(model).eval()
-        log.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
+        logger.warning("computing with plain torch, which is slower: no kernel for the activation %s", model.spec.act)
     model.pack()
     return model.eval()
 

@@ -17,7 +17,7 @@ from typing import Any
 from ramet.model_runner.config import LoadFormat, RunnerConfig
 from ramet.model_runner.weights.errors import WeightsError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # To be raised when other values are kept.
 _FORMAT = 1
@@ -93,4 +93,4 @@ def _keep(values: dict[str, Any], path: Path) -> None:
         beside.write_text(json.dumps(values), encoding="utf-8")
         beside.rename(path)
     except OSError as error:
-        log.warning("each start will be slower by some seconds, for the model's config cannot be kept: %s", error)
+        logger.warning("each start will be slower by some seconds, for the model's config cannot be kept: %s", error)

@@ -67,7 +67,7 @@ def test_stopped_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
     code, errors = end(start(command))
     assert code == 0, errors
     assert f"going on after {batch.request_counts.completed + 1} of 401 lines" in errors
-    assert "400 lines in" in errors and "1 lines failed" in errors and "401/401" in errors
+    assert "completed lines: 400, in" in errors and "failed lines: 1, in" in errors and "401/401" in errors
     results = [json.loads(entry) for entry in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(int(result["custom_id"]) for result in results) == list(range(400))
     [failed] = [json.loads(entry) for entry in (tmp_path / "out.jsonl.errors").read_text().splitlines()]

@@ -4,6 +4,8 @@ The model's weights are random: only form is checked.
 """
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -85,6 +87,18 @@ def test_scores_of_lm_eval(tiny: RunningServer) -> None:
         assert len(scores) == len(best) == len(prompt) + 1  # one was generated, and is left out there
         assert scores[0] is None and all(score < 0 for score in scores[1:])
         assert all(max(place.values()) >= score for place, score in zip(best[1:], scores[1:], strict=True))
+
+
+def test_the_remote_tokenizer_of_lm_eval(tiny: RunningServer, tiny_model: Callable[[str], Path]) -> None:
+    """What its class reads, which looks for these paths in place of /v1/completions."""
+    info = tiny.http.get("/tokenizer_info").json()
+    settings = json.loads((tiny_model("llama") / "tokenizer_config.json").read_text())
+    assert {name: info[name] for name in ("eos_token", "pad_token", "chat_template")} == {
+        name: settings[name] for name in ("eos_token", "pad_token", "chat_template")
+    }
+    assert "bos_token" not in info
+    [eos] = answer(tiny.http, "/tokenize", {"prompt": info["eos_token"], "add_special_tokens": False})["tokens"]
+    assert answer(tiny.http, "/detokenize", {"tokens": [eos]})["prompt"] == info["eos_token"]
 
 
 def test_streams_of_vllm_bench(tiny: RunningServer) -> None:

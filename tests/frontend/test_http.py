@@ -116,6 +116,30 @@ def test_unknown_paths_methods_and_models(client: httpx.Client) -> None:
     assert client.get("/v1/models/").json() == client.get("/v1/models").json()
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("POST", path) for path in ("/v1/chat/completions", "/v1/files", "/tokenize", "/flush_cache", "/v1/batches")),
+        *(
+            ("GET", path)
+            for path in ("/v1/models", "/v1/models/x", "/version", "/health_generate", "/v1/files/x/content")
+        ),
+        ("DELETE", "/v1/files/x"),
+    ],
+)
+def test_a_query_where_none_is_read(client: httpx.Client, method: str, path: str) -> None:
+    """Somebody who puts `stream=true` there would wait for a stream."""
+    check_error(client.request(method, f"{path}?stream=true"), 400, "unknown_parameter", "stream")
+    check_error(client.request(method, f"{path}?api-version=1&stream="), 400, "unknown_parameter", "stream")
+
+
+def test_the_query_of_azures_clients_and_of_probes(client: httpx.Client) -> None:
+    assert client.post("/v1/chat/completions?api-version=2024-06-01", json=CHAT).status_code == 200
+    assert client.get("/v1/files?api-version=2024-06-01&limit=3").status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+        assert client.get(f"{path}?format=prometheus&format=x").status_code == 200
+
+
 def test_parameters_of_other_servers(client: httpx.Client) -> None:
     for name, hint in {"guided_json": "is response_format", "guided_choice": "is regex", "n_predict": "max_to"}.items():
         response = client.post("/v1/chat/completions", json={**CHAT, name: 1})

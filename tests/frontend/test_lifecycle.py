@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support import scripted_engine
 from support.scripted_engine import MODEL, WAIT_S, Request, ScriptedEngine
 from support.server import until
 
@@ -412,6 +413,29 @@ def test_sigterm_before_the_engine_is_ready() -> None:
             time.sleep(0.01)
         engine.terminate()
         assert engine.exit_code() == 0
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_pulse_that_breaks_is_a_failure(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
+    """A process that ends with 0 has been asked to."""
+    broken = """
+import os
+from ramet.frontend import main
+class Pulse(main.Pulse):
+    _sign = "/nowhere"
+    def __init__(self, addresses, name):
+        super().__init__(addresses, name)
+        self._sign = addresses.pulse("stop")
+    def beat(self):
+        if os.path.exists(self._sign):
+            raise ZeroDivisionError("no beat")
+main.Pulse = Pulse
+"""
+    monkeypatch.setattr(scripted_engine, "_PROCESS", broken + scripted_engine._PROCESS)
+    with ScriptedEngine(start=serves) as engine:
+        engine.pulse("stop").touch()
+        assert engine.exit_code() == 1
+        assert "no beat" in engine.errors()
 
 
 def test_ready_carries_the_context_length() -> None:

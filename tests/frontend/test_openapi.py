@@ -29,6 +29,7 @@ PATHS = {
     "/v1/detokenize": "post",
     "/get_model_info": "get",
     "/get_server_info": "get",
+    "/tokenizer_info": "get",
     "/version": "get",
     "/flush_cache": "post",
     "/abort_request": "post",
@@ -85,6 +86,18 @@ def test_what_may_not_be_there_or_has_ended(document: Any) -> None:
     assert {"404", "409"} <= paths["/v1/batches/{batch_id}/cancel"]["post"]["responses"].keys()
     assert "409" not in paths["/v1/files/{file_id}"]["get"]["responses"]
     assert "504" in paths["/v1/chat/completions"]["post"]["responses"]
+
+
+def test_queries(document: Any) -> None:
+    """Whatever else is asked of an endpoint is refused, but of the open ones."""
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            named = [each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"]
+            lists = {"/v1/files": ["purpose", "limit", "order", "after"], "/v1/batches": ["limit", "after"]}
+            assert named == (lists.get(path, []) if method == "get" else []), path
+            assert ("400" in operation["responses"]) == ("security" in operation), path
+    limit = document["paths"]["/v1/batches"]["get"]["parameters"][0]["schema"]
+    assert (limit["type"], limit["maximum"], limit["default"]) == ("integer", 100, 20)
 
 
 def test_each_array_says_what_it_holds(document: Any) -> None:

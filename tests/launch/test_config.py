@@ -13,12 +13,15 @@ import pytest
 from ramet.frontend.port import bind
 from ramet.ipc.channel import Addresses
 from ramet.launch import config as config_module
+from ramet.launch import hardware
+from ramet.launch.cache import ModelUnavailable
 from ramet.launch.config import resolve
 from ramet.launch.hardware import cpu_has_bfloat16
 from ramet.launch.model_info import EmbeddingInfo, ModelInfo
 from ramet.launch.model_source import ResolvedModel
 from ramet.launch.placement import computing, light, parse_cpus
 from ramet.launch.roles import engine_processes
+from ramet.launch.serve import configure
 from ramet.launch.server_args import ConfigError, ServerArgs
 from ramet.launch.tensor_parallel import check_meeting_point
 from ramet.model_runner.config import LoadFormat
@@ -177,6 +180,48 @@ def test_a_meeting_point_in_use() -> None:
 def test_rounding_that_the_device_cannot_compute(args: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=f"quantization .*{words}"):
         resolve(ServerArgs(**{"device": "cpu", "dtype": "bfloat16", **args}), model(num_heads=4))
+
+
+@pytest.mark.parametrize(("device", "backends"), [("cpu", ("triton", "fa3", "flashinfer")), ("cuda", ("cpu",))])
+def test_attention_that_the_device_cannot_compute(device: Any, backends: tuple[Any, ...]) -> None:
+    for name in ("auto", "cpu", "torch", "triton", "fa3", "flashinfer"):
+        args = ServerArgs(device=device, attention_backend=name)
+        if name not in backends:
+            assert resolve(args, model()).runner.attention_backend == name
+            continue
+        with pytest.raises(ConfigError, match=f"attention_backend {name} is not for {device}, where the model runs"):
+            resolve(args, model())
+
+
+@pytest.mark.parametrize(
+    ("torch_has", "library", "files", "words"),
+    [
+        ((), True, True, "built without CUDA"),
+        (("cuda",), False, False, r"no NVIDIA driver \(.*libcuda"),
+        (("cuda",), True, False, None),  # as with WSL
+        (("cuda",), False, True, None),  # a system whose torch alone knows where the library is
+        (("hip",), False, False, None),
+    ],
+)
+def test_a_machine_without_cuda(
+    monkeypatch: pytest.MonkeyPatch, torch_has: tuple[str, ...], library: bool, files: bool, words: str | None
+) -> None:
+    """Known before a model is looked for; a machine of which it is not certain goes on."""
+
+    def load(name: str) -> None:
+        assert name == "libcuda.so.1"
+        if not library:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(hardware, "_torch_has", lambda platforms: bool({*torch_has} & {*platforms.split("|")}))
+    monkeypatch.setattr(hardware, "_NVIDIA_DRIVER", (Path("/") if files else Path("/nowhere"),))
+    monkeypatch.setattr("ctypes.CDLL", load)
+    args = ServerArgs(device="cuda", model_path="/nowhere/at/all")
+    kind, found = (ModelUnavailable, "does not exist") if words is None else (ConfigError, f"device is cuda, .*{words}")
+    with pytest.raises(kind, match=found):
+        configure(args)
+    with pytest.raises(ModelUnavailable):
+        configure(msgspec.structs.replace(args, device="auto"))
 
 
 @pytest.mark.parametrize(("quantization", "device"), [("fp8", "cuda"), ("int8", "cpu")])

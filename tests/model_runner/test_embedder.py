@@ -68,6 +68,15 @@ def test_as_transformers(tiny: Any, name: str) -> None:
         np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["roberta", "xlmr_mlm", "bert"])
+def test_padding_in_a_text_has_the_position_that_transformers_gives_it(tiny: Any, name: str) -> None:
+    """RoBERTa does not count it (id 1 here; for BERT it is a token like others)."""
+    batch = [[1, *prompt[:3], 1, 1, *prompt[3:], 1] for prompt in prompts(9, 4, 40)] + [[1]]
+    for prompt, vector in zip(batch, vectors(embedder(tiny(name)), batch), strict=True):
+        expected = hidden_states(tiny(name), prompt).mean(0).numpy()
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("name", "threads", "times"), [("bert", 1, 3), ("qwen3", 1, 3), ("mistral", 1, 3), ("bert", 2, 1), ("qwen3", 2, 1)]
 )

@@ -99,6 +99,13 @@ def test_what_paged_attention_cannot_honour_is_refused(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("load_format", [LoadFormat.SAFETENSORS, LoadFormat.DUMMY])
+def test_a_model_whose_own_code_fails_is_refused_in_words(load_format: LoadFormat, tmp_path: Path) -> None:
+    make(tmp_path, "granite", num_key_value_heads=3)
+    with pytest.raises(WeightsError, match=r"cannot load GraniteForCausalLM .*, or not run it: RuntimeError: .*size"):
+        load(tmp_path, load_format=load_format)
+
+
 def test_rounding_in_bfloat16_is_no_difference(tmp_path: Path) -> None:
     """Many layers of experts with random weights amplify rounding as no trained model does."""
     make(tmp_path, "mixtral", num_local_experts=8, num_hidden_layers=16, sliding_window=None)

@@ -74,12 +74,13 @@ def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     [
         ("mistral", {"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
         ("qwen2", {"sliding_window": -1}, "sliding_window must be at least 1, got -1"),
+        ("qwen2", {"head_dim": None, "hidden_size": 60}, "head_dim must be even, for rotary positions, got 15"),
         ("qwen3_moe", {"num_experts_per_tok": 0}, r"num_experts_per_tok must be 1 to 8 \(num_experts\), got 0"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, r"num_experts_per_tok must be 1 to 8 \(num_experts\), got 9"),
     ],
 )
 def test_impossible_numbers_of_a_config_are_named(
-    tmp_path: Path, arch: str, changes: dict[str, int], words: str
+    tmp_path: Path, arch: str, changes: dict[str, Any], words: str
 ) -> None:
     folder = make_tiny_model(arch, tmp_path / "model")
     edit_config(folder, **changes)
@@ -187,6 +188,7 @@ def test_a_broken_pickle_is_named(folder: Path) -> None:
         ({"hidden_size": "many"}, "hidden_size"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads evenly"),
+        ({"head_dim": -16}, "RuntimeError"),
         ({"num_key_value_heads": 0}, "ZeroDivisionError"),
         ({"dtype": "float999"}, "float999"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
