@@ -36,7 +36,7 @@ def both(answer: OpenAIAnswer, index: int, text: str) -> tuple[bytes, bytes]:
 def test_chat(options: dict[str, Any] | None, text: str, rid: str | None) -> None:
     body = {"model": '""', "messages": [], "n": 2, "stream": True, "stream_options": options, "rid": rid}
     request = msgspec.convert(body, ChatRequest)
-    choices = [ChatChoice(index, False, None, "json", None) for index in range(2)]
+    choices = [ChatChoice(index, False, None, "json", None, calls_lead=False) for index in range(2)]
     answer = OpenAIAnswer("chatcmpl", "kind", "chunk", request, generation(2), choices)
     for index in range(2):
         whole, made = both(answer, index, text)
