@@ -86,7 +86,7 @@ class GGUFSource(WeightSource):
     def _rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
         """Rows of the tensor seen as a matrix (its elements, if it has one dimension), float32."""
         raw = self._raw(info, first, last)
-        if info.ggml_type in (_Q4_0, _Q4_1):  # as the library does it, and five times as fast
+        if info.ggml_type in (_Q4_0, _Q4_1):  # to the same values as the library, in less time
             numbers, scales, minima = _blocks_of_4_bits(raw, info.ggml_type)
             found = numbers.float().mul_(scales.float()[..., None]).add_(minima.float()[..., None])
             return found.reshape(last - first, *info.shape[-1:]) if len(info.shape) > 1 else found.flatten()
