@@ -15,6 +15,7 @@ import jsonschema
 import openai
 import pytest
 from support.server import RunningServer, tiny_flags
+from support.tiny_models import replace_rarest_tokens
 
 pytestmark = pytest.mark.e2e
 
@@ -46,15 +47,7 @@ def reasoning_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.
     """The tiny model with two of its rarest tokens made into tags."""
     folder = tmp_path_factory.mktemp("reasoner")
     shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    for tag in ("<think>", "</think>"):
-        left, right = tokenizer["model"]["merges"].pop()
-        number = tokenizer["model"]["vocab"].pop(left + right)
-        tokenizer["model"]["vocab"][tag] = number
-        added = {**tokenizer["added_tokens"][0], "id": number, "content": tag, "special": False}
-        tokenizer["added_tokens"].append(added)
-    path.write_text(json.dumps(tokenizer))
+    replace_rarest_tokens(folder, "<think>", "</think>", special=False)
     return folder
 
 

@@ -17,6 +17,7 @@ import langchain_openai
 import openai
 import pytest
 from support.server import RunningServer, tiny_flags
+from support.tiny_models import replace_rarest_tokens
 
 pytestmark = pytest.mark.e2e
 
@@ -186,14 +187,7 @@ def mistral_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
     """The tiny model with two of its rarest tokens made into special ones."""
     folder = tmp_path_factory.mktemp("mistral")
     shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    for marker in ("[TOOL_CALLS]", "[ARGS]"):
-        left, right = tokenizer["model"]["merges"].pop()
-        number = tokenizer["model"]["vocab"].pop(left + right)
-        tokenizer["model"]["vocab"][marker] = number
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": number, "content": marker})
-    path.write_text(json.dumps(tokenizer))
+    replace_rarest_tokens(folder, "[TOOL_CALLS]", "[ARGS]", special=True)
     return folder
 
 

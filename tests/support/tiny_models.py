@@ -158,3 +158,16 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.add_(1.5 + 0.1 * noise)  # sharper attention: a mean over all tokens says little of any
         else:
             parameter.add_(0.1 * noise)  # around 1 or 0: whatever a norm or a bias starts from
+
+
+def replace_rarest_tokens(folder: Path, *names: str, special: bool) -> None:
+    """Added tokens with these names in place of those that were merged last."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for name in names:
+        left, right = tokenizer["model"]["merges"].pop()
+        number = tokenizer["model"]["vocab"].pop(left + right)
+        tokenizer["model"]["vocab"][name] = number
+        added = {**tokenizer["added_tokens"][0], "id": number, "content": name, "special": special}
+        tokenizer["added_tokens"].append(added)
+    path.write_text(json.dumps(tokenizer))
