@@ -139,10 +139,12 @@ class Matcher:
         return next((state for state in self._states if state.is_error()), None)
 
     def _compute(self, bits: np.ndarray) -> None:
-        masks = np.empty((len(self._states), bits.size), dtype=bits.dtype)
-        for state, mask in zip(self._states, masks, strict=True):
+        first, *others = self._states
+        first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        for state in others:
+            mask = np.empty_like(bits)
             state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        np.bitwise_or.reduce(masks, out=bits)
+            bits |= mask
 
     def _follow(self, tokens: list[int]) -> None:
         """On the ways that the tokens leave open. Which those are, a full lexer cannot tell."""
