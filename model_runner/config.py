@@ -26,7 +26,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     the KV pool; None sizes it from `memory_fraction`: on a CPU of the memory that is free once the weights are loaded,
     on CUDA the share of the device's memory that may be taken in all. `quantization` rounds weights on load. Decode
     steps of at most `cuda_graph_max_bs` rows are CUDA graphs; 0 for none. `config_cache`: the folder where full configs
-    are kept.
+    are kept; None for nowhere.
     """
 
     model_dir: str

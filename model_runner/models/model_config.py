@@ -57,9 +57,13 @@ def _kept_in(config: RunnerConfig) -> Path | None:
     """The file for the answer; None if it depends on more than the content of config.json."""
     if config.config_cache is None or config.trust_remote_code:
         return None
-    sources = [path.read_bytes() for path in sorted(Path(config.model_dir).glob("config*.json"))]
-    if not any(b'"model_type"' in source for source in sources):  # transformers guesses it from the folder's name
-        return None
+    folder = Path(config.model_dir)
+    try:
+        if "model_type" not in json.loads((folder / "config.json").read_bytes()):
+            return None  # some versions of transformers guess it from the folder's name
+    except (OSError, TypeError, ValueError):
+        return None  # transformers has words for it
+    sources = [path.read_bytes() for path in sorted(folder.glob("config*.json"))]  # one may refer to others
     made_of = [b"%d" % _FORMAT, importlib.metadata.version("transformers").encode(), *sources]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     return Path(config.config_cache) / f"{key}.json"
