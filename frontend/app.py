@@ -99,8 +99,10 @@ def build_app(
 
 async def _handle(by_method: Mapping[str, Endpoint], config: FrontendConfig, http: Request) -> ASGIApp:
     endpoint = by_method["GET" if http.method == "HEAD" else http.method]
-    given: list[Any] = [] if endpoint.query is None else [read_query(http, endpoint.query)]
-    if endpoint.query is None and not endpoint.open:  # probes and scrapers may add what they like
+    given: list[Any] = []
+    if endpoint.query is not None:
+        given.append(read_query(http, endpoint.query))
+    elif not endpoint.open:  # probes and scrapers may add what they like
         read_query(http, NoQuery)
     if endpoint.body is not None and endpoint.media == JSON:
         given.append(await read_body(http, endpoint, config))
